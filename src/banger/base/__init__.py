@@ -1,0 +1,1 @@
+"""What every layer may import: errors, model, settings, paths, logging, processes."""

@@ -1,0 +1,185 @@
+"""The nouns: VM, image, kernel, operation. Frozen, typed, the same in the store and on the wire.
+
+Sizes are MiB, times are aware datetimes in UTC. A VM is `VmSpec` (what the user asked for) and
+`VmRuntime` (state, and paths and addresses derived from its id). What is true of the running
+process is `Handles`, which never goes to the database.
+"""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from enum import StrEnum
+
+import msgspec
+
+from banger.base.errors import BadRequest
+
+_VM_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_ARTIFACT_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,126}")
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+def check_vm_name(name: str) -> str:
+    """`name` when it is a valid VM name; BadRequest otherwise."""
+    if _VM_NAME.fullmatch(name) is None:
+        raise BadRequest(
+            f'"{name}" is not a valid VM name',
+            hint="use 1 to 63 of a-z, 0-9 and '-', starting with a letter or digit",
+        )
+    return name
+
+
+def check_artifact_name(name: str) -> str:
+    """`name` when it is a valid image or kernel name; BadRequest otherwise."""
+    if _ARTIFACT_NAME.fullmatch(name) is None:
+        raise BadRequest(
+            f'"{name}" is not a valid image or kernel name',
+            hint="use a-z, 0-9, '.', '_' and '-', starting with a letter or digit",
+        )
+    return name
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Base of every model type: immutable, keyword-only, unknown fields ignored when decoded."""
+
+
+class VmState(StrEnum):
+    CREATING = "creating"
+    RUNNING = "running"
+    STOPPED = "stopped"
+    ERROR = "error"
+
+
+class InitMode(StrEnum):
+    """Who is PID 1 once the guest is up; AUTO is what the image says."""
+
+    AUTO = "auto"
+    MINIMAL = "minimal"
+    SYSTEMD = "systemd"
+
+
+class NetworkMode(StrEnum):
+    USER = "user"
+    NONE = "none"
+
+
+class VmSpec(Record, frozen=True):
+    """What was asked for."""
+
+    vcpu_count: int
+    memory_mib: int
+    disk_size_mib: int
+    system_overlay_size_mib: int
+    init: InitMode = InitMode.AUTO
+    network: NetworkMode = NetworkMode.USER
+
+
+class VmRuntime(Record, frozen=True):
+    """State, and what is derived from the id: stable over the life of the VM."""
+
+    state: VmState
+    guest_ip: str = ""
+    control_socket: str = ""
+    agent_socket: str = ""
+    log_path: str = ""
+    vm_dir: str = ""
+    system_overlay: str = ""
+    work_disk: str = ""
+    last_error: str = ""
+
+
+class Vm(Record, frozen=True):
+    id: str
+    name: str
+    image_id: str
+    image_name: str
+    kernel_id: str
+    spec: VmSpec
+    runtime: VmRuntime
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None = None
+    touched_at: datetime | None = None
+
+
+class Handles(Record, frozen=True):
+    """What is true of the running process. In memory and in the VM's ``handles.json`` only."""
+
+    pid: int = 0
+    #: Field 22 of ``/proc/PID/stat``: with the pid it names one process of this boot.
+    pid_start_ticks: int = 0
+    boot_id: str = ""
+    network_pid: int = 0
+    network_pid_start_ticks: int = 0
+
+
+class Image(Record, frozen=True):
+    """A root file system. ``rootfs_path`` is raw ext4; ``work_seed_path`` becomes ``/root``."""
+
+    id: str
+    name: str
+    kernel_id: str
+    artifact_dir: str
+    rootfs_path: str
+    work_seed_path: str
+    init: InitMode
+    size_bytes: int
+    created_at: datetime
+    packages: tuple[str, ...] = ()
+
+
+class Kernel(Record, frozen=True):
+    """An uncompressed ELF kernel, the initramfs that boots it, and its modules as an ext4 disk."""
+
+    id: str
+    name: str
+    version: str
+    architecture: str
+    artifact_dir: str
+    vmlinux_path: str
+    initramfs_path: str
+    modules_path: str
+    config_path: str
+    size_bytes: int
+    created_at: datetime
+
+
+class OperationState(StrEnum):
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+class ErrorInfo(Record, frozen=True):
+    """An error as it goes over the wire."""
+
+    code: str
+    message: str
+    hint: str = ""
+    op_id: str = ""
+
+
+class Operation(Record, frozen=True):
+    """One long piece of work. ``percent`` is -1 where it cannot be known."""
+
+    id: str
+    kind: str
+    target: str
+    state: OperationState
+    stage: str
+    detail: str
+    percent: float
+    started_at: datetime
+    finished_at: datetime | None = None
+    error: ErrorInfo | None = None
+    vm: Vm | None = None
+    image: Image | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.state is not OperationState.RUNNING

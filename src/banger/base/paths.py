@@ -1,0 +1,189 @@
+"""Every path banger writes, in one table. `docs/state-files.md` says who owns each.
+
+XDG base directories decide where; nothing else in the code joins paths below them. A path made
+from outside input (a VM id, an image id) goes through `safe_component` first.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from banger.base.errors import BadRequest, PermissionDenied, PreconditionFailed
+
+#: Longest path `bind` and `connect` take for a Unix socket (sun_path is 108 with its NUL).
+UNIX_SOCKET_PATH_MAX = 107
+
+_COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
+
+
+def safe_component(name: str) -> str:
+    """`name`, if it can be one path component and nothing else; BadRequest otherwise."""
+    if _COMPONENT.fullmatch(name) is None:
+        raise BadRequest(f"{name!r} cannot be used as a file name")
+    return name
+
+
+@dataclass(frozen=True)
+class VmPaths:
+    """The files of one VM: durable ones in its state directory, sockets in the runtime one."""
+
+    directory: Path
+    runtime: Path
+
+    @property
+    def system_overlay(self) -> Path:
+        return self.directory / "system.qcow2"
+
+    @property
+    def work_disk(self) -> Path:
+        return self.directory / "work.qcow2"
+
+    @property
+    def console_log(self) -> Path:
+        return self.directory / "console.log"
+
+    @property
+    def hypervisor_log(self) -> Path:
+        """What the hypervisor's process prints: normally nothing."""
+        return self.directory / "hypervisor.log"
+
+    @property
+    def network_log(self) -> Path:
+        return self.directory / "network.log"
+
+    @property
+    def handles(self) -> Path:
+        return self.directory / "handles.json"
+
+    @property
+    def control_socket(self) -> Path:
+        """The hypervisor's control socket (QMP); also how its process is recognised."""
+        return self.runtime / "control.sock"
+
+    @property
+    def agent_socket(self) -> Path:
+        return self.runtime / "agent.sock"
+
+
+@dataclass(frozen=True)
+class Paths:
+    """The table. Build it with `Paths.from_environment`, or by hand in a test."""
+
+    config_dir: Path
+    data_dir: Path
+    state_dir: Path
+    runtime_dir: Path
+
+    @classmethod
+    def from_environment(cls) -> Paths:
+        """The user's paths by XDG; touches nothing."""
+        home = Path(os.environ.get("HOME") or Path.home())
+        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        # A fixed name in /tmp is safe only because `prepare_private_dir` refuses one that is a
+        # link, has another owner, or is open to others.
+        fallback = Path(f"/tmp/banger-runtime-{os.getuid()}")  # noqa: S108
+        return cls(
+            config_dir=_xdg("XDG_CONFIG_HOME", home / ".config"),
+            data_dir=_xdg("XDG_DATA_HOME", home / ".local" / "share"),
+            state_dir=_xdg("XDG_STATE_HOME", home / ".local" / "state"),
+            runtime_dir=Path(runtime) / "banger" if runtime else fallback,
+        )
+
+    @property
+    def config_file(self) -> Path:
+        return self.config_dir / "config.toml"
+
+    @property
+    def database(self) -> Path:
+        return self.state_dir / "banger.db"
+
+    @property
+    def daemon_log(self) -> Path:
+        return self.state_dir / "bangerd.log"
+
+    @property
+    def daemon_socket(self) -> Path:
+        return self.runtime_dir / "bangerd.sock"
+
+    @property
+    def daemon_lock(self) -> Path:
+        return self.runtime_dir / "bangerd.lock"
+
+    @property
+    def probe_cache(self) -> Path:
+        """Answers of slow probes (does KVM run a vCPU?), valid for one boot of the host."""
+        return self.runtime_dir / "probes.json"
+
+    @property
+    def images_dir(self) -> Path:
+        return self.data_dir / "images"
+
+    @property
+    def kernels_dir(self) -> Path:
+        return self.data_dir / "kernels"
+
+    @property
+    def vms_dir(self) -> Path:
+        return self.state_dir / "vms"
+
+    @property
+    def vms_runtime_dir(self) -> Path:
+        return self.runtime_dir / "vms"
+
+    def image_dir(self, image_id: str) -> Path:
+        return self.images_dir / safe_component(image_id)
+
+    def kernel_dir(self, kernel_id: str) -> Path:
+        return self.kernels_dir / safe_component(kernel_id)
+
+    def vm(self, vm_id: str) -> VmPaths:
+        component = safe_component(vm_id)
+        return VmPaths(self.vms_dir / component, self.vms_runtime_dir / component)
+
+
+def _xdg(variable: str, fallback: Path) -> Path:
+    # The XDG specification says that a relative value is to be ignored.
+    value = os.environ.get(variable, "")
+    return (Path(value) if value.startswith("/") else fallback) / "banger"
+
+
+def prepare_private_dir(directory: Path) -> None:
+    """Make `directory` (0700) or check that it is a directory of ours that nobody else can enter.
+
+    Idempotent. Raises PermissionDenied for a link, another owner or a wider mode: in /tmp anybody
+    may have put it there first.
+    """
+    try:
+        directory.mkdir(mode=0o700, parents=True)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise PreconditionFailed(f"cannot make {directory}: {error.strerror}") from error
+    info = directory.lstat()
+    if stat.S_ISLNK(info.st_mode):
+        problem = "it is a symbolic link"
+    elif not stat.S_ISDIR(info.st_mode):
+        problem = "it is not a directory"
+    elif info.st_uid != os.getuid():
+        problem = f"it belongs to uid {info.st_uid}"
+    elif stat.S_IMODE(info.st_mode) & 0o077:
+        problem = f"its mode is {stat.S_IMODE(info.st_mode):04o}, not 0700"
+    else:
+        return
+    raise PermissionDenied(
+        f"refusing to use {directory}: {problem}",
+        hint="remove it, or set XDG_RUNTIME_DIR to a directory of your own",
+    )
+
+
+def check_socket_path(path: Path) -> None:
+    """Raise PreconditionFailed when the kernel would refuse this path for a Unix socket."""
+    if len(os.fsencode(path)) > UNIX_SOCKET_PATH_MAX:
+        raise PreconditionFailed(
+            f"socket path {path} is longer than {UNIX_SOCKET_PATH_MAX} bytes",
+            hint="set XDG_RUNTIME_DIR to a shorter path",
+        )

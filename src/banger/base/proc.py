@@ -1,0 +1,214 @@
+"""The only place that starts processes.
+
+Arguments are always a list, never a shell string. Standard input is ``/dev/null`` unless given.
+Three ways, by who waits for the process:
+
+- `run`: wait for it here, with a time limit; cancelling means TERM, a grace period, KILL, reap,
+  for its whole process group.
+- `spawn_detached`: a process that outlives this one (a hypervisor, the daemon itself).
+- `popen`: a plain pipe for the synchronous CLI.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from banger.base.errors import BangerError, ErrorCode, OperationTimeout, PreconditionFailed
+from banger.base.tools import package_of
+
+_GRACE_S = 3.0
+_TAIL_BYTES = 2000
+_READ_BYTES = 65536
+
+Argv = Sequence[str | Path]
+
+
+@dataclass(frozen=True)
+class Completed:
+    """A finished process. ``returncode`` is negative when a signal ended it."""
+
+    argv: tuple[str, ...]
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+class ProcessFailed(BangerError):
+    """A tool ended with a status that means failure; the message has the end of its stderr."""
+
+    code = ErrorCode.UNAVAILABLE
+
+    def __init__(self, completed: Completed, *, hint: str = "") -> None:
+        self.completed = completed
+        how = (
+            f"exited with status {completed.returncode}"
+            if completed.returncode >= 0
+            else f"was ended by signal {-completed.returncode}"
+        )
+        tail = completed.stderr[-_TAIL_BYTES:].decode(errors="replace").strip()
+        name = Path(completed.argv[0]).name
+        super().__init__(f"{name} {how}" + (f": {tail}" if tail else ""), hint=hint)
+
+
+def missing_tool(tool: str) -> PreconditionFailed:
+    """The error for a tool that is not installed, naming the package that has it."""
+    package = package_of(tool)
+    return PreconditionFailed(
+        f"{tool} is not installed",
+        hint=f"install it with: apt-get install {package}" if package else "",
+    )
+
+
+def which(tool: str) -> str | None:
+    """The path of a tool on PATH, also looking where Debian keeps administrators' tools."""
+    search = os.environ.get("PATH", os.defpath)
+    return shutil.which(tool, path=f"{search}:/usr/sbin:/sbin")
+
+
+def _resolve(argv: Argv) -> list[str]:
+    words = [os.fspath(word) for word in argv]
+    found = which(words[0])
+    if found is None:
+        raise missing_tool(words[0])
+    words[0] = found
+    return words
+
+
+async def run(
+    argv: Argv,
+    *,
+    timeout_s: float,
+    stdin: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    check: bool = True,
+    pass_fds: Sequence[int] = (),
+    on_stderr_line: Callable[[str], None] | None = None,
+) -> Completed:
+    """Run a tool to its end and return what it printed.
+
+    Raises PreconditionFailed when it is not installed, ProcessFailed for a non-zero status
+    (unless `check` is false), OperationTimeout after `timeout_s` seconds. On time-out or
+    cancellation nothing of the process group is left. `on_stderr_line` sees each line of stderr
+    as it comes (progress); the lines are still in the result.
+    """
+    words = _resolve(argv)
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=None if env is None else dict(env),
+        cwd=cwd,
+        start_new_session=True,
+        pass_fds=tuple(pass_fds),
+    )
+    try:
+        async with asyncio.timeout(timeout_s):
+            stdout, stderr, _ = await asyncio.gather(
+                _collect(process.stdout, None),
+                _collect(process.stderr, on_stderr_line),
+                _feed(process.stdin, stdin),
+            )
+            returncode = await process.wait()
+    except TimeoutError:
+        await _end_group(process)
+        name = Path(words[0]).name
+        raise OperationTimeout(f"{name} did not finish within {timeout_s:g} s") from None
+    except BaseException:
+        await asyncio.shield(_end_group(process))
+        raise
+    completed = Completed(tuple(words), returncode, stdout, stderr)
+    if check and returncode != 0:
+        raise ProcessFailed(completed)
+    return completed
+
+
+async def _collect(
+    stream: asyncio.StreamReader | None, on_line: Callable[[str], None] | None
+) -> bytes:
+    if stream is None:
+        return b""
+    whole = bytearray()
+    line = bytearray()
+    while chunk := await stream.read(_READ_BYTES):
+        whole += chunk
+        if on_line is not None:
+            line += chunk
+            *lines, rest = line.split(b"\n")
+            for each in lines:
+                on_line(each.decode(errors="replace"))
+            line = bytearray(rest)
+    return bytes(whole)
+
+
+async def _feed(stream: asyncio.StreamWriter | None, data: bytes | None) -> None:
+    if stream is None or data is None:
+        return
+    with suppress(BrokenPipeError, ConnectionResetError):  # the tool may stop reading early
+        stream.write(data)
+        await stream.drain()
+    stream.close()
+
+
+async def _end_group(process: asyncio.subprocess.Process) -> None:
+    """TERM, grace, KILL to the process group; then reap."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_GRACE_S):
+            await process.wait()
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    await process.wait()
+
+
+def spawn_detached(
+    argv: Argv,
+    *,
+    log: Path,
+    pass_fds: Sequence[int] = (),
+    env: Mapping[str, str] | None = None,
+    cwd: Path = Path("/"),
+) -> subprocess.Popen[bytes]:
+    """Start a process in a session of its own that survives this one.
+
+    Its stdout and stderr are appended to `log`; files and sockets it makes are private
+    (umask 077). The caller reaps it (`Popen.poll`) while it lives; after that init does.
+    Raises PreconditionFailed when the tool is not installed.
+    """
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            _resolve(argv),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=None if env is None else dict(env),
+            cwd=cwd,
+            pass_fds=tuple(pass_fds),
+            start_new_session=True,
+            umask=0o077,
+        )
+
+
+def popen(
+    argv: Argv,
+    *,
+    stdin: int | IO[bytes] = subprocess.DEVNULL,
+    stdout: int | IO[bytes] | None = subprocess.PIPE,
+    cwd: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """A child of the synchronous CLI; stderr is the CLI's own."""
+    return subprocess.Popen(_resolve(argv), stdin=stdin, stdout=stdout, cwd=cwd)
+
+
+PIPE = subprocess.PIPE

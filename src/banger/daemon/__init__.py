@@ -1,0 +1,1 @@
+"""The daemon: the composition root and the dispatch of RPCs to services."""

@@ -1,0 +1,1 @@
+"""The drivers: hypervisors, storage and networks behind the protocols of `base`."""

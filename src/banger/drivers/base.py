@@ -1,0 +1,155 @@
+"""What a driver is: three small protocols, with frozen records of what goes in and comes out.
+
+Services call these and never ask which driver they have. A driver knows nothing of the database,
+of VM records or of locks: it is given paths and numbers, and gives back facts. All methods are
+idempotent where they undo something.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+
+class Level(StrEnum):
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of `banger doctor` and one item of a preflight: what, how it stands, what to do."""
+
+    name: str
+    level: Level
+    detail: str
+    hint: str = ""
+
+
+class DiskFormat(StrEnum):
+    RAW = "raw"
+    QCOW2 = "qcow2"
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A block device of the guest, in the order of its ``/dev/vd*`` name."""
+
+    path: Path
+    format: DiskFormat
+    read_only: bool = False
+
+
+@dataclass(frozen=True)
+class GuestNetwork:
+    """What the guest sets on its interface. ``address`` has its prefix length: a.b.c.d/n."""
+
+    mac: str
+    address: str
+    gateway: str
+    dns: str
+
+
+@dataclass(frozen=True)
+class NetworkAttachment:
+    """A network ready for a machine: what the guest sets, and what the host side made for it.
+
+    ``fd`` is a connected stream socket for the hypervisor to inherit (the driver that launches
+    closes our copy), or -1. ``pid`` is the process that serves it, or 0.
+    """
+
+    guest: GuestNetwork
+    fd: int = -1
+    tap: str = ""
+    pid: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """All that shapes one virtual machine. Equal machines give equal arguments."""
+
+    vm_id: str
+    vcpu_count: int
+    memory_mib: int
+    kernel: Path
+    initramfs: Path
+    #: Parameters of the guest agent (``banger.…``); the driver adds what its platform needs.
+    kernel_parameters: tuple[str, ...]
+    disks: tuple[Disk, ...]
+    console_log: Path
+    hypervisor_log: Path
+    control_socket: Path
+    agent_socket: Path
+
+
+@dataclass(frozen=True)
+class HypervisorFeatures:
+    """What services may ask of it. A flag is here once some service reads it."""
+
+    disk_formats: frozenset[DiskFormat]
+
+
+class Hypervisor(Protocol):
+    """Starts and ends machines. The process it starts outlives this daemon."""
+
+    name: str
+    features: HypervisorFeatures
+
+    async def checks(self) -> list[Check]:
+        """What this driver needs from the host, each with how it stands. Never raises."""
+        ...
+
+    async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:
+        """Start the machine and return its pid once its control socket answers.
+
+        Raises PreconditionFailed when the hypervisor is missing, Unavailable (with the end of its
+        log) when it exits or never answers; then nothing of it is left.
+        """
+        ...
+
+    async def quit(self, control_socket: Path) -> None:
+        """End the machine at once. Raises Unavailable when the hypervisor cannot be asked."""
+        ...
+
+    def owns(self, argv: tuple[str, ...], control_socket: Path) -> bool:
+        """Whether a process with this command line is the machine behind `control_socket`."""
+        ...
+
+
+class Storage(Protocol):
+    """Disks of VMs over the read-only files of images."""
+
+    name: str
+    format: DiskFormat
+
+    async def checks(self) -> list[Check]: ...
+
+    async def create_overlay(self, base: Path, overlay: Path, size_mib: int) -> None:
+        """A copy-on-write disk of at least `size_mib` over `base` (raw), which stays untouched.
+
+        The result is never smaller than `base`. Replaces an unfinished `overlay`.
+        """
+        ...
+
+    def allocated_bytes(self, disk: Path) -> int:
+        """How much of the host's disk this one takes; 0 when it is not there."""
+        ...
+
+
+class Network(Protocol):
+    """Connects a machine to the world."""
+
+    name: str
+
+    async def checks(self) -> list[Check]: ...
+
+    async def attach(self, vm_id: str, log: Path) -> NetworkAttachment:
+        """Make the host side for one VM. It ends by itself when the machine does."""
+        ...
+
+    def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
+        """Whether a process with this command line is the helper that `attach` started."""
+        ...

@@ -1,0 +1,1 @@
+"""Hypervisors: programs that run a machine."""

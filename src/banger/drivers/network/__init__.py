@@ -1,0 +1,1 @@
+"""Networks: how a machine reaches the world, and who may reach it."""

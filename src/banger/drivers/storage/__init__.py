@@ -1,0 +1,1 @@
+"""Storage: disks of VMs over the read-only files of images."""

@@ -1,0 +1,1 @@
+"""The guest: the agent inside it and the channel to the agent."""

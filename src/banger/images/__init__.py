@@ -1,0 +1,1 @@
+"""Images and kernels: built, checked and kept as files."""

@@ -1,0 +1,1 @@
+"""The database of what is: SQLite with forward-only migrations."""
