@@ -36,8 +36,12 @@ class DiskFormat(StrEnum):
 
 @dataclass(frozen=True)
 class Disk:
-    """A block device of the guest, in the order of its ``/dev/vd*`` name."""
+    """A block device of the guest, which knows it by its name: the device's serial.
 
+    (The order of ``/dev/vd*`` is the hypervisor's business.) Names: system, work, modules.
+    """
+
+    name: str
     path: Path
     format: DiskFormat
     read_only: bool = False
