@@ -1,0 +1,159 @@
+"""The settings: one table, from which the parser, the defaults and the help are made.
+
+``config.toml`` may set any of them; an unknown key is an error that names the nearest known one.
+Settings are here once something reads them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from banger.base.errors import BadRequest, BangerError
+from banger.base.model import InitMode, check_artifact_name
+from banger.base.units import parse_size_mib
+
+LOG_LEVELS = {"": "info", "info": "info", "debug": "debug", "warn": "warning",
+              "warning": "warning", "error": "error"}  # fmt: skip
+
+
+def parse_log_level(text: str) -> str:
+    """``debug info warning error`` from what a person wrote; empty is info."""
+    level = LOG_LEVELS.get(text.strip().lower())
+    if level is None:
+        raise BadRequest(f'unsupported log_level "{text}" (use debug, info, warn, or error)')
+    return level
+
+
+def _choice(*allowed: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        if value not in allowed:
+            raise BadRequest(f'"{value}" is not one of {", ".join(allowed)}')
+        return str(value)
+
+    return parse
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise BadRequest(f"{value!r} is not text")
+    return value
+
+
+def _count(least: int, most: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise BadRequest(f"{value!r} is not a whole number from {least} to {most}")
+        return value
+
+    return parse
+
+
+def _size(value: object) -> int:
+    return parse_size_mib(str(value)) if isinstance(value, int) else parse_size_mib(_text(value))
+
+
+def _executable(value: object) -> str:
+    text = _text(value)
+    if "/" in text and not text.startswith(("/", "~/")):
+        raise BadRequest(f'"{text}" is neither a plain name nor an absolute path')
+    return os.path.expanduser(text)  # noqa: PTH111 - the result stays text: it may be a bare name
+
+
+VCPU_MAX = 64
+
+
+@dataclass(frozen=True)
+class Config:
+    """The effective settings. Field names are the keys, with ``.`` written as ``_``."""
+
+    log_level: str
+    hypervisor: str
+    accelerator: str
+    storage: str
+    network: str
+    qemu_bin: str
+    default_image_name: str
+    vm_defaults_vcpu: int
+    vm_defaults_memory: int
+    vm_defaults_disk_size: int
+    vm_defaults_system_overlay_size: int
+    vm_defaults_init: InitMode
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One row of the table. ``default`` is as a person would write it in the file."""
+
+    key: str
+    parse: Callable[[object], Any]
+    default: str | int
+    help: str
+
+    @property
+    def field(self) -> str:
+        return self.key.replace(".", "_")
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("log_level", lambda value: parse_log_level(_text(value)), "info",
+            "what goes to the daemon's log: debug, info, warn or error"),
+    Setting("hypervisor", _choice("auto", "qemu"), "auto", "which hypervisor runs VMs"),
+    Setting("accelerator", _choice("auto", "kvm", "tcg"), "auto",
+            "what QEMU runs vCPUs with; auto takes kvm when a vCPU really runs"),
+    Setting("storage", _choice("auto", "qcow2"), "auto", "how disks share an image"),
+    Setting("network", _choice("auto", "user"), "auto", "how VMs reach the network"),
+    Setting("qemu_bin", _executable, "qemu-system-x86_64", "QEMU: a name on PATH or a path"),
+    Setting("default_image_name", lambda value: check_artifact_name(_text(value)),
+            "debian-bookworm", "the image of a VM that names none"),
+    Setting("vm_defaults.vcpu", _count(1, VCPU_MAX), 2, "vCPUs of a new VM"),
+    Setting("vm_defaults.memory", _size, "2G", "memory of a new VM"),
+    Setting("vm_defaults.disk_size", _size, "8G", "size of a new VM's work disk, /root"),
+    Setting("vm_defaults.system_overlay_size", _size, "8G",
+            "size of a new VM's system disk; never below the image's"),
+    Setting("vm_defaults.init", lambda value: InitMode(_choice(*InitMode)(value)), "auto",
+            "who is PID 1: auto (what the image says), minimal or systemd"),
+)  # fmt: skip
+
+
+def load_config(file: Path, environment: Mapping[str, str] = os.environ) -> Config:
+    """The settings of `file` (none if it is not there) over the defaults.
+
+    ``BANGER_LOG_LEVEL`` wins over the file. Raises BadRequest, naming the file and the key.
+    """
+    try:
+        given = dict(_flatten(tomllib.loads(file.read_text(encoding="utf-8"))))
+    except FileNotFoundError:
+        given = {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{file} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise BadRequest(f"cannot read {file}: {error.strerror}") from error
+    known = {setting.key: setting for setting in SETTINGS}
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else ""
+            raise BadRequest(f'{file}: unknown setting "{key}"', hint=hint)
+    values = {}
+    for setting in SETTINGS:
+        try:
+            values[setting.field] = setting.parse(given.get(setting.key, setting.default))
+        except BangerError as error:
+            raise BadRequest(f"{file}: {setting.key}: {error.message}", hint=error.hint) from None
+    if "BANGER_LOG_LEVEL" in environment:
+        values["log_level"] = parse_log_level(environment["BANGER_LOG_LEVEL"])
+    return Config(**values)
+
+
+def _flatten(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

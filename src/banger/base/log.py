@@ -1,0 +1,114 @@
+"""JSON-lines logging with the op_id on every record, and the log of an operation's stages.
+
+`configure` is called once by the daemon. The CLI does not import this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+import structlog
+
+from banger.base.opid import current_op_id
+
+Attributes = Mapping[str, object]
+
+#: Names a stage (``vm.create:boot``) at which the process kills itself: for recovery tests.
+FAULT_VARIABLE = "BANGER_FAULT_KILL_AT"
+
+
+def _add_op_id(
+    _logger: Any, _method: str, event: MutableMapping[str, Any]
+) -> MutableMapping[str, Any]:
+    if op_id := current_op_id.get():
+        event.setdefault("op_id", op_id)
+    return event
+
+
+def configure(file: TextIO, level: str) -> None:
+    """Send records of `level` and above to `file` as JSON, one a line."""
+    structlog.configure(
+        processors=[
+            structlog.stdlib.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
+            _add_op_id,
+            structlog.processors.dict_tracebacks,
+            structlog.processors.EventRenamer("message"),
+            structlog.processors.JSONRenderer(),
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level.upper())),
+        logger_factory=structlog.WriteLoggerFactory(file),
+        cache_logger_on_first_use=False,
+    )
+
+
+def get_logger() -> Any:
+    """structlog's lazy logger; typed Any by structlog itself."""
+    return structlog.get_logger()
+
+
+def open_log(path: Path) -> TextIO:
+    """The log file, for appending, line-buffered, readable by its owner only."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    return os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+
+
+class OperationLog:
+    """The records of one operation: started, its stages, then completed or failed.
+
+    A context manager. ``quiet`` operations (reads) log at debug. Every stage is also a fault
+    point: see FAULT_VARIABLE.
+    """
+
+    def __init__(self, operation: str, *, quiet: bool = False, **attributes: object) -> None:
+        self.operation = operation
+        self._log = get_logger().bind(operation=operation, **attributes)
+        self._level = logging.DEBUG if quiet else logging.INFO
+        self._started = self._stage_began = time.monotonic()
+
+    def bind(self, **attributes: object) -> None:
+        """Add attributes that became known: the VM's id, the image's name."""
+        self._log = self._log.bind(**attributes)
+
+    def stage(self, stage: str, **details: object) -> None:
+        """The operation enters `stage`."""
+        now = time.monotonic()
+        self._log.log(
+            self._level,
+            "operation stage",
+            stage=stage,
+            since_start_ms=_ms(now - self._started),
+            since_last_stage_ms=_ms(now - self._stage_began),
+            **details,
+        )
+        self._stage_began = now
+        if os.environ.get(FAULT_VARIABLE) == f"{self.operation}:{stage}":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def __enter__(self) -> Self:
+        self._log.log(self._level, "operation started")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        duration_ms = _ms(time.monotonic() - self._started)
+        if error is None:
+            self._log.log(self._level, "operation completed", duration_ms=duration_ms)
+        else:
+            reason = str(error) or type(error).__name__
+            self._log.warning("operation failed", duration_ms=duration_ms, error=reason)
+
+
+def _ms(seconds: float) -> float:
+    return round(seconds * 1000, 1)

@@ -1,0 +1,45 @@
+"""Sizes and durations as people write them, and as people read them."""
+
+from __future__ import annotations
+
+import re
+
+from banger.base.errors import BadRequest
+
+_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+_FACTORS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_MIB = 1 << 20
+
+#: The widest size taken anywhere (16 TiB): what ext4 and qcow2 hold with 4 KiB blocks.
+SIZE_MAX_MIB = 16 << 20
+
+
+def parse_size_mib(text: str) -> int:
+    """``8G``, ``512M``, ``512MiB`` or a plain number of MiB; powers of 1024. Whole MiB only."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise BadRequest(f'"{text}" is not a size', hint="write it like 512M or 8G")
+    number, unit = int(match[1]), match[2].lower()
+    total = number * _FACTORS.get(unit, _MIB)
+    size_mib, rest = divmod(total, _MIB)
+    if rest or not 0 < size_mib <= SIZE_MAX_MIB:
+        raise BadRequest(f'"{text}" is not a whole number of MiB from 1 MiB to 16 TiB')
+    return size_mib
+
+
+def format_size(size_bytes: int) -> str:
+    """``1.5 GiB``, ``512 MiB``, ``79 KiB``, ``12 B``."""
+    value = float(size_bytes)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def format_age(seconds: float) -> str:
+    """``3s``, ``12m``, ``5h``, ``2d``: one unit, the largest that fits."""
+    for unit, length in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)}{unit}"
+    return f"{max(0, int(seconds))}s"

@@ -1,0 +1,243 @@
+"""A client's end of the socket, synchronous: what the CLI needs, and it must start in a blink.
+
+`connect` starts the daemon when none answers: one client wins the lock and starts it, the others
+wait for that lock. `call` is one request and its result; `Session` is a switched connection.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from banger.base.errors import BangerError, Internal, PermissionDenied, Unavailable, from_wire
+from banger.base.paths import Paths, check_socket_path, prepare_private_dir
+from banger.rpc.protocol import (
+    FRAME_HEADER,
+    PROTOCOL_VERSION,
+    FrameType,
+    decode_reply,
+    encode_json,
+    frame,
+    parse_frame_header,
+)
+
+T = TypeVar("T")
+
+#: A daemon opens its database and looks at what runs before it answers.
+START_TIMEOUT_S = 60
+_READ_BYTES = 256 << 10
+
+OnEvent = Callable[[msgspec.Raw], None]
+
+
+class Client:
+    """One connection to the daemon. Close it, or use it as a context manager."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._buffer = bytearray()
+        self.daemon_version = ""
+
+    @classmethod
+    def connect(cls, paths: Paths, *, start: bool = True) -> Client:
+        """Connect, starting the daemon if `start` and none runs.
+
+        Raises Unavailable when there is none, or it does not start (with its own reason).
+        """
+        connection = _connect(paths)
+        if connection is None:
+            if not start:
+                raise Unavailable("bangerd is not running", hint="any other command starts it")
+            connection = _start(paths)
+        return cls(connection)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def call(
+        self, method: str, params: object, result: type[T], *, on_event: OnEvent | None = None
+    ) -> T:
+        """One request; its result, decoded as `result`. Raises the error it was answered with."""
+        request = {"version": PROTOCOL_VERSION, "method": method, "params": params}
+        try:
+            self._socket.sendall(encode_json(request) + b"\n")
+            while True:
+                reply = decode_reply(self._line())
+                self.daemon_version = reply.daemon_version or self.daemon_version
+                if reply.event is not None:
+                    if on_event is not None:
+                        on_event(reply.event)
+                elif reply.error is not None:
+                    error = reply.error
+                    raise from_wire(error.code, error.message, error.hint, error.op_id)
+                elif reply.result is not None:
+                    return msgspec.json.decode(reply.result, type=result)
+                else:
+                    raise Internal("bangerd answered with neither result nor error")
+        except msgspec.DecodeError as error:
+            raise Internal(f"bangerd answered with something unexpected: {error}") from error
+        except OSError as error:
+            raise _lost(error) from error
+
+    def session(self) -> Session:
+        """The frames of this connection, after the result of a switching method."""
+        return Session(self._socket, self._buffer)
+
+    def _line(self) -> bytes:
+        while (end := self._buffer.find(b"\n")) < 0:
+            chunk = self._socket.recv(_READ_BYTES)
+            if not chunk:
+                raise _lost(None)
+            self._buffer += chunk
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+
+class Session:
+    """Frames over a switched connection, for a loop that polls `fileno`."""
+
+    def __init__(self, connection: socket.socket, buffer: bytearray) -> None:
+        self._socket = connection
+        self._buffer = buffer
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def send(self, kind: FrameType, payload: bytes | memoryview = b"") -> None:
+        """Send one frame whole. Raises Unavailable when the daemon is gone."""
+        try:
+            self._socket.sendall(frame(kind, payload))
+        except OSError as error:
+            raise _lost(error) from error
+
+    def receive(self) -> Iterator[tuple[FrameType, memoryview]]:
+        """Read once, then give every frame that is complete. Raises Unavailable at the end."""
+        try:
+            chunk = self._socket.recv(_READ_BYTES)
+        except OSError as error:
+            raise _lost(error) from error
+        if not chunk:
+            raise _lost(None)
+        self._buffer += chunk
+        yield from self.pending()
+
+    def pending(self) -> Iterator[tuple[FrameType, memoryview]]:
+        """Frames that are already here, without reading."""
+        position = 0
+        data = bytes(self._buffer)
+        view = memoryview(data)
+        while len(data) - position >= FRAME_HEADER.size:
+            kind, length = parse_frame_header(data[position : position + FRAME_HEADER.size])
+            start = position + FRAME_HEADER.size
+            if len(data) < start + length:
+                break
+            position = start + length
+            # Taken out first: the caller may stop after this frame.
+            del self._buffer[: FRAME_HEADER.size + length]
+            yield kind, view[start:position]
+
+
+def _lost(error: OSError | None) -> Unavailable:
+    reason = f": {error.strerror}" if error is not None and error.strerror else ""
+    return Unavailable(
+        f"the connection to bangerd was lost{reason}", hint="see: banger daemon logs"
+    )
+
+
+def _connect(paths: Paths) -> socket.socket | None:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    check_socket_path(paths.daemon_socket)
+    try:
+        connection.connect(os.fspath(paths.daemon_socket))
+    except (FileNotFoundError, ConnectionRefusedError):
+        connection.close()
+        return None
+    except OSError as error:
+        connection.close()
+        kind = PermissionDenied if isinstance(error, PermissionError) else Unavailable
+        raise kind(f"cannot connect to {paths.daemon_socket}: {error.strerror}") from error
+    return connection
+
+
+def _start(paths: Paths) -> socket.socket:
+    prepare_private_dir(paths.runtime_dir)
+    with _start_lock(paths.runtime_dir / "start.lock"):
+        # Another client may have started it while this one waited for the lock.
+        connection = _connect(paths)
+        if connection is None:
+            start_daemon(paths)
+            connection = _connect(paths)
+    if connection is None:
+        raise Unavailable("bangerd started but does not answer", hint="see: banger daemon logs")
+    return connection
+
+
+@contextmanager
+def _start_lock(path: Path) -> Iterator[None]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def start_daemon(paths: Paths) -> None:
+    """Start the daemon and wait until it is ready. Raises the reason it gave for not starting."""
+    # Only here: asyncio, which proc needs, costs more than the rest of a call.
+    from banger.base.proc import spawn_detached
+
+    paths.state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    readable, writable = os.pipe2(os.O_CLOEXEC)
+    try:
+        try:
+            process = spawn_detached(
+                [sys.executable, "-m", "banger.daemon.main", "--ready-fd", str(writable)],
+                log=paths.daemon_log,
+                pass_fds=[writable],
+            )
+        finally:
+            os.close(writable)
+        message = _read_ready(readable)
+    finally:
+        os.close(readable)
+    if message != b"ready\n":
+        with suppress(Exception):
+            process.wait(timeout=5)
+        raise _start_error(message, paths)
+    process.returncode = 0  # it lives on as a daemon: nothing to reap, nothing to warn about
+
+
+def _read_ready(readable: int) -> bytes:
+    import select
+
+    message = b""
+    while select.select([readable], [], [], START_TIMEOUT_S)[0]:
+        chunk = os.read(readable, 65536)
+        message += chunk
+        if not chunk or message == b"ready\n":
+            break
+    return message
+
+
+def _start_error(message: bytes, paths: Paths) -> BangerError:
+    try:
+        info: dict[str, Any] = msgspec.json.decode(message)
+        return from_wire(info["code"], info["message"], info.get("hint", ""))
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return Unavailable("bangerd did not start", hint=f"inspect {paths.daemon_log}")

@@ -1,0 +1,244 @@
+"""The database: VMs, images and kernels, each a row.
+
+One SQLite connection in WAL mode, used from one worker thread so that the event loop never waits
+for the disk. Opened at the daemon's start, closed at its end. The schema moves forward only; a
+database of a newer version is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from importlib import resources
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from banger.base.errors import Conflict, Internal, NotFound, PreconditionFailed
+from banger.base.model import Image, Kernel, Vm
+
+T = TypeVar("T")
+R = TypeVar("R", Vm, Image, Kernel)
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Store:
+    """Open with `Store.open`; every method is one transaction."""
+
+    def __init__(self, connection: sqlite3.Connection, worker: ThreadPoolExecutor) -> None:
+        self._connection = connection
+        self._worker = worker
+
+    @classmethod
+    async def open(cls, path: Path) -> Store:
+        """Open or make the database and bring its schema up to date.
+
+        Raises PreconditionFailed for a database from a newer version or one that is not readable.
+        """
+        worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
+        loop = asyncio.get_running_loop()
+        try:
+            connection = await loop.run_in_executor(worker, _connect, path)
+        except BaseException:
+            worker.shutdown(wait=False)
+            raise
+        return cls(connection, worker)
+
+    async def close(self) -> None:
+        await self._run(sqlite3.Connection.close)
+        self._worker.shutdown()
+
+    async def insert_vm(self, vm: Vm) -> None:
+        """Add a VM. Raises Conflict when the name is taken."""
+
+        def work(db: sqlite3.Connection) -> None:
+            try:
+                with db:
+                    db.execute(
+                        "INSERT INTO vms (id, name, image_id, kernel_id, record)"
+                        " VALUES (?, ?, ?, ?, ?)",
+                        (vm.id, vm.name, vm.image_id, vm.kernel_id, _json(vm)),
+                    )
+            except sqlite3.IntegrityError as error:
+                raise Conflict(
+                    f'vm "{vm.name}" already exists',
+                    hint="choose another --name, or delete it first",
+                ) from error
+
+        await self._run(work)
+
+    async def update_vm(self, vm: Vm) -> None:
+        """Replace a VM's row. Raises NotFound when it is gone."""
+
+        def work(db: sqlite3.Connection) -> None:
+            with db:
+                done = db.execute(
+                    "UPDATE vms SET name = ?, record = ? WHERE id = ?", (vm.name, _json(vm), vm.id)
+                )
+            if done.rowcount != 1:
+                raise NotFound(f'vm "{vm.name}" not found')
+
+        await self._run(work)
+
+    async def delete_vm(self, vm_id: str) -> None:
+        """Remove a VM's row; nothing when it is gone already."""
+        await self._delete("vms", vm_id)
+
+    async def get_vm(self, vm_id: str) -> Vm | None:
+        return await self._get("vms", "id", vm_id, Vm)
+
+    async def vms(self) -> list[Vm]:
+        """All VMs, by name."""
+        return await self._all("vms", Vm)
+
+    async def put_image(self, image: Image) -> None:
+        """Add an image, or replace the one of its name."""
+
+        def work(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute("DELETE FROM images WHERE name = ?", (image.name,))
+                db.execute(
+                    "INSERT INTO images (id, name, kernel_id, record) VALUES (?, ?, ?, ?)",
+                    (image.id, image.name, image.kernel_id, _json(image)),
+                )
+
+        await self._run(work)
+
+    async def delete_image(self, image_id: str) -> None:
+        await self._delete("images", image_id)
+
+    async def image_named(self, name: str) -> Image | None:
+        return await self._get("images", "name", name, Image)
+
+    async def get_image(self, image_id: str) -> Image | None:
+        return await self._get("images", "id", image_id, Image)
+
+    async def images(self) -> list[Image]:
+        return await self._all("images", Image)
+
+    async def vms_of_image(self, image_id: str) -> list[str]:
+        """Names of the VMs whose disks lie over this image."""
+
+        def work(db: sqlite3.Connection) -> list[str]:
+            rows = db.execute("SELECT name FROM vms WHERE image_id = ? ORDER BY name", (image_id,))
+            return [str(row[0]) for row in rows]
+
+        return await self._run(work)
+
+    async def put_kernel(self, kernel: Kernel) -> None:
+        """Add a kernel, or replace the one of its name."""
+
+        def work(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute("DELETE FROM kernels WHERE name = ?", (kernel.name,))
+                db.execute(
+                    "INSERT INTO kernels (id, name, record) VALUES (?, ?, ?)",
+                    (kernel.id, kernel.name, _json(kernel)),
+                )
+
+        await self._run(work)
+
+    async def kernel_named(self, name: str) -> Kernel | None:
+        return await self._get("kernels", "name", name, Kernel)
+
+    async def get_kernel(self, kernel_id: str) -> Kernel | None:
+        return await self._get("kernels", "id", kernel_id, Kernel)
+
+    async def kernels(self) -> list[Kernel]:
+        return await self._all("kernels", Kernel)
+
+    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        loop = asyncio.get_running_loop()
+        try:
+            # A transaction that was begun is finished even when its caller is cancelled.
+            return await asyncio.shield(loop.run_in_executor(self._worker, work, self._connection))
+        except sqlite3.Error as error:
+            raise Internal(
+                f"the database failed: {error}", hint="is the disk full? see: banger daemon logs"
+            ) from error
+
+    # The table and column names below are literals of this module, never from outside.
+
+    async def _get(self, table: str, column: str, value: str, kind: type[R]) -> R | None:
+        def work(db: sqlite3.Connection) -> R | None:
+            query = f"SELECT record FROM {table} WHERE {column} = ?"  # noqa: S608
+            row = db.execute(query, (value,)).fetchone()
+            return None if row is None else msgspec.json.decode(row[0], type=kind)
+
+        return await self._run(work)
+
+    async def _all(self, table: str, kind: type[R]) -> list[R]:
+        decoder = msgspec.json.Decoder(kind)
+
+        def work(db: sqlite3.Connection) -> list[R]:
+            rows = db.execute(f"SELECT record FROM {table} ORDER BY name")  # noqa: S608
+            return [decoder.decode(row[0]) for row in rows]
+
+        return await self._run(work)
+
+    async def _delete(self, table: str, row_id: str) -> None:
+        def work(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute(f"DELETE FROM {table} WHERE id = ?", (row_id,))  # noqa: S608
+
+        await self._run(work)
+
+
+def _json(record: msgspec.Struct) -> str:
+    return _encode(record).decode()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    try:
+        connection = sqlite3.connect(path, check_same_thread=False)
+        try:
+            path.chmod(0o600)
+            connection.execute("PRAGMA journal_mode = WAL")
+            # WAL with NORMAL loses no consistency on a crash, at most the last transaction on
+            # power loss; start-up reconciles with what really runs anyway.
+            connection.execute("PRAGMA synchronous = NORMAL")
+            connection.execute("PRAGMA busy_timeout = 5000")
+            _migrate(connection, path)
+        except BaseException:
+            connection.close()
+            raise
+    except sqlite3.Error as error:
+        raise PreconditionFailed(
+            f"cannot use the database {path}: {error}",
+            hint="move it away to begin with an empty one",
+        ) from error
+    return connection
+
+
+def migrations() -> list[tuple[int, str]]:
+    """(number, SQL) of each migration, in order."""
+    folder = resources.files("banger.store") / "migrations"
+    scripts = [entry for entry in folder.iterdir() if entry.name.endswith(".sql")]
+    return sorted((int(script.name[:3]), script.read_text("utf-8")) for script in scripts)
+
+
+def _migrate(connection: sqlite3.Connection, path: Path) -> None:
+    steps = migrations()
+    newest = steps[-1][0]
+    (current,) = connection.execute("PRAGMA user_version").fetchone()
+    if current > newest:
+        raise PreconditionFailed(
+            f"the database {path} is from a newer banger"
+            f" (schema {current}; this version knows {newest})",
+            hint="upgrade banger, or move the database away",
+        )
+    for number, script in steps:
+        if number > current:
+            try:
+                connection.executescript(
+                    f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
+                )
+            except sqlite3.Error:
+                with suppress(sqlite3.Error):
+                    connection.rollback()
+                raise
