@@ -76,6 +76,8 @@ class VmSpec(Record, frozen=True):
     system_overlay_size_mib: int
     init: InitMode = InitMode.AUTO
     network: NetworkMode = NetworkMode.USER
+    #: Deleted when the session it was made for ends (``vm run --rm``).
+    ephemeral: bool = False
 
 
 class VmRuntime(Record, frozen=True):
@@ -103,7 +105,6 @@ class Vm(Record, frozen=True):
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None = None
-    touched_at: datetime | None = None
 
 
 class Handles(Record, frozen=True):
@@ -133,7 +134,7 @@ class Image(Record, frozen=True):
 
 
 class Kernel(Record, frozen=True):
-    """An uncompressed ELF kernel, the initramfs that boots it, and its modules as an ext4 disk."""
+    """An uncompressed ELF kernel and its modules: all as an ext4 disk, those to boot as files."""
 
     id: str
     name: str
@@ -141,7 +142,7 @@ class Kernel(Record, frozen=True):
     architecture: str
     artifact_dir: str
     vmlinux_path: str
-    initramfs_path: str
+    boot_modules_path: str
     modules_path: str
     config_path: str
     size_bytes: int

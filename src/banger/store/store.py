@@ -96,12 +96,11 @@ class Store:
         """All VMs, by name."""
         return await self._all("vms", Vm)
 
-    async def put_image(self, image: Image) -> None:
-        """Add an image, or replace the one of its name."""
+    async def insert_image(self, image: Image) -> None:
+        """Add an image; its name must be free."""
 
         def work(db: sqlite3.Connection) -> None:
             with db:
-                db.execute("DELETE FROM images WHERE name = ?", (image.name,))
                 db.execute(
                     "INSERT INTO images (id, name, kernel_id, record) VALUES (?, ?, ?, ?)",
                     (image.id, image.name, image.kernel_id, _json(image)),
@@ -130,12 +129,11 @@ class Store:
 
         return await self._run(work)
 
-    async def put_kernel(self, kernel: Kernel) -> None:
-        """Add a kernel, or replace the one of its name."""
+    async def insert_kernel(self, kernel: Kernel) -> None:
+        """Add a kernel; its name must be free."""
 
         def work(db: sqlite3.Connection) -> None:
             with db:
-                db.execute("DELETE FROM kernels WHERE name = ?", (kernel.name,))
                 db.execute(
                     "INSERT INTO kernels (id, name, record) VALUES (?, ?, ?)",
                     (kernel.id, kernel.name, _json(kernel)),

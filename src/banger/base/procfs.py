@@ -1,0 +1,90 @@
+"""What /proc says about processes that are not (or no longer) our children.
+
+A pid alone proves nothing: it is used again. A process is known by its pid with its start time in
+one boot of the host, and recognised by its command line; it is signalled through a pidfd.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_PROC = Path("/proc")
+
+
+def boot_id() -> str:
+    """The kernel's random id of this boot."""
+    return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
+
+
+def start_ticks(pid: int) -> int:
+    """When the process started, in clock ticks since boot (proc(5): stat field 22); 0 if gone."""
+    try:
+        text = (_PROC / str(pid) / "stat").read_text()
+    except OSError:
+        return 0
+    # The second field is the command in parentheses and may itself hold spaces and parentheses.
+    return int(text.rpartition(")")[2].split()[19])
+
+
+def command_line(pid: int) -> tuple[str, ...]:
+    """The arguments of a process; empty for one that is gone, a zombie or a kernel thread."""
+    try:
+        raw = (_PROC / str(pid) / "cmdline").read_bytes()
+    except OSError:
+        return ()
+    return tuple(os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0")) if raw else ()
+
+
+def own_processes() -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(pid, arguments) of every live process of this user."""
+    for entry in _PROC.iterdir():
+        if entry.name.isdigit():
+            try:
+                if entry.stat().st_uid != os.getuid():
+                    continue
+            except OSError:
+                continue
+            if argv := command_line(int(entry.name)):
+                yield int(entry.name), argv
+
+
+def open_pidfd(pid: int, is_it: Callable[[tuple[str, ...]], bool]) -> int:
+    """A pidfd of this process if its command line is the expected one, else -1.
+
+    The command line is read after the pidfd is open: what it names is then what is signalled.
+    """
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return -1
+    if is_it(command_line(pid)):
+        return pidfd
+    os.close(pidfd)
+    return -1
+
+
+async def wait_exit(pidfd: int, timeout_s: float) -> bool:
+    """Wait until the process has ended; whether it did within `timeout_s` seconds."""
+    loop = asyncio.get_running_loop()
+    ended = asyncio.Event()
+    loop.add_reader(pidfd, ended.set)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await ended.wait()
+    except TimeoutError:
+        return False
+    finally:
+        loop.remove_reader(pidfd)
+    return True
+
+
+async def kill(pidfd: int, timeout_s: float = 5.0) -> bool:
+    """SIGKILL the process and wait until it has ended. Idempotent."""
+    with suppress(ProcessLookupError):
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+    return await wait_exit(pidfd, timeout_s)

@@ -1,0 +1,128 @@
+"""Images: build, find, delete. Two requests for one image share one build."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import msgspec
+
+from banger.base.errors import BadRequest, Conflict, NotFound
+from banger.base.model import Image, InitMode, check_artifact_name, now
+from banger.base.opid import current_op_id, new_op_id
+from banger.base.paths import Paths
+from banger.images.build import BUILDABLE, build_image
+from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
+from banger.services.kernel import KernelService
+from banger.services.locks import Locks
+from banger.services.operations import Operations, Progress, raise_failure
+from banger.store.store import Store
+
+
+class ImageService:
+    def __init__(
+        self, paths: Paths, store: Store, operations: Operations, kernels: KernelService
+    ) -> None:
+        self._paths = paths
+        self._store = store
+        self._operations = operations
+        self._kernels = kernels
+        self._builds: dict[str, Progress] = {}
+        #: Held while an image's set of users may grow or while it is deleted.
+        self.locks = Locks()
+
+    async def all(self) -> list[Image]:
+        return await self._store.images()
+
+    async def get(self, name: str) -> Image:
+        """The image of this name. Raises NotFound, with what could be meant."""
+        image = await self._store.image_named(check_artifact_name(name))
+        if image is None:
+            hint = (
+                f"build it: banger image build {name}"
+                if name in BUILDABLE
+                else f"see: banger image list; buildable: {', '.join(BUILDABLE)}"
+            )
+            raise NotFound(f'image "{name}" not found', hint=hint)
+        return image
+
+    async def begin_build(self, name: str) -> Progress:
+        """Start building a Debian image, or join the build that runs; Conflict if it exists."""
+        check_artifact_name(name)
+        if name not in BUILDABLE:
+            raise BadRequest(
+                f'banger does not know how to build "{name}"',
+                hint=f"it can build: {', '.join(BUILDABLE)}",
+            )
+        if await self._store.image_named(name) is not None:
+            raise Conflict(
+                f'image "{name}" already exists', hint=f"to renew it: banger image delete {name}"
+            )
+        running = self._builds.get(name)
+        if running is None or running.record.done:
+            running = self._operations.begin(
+                "image.build", name, lambda progress: self._build(name, progress), image_name=name
+            )
+            self._builds[name] = running
+        return running
+
+    async def ensure(self, name: str, progress: Progress) -> Image:
+        """The image of this name, built first when it is one banger can build and is missing.
+
+        The build goes on when the caller is cancelled: others may wait for it.
+        """
+        if await self._store.image_named(check_artifact_name(name)) is None and name in BUILDABLE:
+            # The build is an operation of its own beside the caller's.
+            token = current_op_id.set(new_op_id())
+            try:
+                build = await self.begin_build(name)
+            finally:
+                current_op_id.reset(token)
+            async for state in build.changes():
+                progress.stage("image", f"{state.stage}: {state.detail}", state.percent)
+                if state.done:
+                    raise_failure(state)
+        return await self.get(name)
+
+    async def _build(self, name: str, progress: Progress) -> None:
+        kernel = await self._kernels.ensure(progress.stage)
+        image_id = new_id()
+        directory = self._paths.image_dir(image_id)
+        async with staged(directory) as staging:
+            built = await build_image(name, staging, progress=progress.stage)
+            progress.stage("finish")
+            size_bytes = await asyncio.to_thread(allocated_bytes, staging)
+            image = Image(
+                id=image_id,
+                name=name,
+                kernel_id=kernel.id,
+                artifact_dir=str(directory),
+                rootfs_path=str(directory / built.rootfs.name),
+                work_seed_path=str(directory / built.work_seed.name),
+                init=InitMode.MINIMAL,
+                size_bytes=size_bytes,
+                created_at=now(),
+                packages=built.packages,
+            )
+            (staging / "image.json").write_bytes(msgspec.json.format(msgspec.json.encode(image)))
+        await self._store.insert_image(image)
+        progress.result(image=image)
+
+    async def delete(self, name: str) -> Image:
+        """Delete an image; Conflict while a VM uses it."""
+        image = await self.get(name)
+        async with self.locks.hold(image.id):
+            if users := await self._store.vms_of_image(image.id):
+                raise Conflict(
+                    f'image "{name}" is used by {", ".join(users)}',
+                    hint="delete those VMs first",
+                )
+            await self._store.delete_image(image.id)
+            await asyncio.to_thread(shutil.rmtree, Path(image.artifact_dir), ignore_errors=True)
+        return image
+
+    async def remove_leftovers(self) -> None:
+        """At start-up: what interrupted builds and deletions left."""
+        known = {image.id for image in await self._store.images()}
+        await remove_leftovers(self._paths.images_dir, known)

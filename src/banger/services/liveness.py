@@ -1,0 +1,148 @@
+"""Whether a VM runs: the one place that decides it, and the one that ends its processes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from banger.base import procfs
+from banger.base.errors import BangerError, Internal
+from banger.base.log import get_logger
+from banger.base.model import Handles, Vm, VmState
+from banger.drivers.base import Hypervisor, Network
+from banger.services.handles import HandleCache
+
+_QUIT_TIMEOUT_S = 3.0
+
+
+class Liveness:
+    """Joins what is recorded of a VM's processes with what the kernel says of them."""
+
+    def __init__(self, hypervisor: Hypervisor, network: Network, handles: HandleCache) -> None:
+        self._hypervisor = hypervisor
+        self._network = network
+        self._handles = handles
+        self._boot_id = procfs.boot_id()
+        self._watches: dict[str, int] = {}
+
+    def vm_alive(self, vm: Vm) -> bool:
+        """Whether the VM's machine runs right now: a running process that is provably its own."""
+        if vm.runtime.state not in (VmState.RUNNING, VmState.CREATING):
+            return False
+        handles = self._handles.get(vm.id)
+        return (
+            handles.pid > 0
+            and handles.boot_id == self._boot_id
+            and procfs.start_ticks(handles.pid) == handles.pid_start_ticks
+            and self._is_machine(vm)(procfs.command_line(handles.pid))
+        )
+
+    def record(self, vm: Vm, *, pid: int, network_pid: int) -> Handles:
+        """Remember the processes of a VM that was just launched."""
+        handles = Handles(
+            pid=pid,
+            pid_start_ticks=procfs.start_ticks(pid),
+            boot_id=self._boot_id,
+            network_pid=network_pid,
+            network_pid_start_ticks=procfs.start_ticks(network_pid) if network_pid else 0,
+        )
+        self._handles.set(vm.id, handles)
+        return handles
+
+    def rediscover(self, vm: Vm, processes: list[tuple[int, tuple[str, ...]]]) -> bool:
+        """After a daemon's restart: find the VM's process by its control socket.
+
+        A live process is preferred over the recorded pid; what else was recorded is kept. Whether
+        the VM runs.
+        """
+        handles = self._handles.load(vm.id)
+        is_machine = self._is_machine(vm)
+        pid = next((pid for pid, argv in processes if is_machine(argv)), 0)
+        if not pid:
+            return False
+        found = msgspec.structs.replace(
+            handles, pid=pid, pid_start_ticks=procfs.start_ticks(pid), boot_id=self._boot_id
+        )
+        if found != handles:
+            self._handles.set(vm.id, found)
+        return True
+
+    def watch(self, vm: Vm, ended: Callable[[], None]) -> None:
+        """Call `ended` once when the VM's process ends."""
+        pidfd = self._open_machine(vm)
+        if pidfd < 0:
+            ended()
+            return
+        loop = asyncio.get_running_loop()
+
+        def fire() -> None:
+            self.unwatch(vm.id)
+            ended()
+
+        self.unwatch(vm.id)
+        self._watches[vm.id] = pidfd
+        loop.add_reader(pidfd, fire)
+
+    def unwatch(self, vm_id: str) -> None:
+        """Stop watching. Idempotent."""
+        pidfd = self._watches.pop(vm_id, -1)
+        if pidfd >= 0:
+            asyncio.get_running_loop().remove_reader(pidfd)
+            os.close(pidfd)
+
+    async def wait_exit(self, vm: Vm, timeout_s: float) -> bool:
+        """Whether the VM's process ends within `timeout_s` seconds (at once if it has)."""
+        pidfd = self._open_machine(vm)
+        if pidfd < 0:
+            return True
+        try:
+            return await procfs.wait_exit(pidfd, timeout_s)
+        finally:
+            os.close(pidfd)
+
+    async def end(self, vm: Vm) -> None:
+        """End the VM's processes now: its hypervisor is asked, then killed; then its network.
+
+        Idempotent. Raises Internal when the kernel does not let a process die.
+        """
+        self.unwatch(vm.id)
+        pidfd = self._open_machine(vm)
+        if pidfd >= 0:
+            try:
+                await self._end_machine(vm, pidfd)
+            finally:
+                os.close(pidfd)
+        network_pid = self._handles.get(vm.id).network_pid
+        if network_pid:
+            # It ends by itself when the machine does; only one that hangs is killed.
+            pidfd = procfs.open_pidfd(network_pid, lambda argv: self._network.owns(argv, vm.id))
+            if pidfd >= 0:
+                try:
+                    await procfs.wait_exit(pidfd, 1.0) or await procfs.kill(pidfd)
+                finally:
+                    os.close(pidfd)
+
+    async def _end_machine(self, vm: Vm, pidfd: int) -> None:
+        try:
+            async with asyncio.timeout(_QUIT_TIMEOUT_S):
+                await self._hypervisor.quit(Path(vm.runtime.control_socket))
+                await procfs.wait_exit(pidfd, _QUIT_TIMEOUT_S)
+        except (BangerError, TimeoutError) as error:
+            get_logger().info("hypervisor does not quit", vm_id=vm.id, error=str(error))
+        if not await procfs.kill(pidfd):
+            raise Internal(
+                f'the process of vm "{vm.name}" cannot be killed',
+                hint=f"look at pid {self._handles.get(vm.id).pid}: its disk may be hanging",
+            )
+
+    def _open_machine(self, vm: Vm) -> int:
+        pid = self._handles.get(vm.id).pid
+        return procfs.open_pidfd(pid, self._is_machine(vm)) if pid else -1
+
+    def _is_machine(self, vm: Vm) -> Callable[[tuple[str, ...]], bool]:
+        socket = Path(vm.runtime.control_socket)
+        return lambda argv: self._hypervisor.owns(argv, socket)

@@ -1,0 +1,153 @@
+"""The registry of long work: what runs, at which stage, how it ended, and how to stop it.
+
+An operation's id is the op_id of the call that began it. Its task belongs to the registry, not to
+the client that asked: the client may come and go. Finished ones are kept for a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+
+import msgspec
+
+from banger.base.errors import BangerError, Cancelled, Internal, NotFound, from_wire
+from banger.base.log import OperationLog, get_logger
+from banger.base.model import ErrorInfo, Image, Operation, OperationState, Vm, now
+from banger.base.opid import current_op_id
+
+#: How long a finished operation can still be asked about.
+KEEP_FINISHED = timedelta(minutes=10)
+
+
+class Progress:
+    """What the work of an operation reports to; the registry and the log read it."""
+
+    def __init__(self, log: OperationLog, record: Operation) -> None:
+        self._log = log
+        self.record = record
+        self._changed = asyncio.Event()
+
+    def stage(self, stage: str, detail: str = "", percent: float = -1) -> None:
+        """Enter `stage`, or say more about the one it is in. Percent is -1 if unknown."""
+        entered = stage != self.record.stage
+        self._update(stage=stage, detail=detail, percent=percent)
+        if entered:
+            self._log.stage(stage)
+
+    def describe(self, **attributes: object) -> None:
+        """Attributes for the log's records, known only now."""
+        self._log.bind(**attributes)
+
+    def result(self, *, vm: Vm | None = None, image: Image | None = None) -> None:
+        self._update(vm=vm or self.record.vm, image=image or self.record.image)
+
+    def finish(self, state: OperationState, error: BangerError | None = None) -> None:
+        info = None
+        if error is not None:
+            info = ErrorInfo(
+                code=error.code, message=error.message, hint=error.hint, op_id=self.record.id
+            )
+        self._update(state=state, error=info, finished_at=now())
+
+    async def changes(self) -> AsyncIterator[Operation]:
+        """The record now and after each change (some may be skipped), ending with the last."""
+        while True:
+            changed, record = self._changed, self.record
+            yield record
+            if record.done:
+                return
+            await changed.wait()
+
+    def _update(self, **fields: object) -> None:
+        self.record = msgspec.structs.replace(self.record, **fields)
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+Work = Callable[[Progress], Awaitable[None]]
+
+
+class Operations:
+    def __init__(self) -> None:
+        self._progress: dict[str, Progress] = {}
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self, kind: str, target: str, work: Work, **attributes: str) -> Progress:
+        """Start `work` in a task of the registry. Its id is the current op_id."""
+        self._prune()
+        op_id = current_op_id.get()
+        record = Operation(
+            id=op_id,
+            kind=kind,
+            target=target,
+            state=OperationState.RUNNING,
+            stage="",
+            detail="",
+            percent=-1,
+            started_at=now(),
+        )
+        log = OperationLog(kind, **attributes)
+        progress = Progress(log, record)
+        self._progress[op_id] = progress
+        task = asyncio.create_task(self._run(progress, log, work), name=f"{kind} {op_id}")
+        self._tasks[op_id] = task
+        task.add_done_callback(lambda _: self._tasks.pop(op_id, None))
+        return progress
+
+    async def _run(self, progress: Progress, log: OperationLog, work: Work) -> None:
+        try:
+            with log:
+                await work(progress)
+        except asyncio.CancelledError:
+            progress.finish(OperationState.CANCELLED, Cancelled(f"{log.operation} was cancelled"))
+        except BangerError as error:
+            progress.finish(OperationState.FAILED, error)
+        except Exception as error:
+            # A supervisor's boundary: the traceback goes to the log, the client gets a sentence.
+            get_logger().exception("operation crashed", operation=log.operation)
+            crash = Internal(
+                f"internal error: {type(error).__name__}", hint="see: banger daemon logs"
+            )
+            progress.finish(OperationState.FAILED, crash)
+        else:
+            progress.finish(OperationState.COMPLETED)
+
+    def get(self, op_id: str) -> Progress:
+        try:
+            return self._progress[op_id]
+        except KeyError:
+            raise NotFound(f'operation "{op_id}" not found') from None
+
+    def all(self) -> list[Operation]:
+        """Every operation that is known, oldest first."""
+        self._prune()
+        return [progress.record for progress in self._progress.values()]
+
+    async def cancel(self, op_id: str) -> Operation:
+        """Stop it, wait until it has cleaned up, and return how it ended. Idempotent."""
+        progress = self.get(op_id)
+        if task := self._tasks.get(op_id):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            if not progress.record.done:  # cancelled before its first step
+                progress.finish(OperationState.CANCELLED, Cancelled("cancelled before it began"))
+        return progress.record
+
+    async def close(self) -> None:
+        """Cancel all and wait for their clean-up: the daemon is stopping."""
+        await asyncio.gather(*(self.cancel(op_id) for op_id in list(self._tasks)))
+
+    def _prune(self) -> None:
+        horizon = now() - KEEP_FINISHED
+        for op_id, progress in list(self._progress.items()):
+            finished = progress.record.finished_at
+            if finished is not None and finished < horizon:
+                del self._progress[op_id]
+
+
+def raise_failure(operation: Operation) -> None:
+    """Raise the error of an operation that ended without success."""
+    if (info := operation.error) is not None:
+        raise from_wire(info.code, info.message, info.hint, info.op_id)

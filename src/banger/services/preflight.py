@@ -1,0 +1,72 @@
+"""Everything a start needs, checked before anything is made, and reported in one error.
+
+`banger doctor` shows the same checks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from banger.base.errors import BangerError, PreconditionFailed
+from banger.base.model import Image, Kernel
+from banger.base.units import format_size
+from banger.drivers.base import Check, Level
+from banger.images.ext4 import check_ext4
+from banger.images.kernel import check_vmlinux
+
+#: Below this a guest's first writes could already fail; its disks grow as it writes.
+FREE_DISK_MIN_BYTES = 512 << 20
+
+_FileCheck = Callable[[Path], None]
+
+
+def require(checks: Iterable[Check]) -> None:
+    """Raise PreconditionFailed that lists every failed check, each with what to do."""
+    failed = [check for check in checks if check.level is Level.FAIL]
+    if not failed:
+        return
+    problems = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+    hints = list(dict.fromkeys(check.hint for check in failed if check.hint))
+    raise PreconditionFailed(f"cannot start a VM here: {problems}", hint="; ".join(hints))
+
+
+def check_free_disk(directory: Path, needed_bytes: int = FREE_DISK_MIN_BYTES) -> Check:
+    """Whether the file system of `directory` (or its nearest parent that exists) has room."""
+    while not directory.exists():
+        directory = directory.parent
+    info = os.statvfs(directory)
+    free = info.f_bavail * info.f_frsize
+    if free >= needed_bytes:
+        return Check("disk space", Level.OK, f"{format_size(free)} free in {directory}")
+    return Check(
+        "disk space",
+        Level.FAIL,
+        f"{directory} has {format_size(free)} free, {format_size(needed_bytes)} are needed",
+        "make room: banger vm list and banger image list show what banger holds",
+    )
+
+
+def check_artifacts(image: Image, kernel: Kernel) -> list[Check]:
+    """Whether the image's and the kernel's files are there and are what they should be."""
+    return [
+        _artifact(f'image "{image.name}"', check_ext4, image.rootfs_path),
+        _artifact(f'work seed of image "{image.name}"', check_ext4, image.work_seed_path),
+        _artifact(f'kernel "{kernel.name}"', check_vmlinux, kernel.vmlinux_path),
+        _artifact(f'modules of kernel "{kernel.name}"', check_ext4, kernel.modules_path),
+    ]
+
+
+def _artifact(name: str, check: _FileCheck, path: str) -> Check:
+    try:
+        check(Path(path))
+    except BangerError as error:
+        return Check(name, Level.FAIL, error.message, error.hint)
+    return Check(name, Level.OK, path)
+
+
+def worst(checks: Sequence[Check]) -> Level:
+    """The worst level among them; OK when there are none."""
+    order = [Level.OK, Level.WARN, Level.FAIL]
+    return max((check.level for check in checks), key=order.index, default=Level.OK)
