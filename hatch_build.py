@@ -54,9 +54,9 @@ def build_agents(root: Path) -> None:
     stale = [agent for agent in ARCHITECTURES if not _is_fresh(root, agent, inputs)]
     if not stale:
         return
-    with _cache_dir() as cache:
+    with _environment() as environment:
         # Together: the first compilation builds a C library for each target, 35 s each.
-        started = [_start(root, architecture, sources, cache) for architecture in stale]
+        started = [_start(root, architecture, sources, environment) for architecture in stale]
         failures = [failure for each in started if (failure := _finish(*each, inputs))]
     if failures:
         raise AgentBuildError("\n\n".join(failures))
@@ -92,37 +92,22 @@ def _is_fresh(root: Path, architecture: str, inputs: str) -> bool:
 
 
 @contextmanager
-def _cache_dir() -> Iterator[Path]:
-    """Where Zig keeps the C libraries it builds: the user's cache, or a directory for this build.
+def _environment() -> Iterator[Mapping[str, str]]:
+    """Our environment with a place for what Zig builds first (C libraries, 77 MB).
 
-    Zig's own choice fails when HOME is unset, and when it cannot be written.
+    That is ZIG_GLOBAL_CACHE_DIR when it is set, as `scripts/setup` does. Else it is a directory
+    for this build: Zig's own choice fails when there is no HOME to write to, and a cache that
+    stays would only grow, as pip puts the compiler into a new directory for each isolated build
+    and Zig's cache entries hold for one directory.
     """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not base.startswith("/"):
-        base = os.path.expanduser("~/.cache")  # noqa: PTH111  (Path raises when there is no home)
-    cache = Path(base, "banger", "zig")
-    try:
-        if not cache.is_absolute():
-            raise FileNotFoundError(cache)
-        cache.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=cache).close()
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="banger-zig-") as temporary:
-            yield Path(temporary)
-    else:
-        yield cache
-
-
-def _environment(cache: Path) -> Mapping[str, str]:
-    return {
-        **os.environ,
-        "ZIG_GLOBAL_CACHE_DIR": str(cache),
-        "ZIG_LOCAL_CACHE_DIR": str(cache),
-    }
+    kept = os.environ.get("ZIG_GLOBAL_CACHE_DIR")
+    with tempfile.TemporaryDirectory(prefix="banger-zig-") as temporary:
+        cache = kept or temporary
+        yield {**os.environ, "ZIG_GLOBAL_CACHE_DIR": cache, "ZIG_LOCAL_CACHE_DIR": cache}
 
 
 def _start(
-    root: Path, architecture: str, sources: list[Path], cache: Path
+    root: Path, architecture: str, sources: list[Path], environment: Mapping[str, str]
 ) -> tuple[Path, str, Path, subprocess.Popen[str]]:
     # Not in bin/: what an interrupted build leaves there would be shipped by the next one.
     unfinished = _stamp(root, architecture).with_suffix(f".{os.getpid()}")
@@ -135,7 +120,7 @@ def _start(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env=_environment(cache),
+        env=environment,
     )
     return root, architecture, unfinished, process
 
