@@ -8,10 +8,12 @@ _PACKAGES = {
     "passt": "passt",
     "mke2fs": "e2fsprogs",
     "e2fsck": "e2fsprogs",
+    "debugfs": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "unshare": "util-linux",
     "setpriv": "util-linux",
     "newuidmap": "uidmap",
+    "newgidmap": "uidmap",
     "tar": "tar",
 }
 

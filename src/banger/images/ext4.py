@@ -1,0 +1,167 @@
+"""ext4 images: made from a directory by mke2fs, and checked before a machine is given one."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from banger.base import proc
+from banger.base.errors import PreconditionFailed
+from banger.base.units import format_size
+from banger.images.userns import contained
+
+MIB = 1 << 20
+_BLOCK = 4096
+_INODE = 256
+_TIMEOUT_S = 1800
+
+#: Named in full, so that the host's mke2fs.conf cannot choose what the guest's kernel must know
+#: (e2fsprogs 1.47.0 made orphan_file a default, which kernels before 5.15 refuse).
+_FEATURES = (
+    "none,ext_attr,resize_inode,dir_index,filetype,extent,64bit,flex_bg,sparse_super,"
+    "large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
+)
+
+#: Group descriptors are reserved for a work disk of 1 TiB (127 blocks): it grows there without
+#: changing its layout. Beyond that the kernel goes over to meta_bg by itself.
+_GROW_TO_BLOCKS = (1 << 40) // _BLOCK
+
+# Documentation/filesystems/ext4/super.rst of the kernel.
+_SUPERBLOCK = 1024
+_MAGIC = 0xEF53
+_INCOMPAT_64BIT = 0x80
+_LOG_BLOCK_SIZE_MAX = 6
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The shape of a new file system. ``journal_mib`` 0 means none; ``inodes`` 0 the usual."""
+
+    label: str
+    size_mib: int
+    journal_mib: int = 0
+    inodes: int = 0
+
+
+def mke2fs_argv(source: Path, image: Path, shape: Shape) -> list[str]:
+    """Arguments for an ext4 with the content of `source`, owned by root where it is.
+
+    The file is new, so its inode tables are zero already: neither mke2fs nor later the guest's
+    kernel has to write them (lazy_itable_init).
+    """
+    extended = "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"
+    return [
+        *("mke2fs", "-q", "-F", "-b", str(_BLOCK), "-I", str(_INODE), "-m", "0"),
+        *("-L", shape.label, "-E", f"{extended},resize={_GROW_TO_BLOCKS}"),
+        *("-O", _FEATURES + (",has_journal" if shape.journal_mib else "")),
+        *(("-J", f"size={shape.journal_mib}") if shape.journal_mib else ()),
+        *(("-N", str(shape.inodes)) if shape.inodes else ("-i", "16384")),
+        *("-d", str(source), str(image), f"{shape.size_mib}M"),
+    ]
+
+
+async def make_ext4(source: Path, image: Path, shape: Shape) -> None:
+    """Write `image`, a sparse ext4 of `shape` with what is in `source`; owners are kept.
+
+    `source` is a tree made in `userns.contained`. Raises PreconditionFailed when it does not fit
+    or the host's disk is full. Not synced: see `sync_file`.
+    """
+    await asyncio.to_thread(_make_empty, image)
+    try:
+        await proc.run(contained(mke2fs_argv(source, image, shape)), timeout_s=_TIMEOUT_S)
+    except proc.ProcessFailed as error:
+        raise PreconditionFailed(
+            f"cannot make {image.name}: {error.message}",
+            hint=f"see that {image.parent} has free space",
+        ) from error
+
+
+def _make_empty(image: Path) -> None:
+    image.unlink(missing_ok=True)
+    image.touch(mode=0o600)
+
+
+async def make_growing_home(image: Path) -> None:
+    """Make `image` a home directory: root's alone, and quick to grow.
+
+    mke2fs leaves the root directory 0755. With `noinit_itable` (a default mount option kept in
+    the superblock) the kernel does not zero the inode tables of the part that a grown disk gains,
+    2 MiB for each 128 MiB: a new disk reads as zeros anyway.
+    """
+    requests = "set_inode_field <2> mode 040700\nset_super_value mount_opts noinit_itable\n"
+    done = await proc.run(
+        ["debugfs", "-w", "-f", "-", image], stdin=requests.encode(), timeout_s=60
+    )
+    # debugfs exits with 0 whatever happens, and says its version and the requests otherwise.
+    complaints = [
+        line
+        for line in (done.stdout + done.stderr).decode(errors="replace").splitlines()
+        if line and not line.startswith("debugfs")
+    ]
+    if complaints:
+        raise PreconditionFailed(f"cannot set up {image.name}: {'; '.join(complaints)}")
+
+
+def fitting_shape(tree: Path, label: str) -> Shape:
+    """A file system without journal that just holds `tree`, for one that is only read."""
+    blocks = inodes = 0
+    for directory, names, files in os.walk(tree):
+        for name in (*names, *files):
+            info = Path(directory, name).lstat()
+            inodes += 1
+            content = info.st_size if stat.S_ISREG(info.st_mode) else _BLOCK
+            blocks += math.ceil(content / _BLOCK)
+    inodes += 64
+    used = blocks * _BLOCK + inodes * _INODE
+    # Bitmaps, descriptors with their reserve, extent blocks: well under 3 % and 6 MiB.
+    return Shape(label, math.ceil(used * 1.03 / MIB) + 6, inodes=inodes)
+
+
+def sync_file(path: Path) -> None:
+    """Have the content of `path` on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_ext4(path: Path) -> None:
+    """Raise PreconditionFailed unless `path` starts as an ext4 and has all of its length.
+
+    Reads 1 KiB: enough for a missing, foreign or cut off image, not for damage inside.
+    """
+    try:
+        with path.open("rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            file.seek(_SUPERBLOCK)
+            superblock = file.read(1024)
+    except OSError as error:
+        raise _unusable(path, error.strerror or str(error)) from error
+    if len(superblock) < 1024 or struct.unpack_from("<H", superblock, 0x38)[0] != _MAGIC:
+        raise _unusable(path, "it is not an ext4 file system")
+    blocks, log_block_size = (
+        struct.unpack_from("<I", superblock, 0x04)[0],
+        struct.unpack_from("<I", superblock, 0x18)[0],
+    )
+    if struct.unpack_from("<I", superblock, 0x60)[0] & _INCOMPAT_64BIT:
+        blocks |= struct.unpack_from("<I", superblock, 0x150)[0] << 32
+    if log_block_size > _LOG_BLOCK_SIZE_MAX or blocks == 0:
+        raise _unusable(path, "its superblock is damaged")
+    size = blocks * (1024 << log_block_size)
+    if length < size:
+        raise _unusable(
+            path, f"it is cut off: {format_size(length)} of a {format_size(size)} file system"
+        )
+
+
+def _unusable(path: Path, problem: str) -> PreconditionFailed:
+    return PreconditionFailed(
+        f"{path} cannot be used: {problem}",
+        hint="delete the image or kernel it belongs to and build it again",
+    )

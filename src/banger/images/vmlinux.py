@@ -1,0 +1,192 @@
+"""The kernel's ELF: taken out of a bzImage, and checked.
+
+A bzImage is a setup program and a decompressor around the compressed ELF. Since boot protocol
+2.08 its header says where that payload lies (the kernel's Documentation/arch/x86/boot.rst); in
+what has no such header it is searched for by the magic numbers of the compressors.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import lzma
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+
+import lz4.block
+import zstandard
+
+from banger.base.errors import PreconditionFailed
+
+#: More than any kernel: a Debian one is 53 MB. Bounds the memory that a hostile file can cost.
+VMLINUX_MAX_BYTES = 512 << 20
+_PIECE = 1 << 20
+
+_BOOT_FLAG = (0x1FE, b"\x55\xaa")
+_HEADER_MAGIC = (0x202, b"HdrS")
+_PROTOCOL_WITH_PAYLOAD = 0x0208
+_SECTOR = 512
+_SETUP_SECTORS_IF_ZERO = 4
+
+_ELF_MAGIC = b"\x7fELF"
+_ELF_HEADER_BYTES = 64
+_ELF_64_LITTLE_ENDIAN = b"\x02\x01"
+_MACHINE_X86_64 = 62
+_PROGRAM_HEADER_BYTES = 56
+_PT_LOAD = 1
+
+_LZ4_LEGACY_BLOCK = 8 << 20
+_LZ4_LEGACY_COMPRESSED_MAX = _LZ4_LEGACY_BLOCK + _LZ4_LEGACY_BLOCK // 255 + 16
+_XZ_MEMORY_BYTES = 256 << 20
+_ZSTD_WINDOW_BYTES = 128 << 20
+_SEARCH_MAX_CANDIDATES = 64
+
+_DAMAGED = (zlib.error, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockError)
+
+
+def _gunzip(data: memoryview) -> Iterator[bytes]:
+    decompressor = zlib.decompressobj(wbits=31)
+    piece = decompressor.decompress(data, _PIECE)
+    while piece:
+        yield piece
+        piece = decompressor.decompress(decompressor.unconsumed_tail, _PIECE)
+
+
+def _unxz(data: memoryview) -> Iterator[bytes]:
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY_BYTES)
+    piece = decompressor.decompress(data, _PIECE)
+    while piece:
+        yield piece
+        if decompressor.eof:
+            return
+        piece = decompressor.decompress(b"", _PIECE)
+
+
+def _unzstd(data: memoryview) -> Iterator[bytes]:
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+    with decompressor.stream_reader(io.BytesIO(data)) as reader:
+        while piece := reader.read(_PIECE):
+            yield piece
+
+
+def _unlz4_legacy(data: memoryview) -> Iterator[bytes]:
+    """Blocks of 8 MiB, each after its compressed length; no mark at the end.
+
+    The kernel's build appends the uncompressed length, 4 bytes that are no block: hence "more
+    than 4 left".
+    """
+    offset = 4
+    while offset + 4 < len(data):
+        (length,) = struct.unpack_from("<I", data, offset)
+        offset += 4
+        if length > min(_LZ4_LEGACY_COMPRESSED_MAX, len(data) - offset):
+            return
+        block = data[offset : offset + length]
+        yield lz4.block.decompress(block, uncompressed_size=_LZ4_LEGACY_BLOCK)
+        offset += length
+
+
+_FORMATS: dict[bytes, Callable[[memoryview], Iterator[bytes]]] = {
+    b"\x02\x21\x4c\x18": _unlz4_legacy,
+    b"\x28\xb5\x2f\xfd": _unzstd,
+    b"\xfd7zXZ\x00": _unxz,
+    b"\x1f\x8b\x08": _gunzip,
+}
+
+
+def extract_vmlinux(image: bytes) -> bytes:
+    """The ELF inside a bzImage, or `image` itself if it is one.
+
+    Raises PreconditionFailed for everything else: another compression, another architecture, a
+    damaged file.
+    """
+    if image.startswith(_ELF_MAGIC):
+        return _checked(image)
+    whole = memoryview(image)
+    payload = _payload(whole)
+    for start in itertools.chain([] if payload is None else [payload], _candidates(image)):
+        elf = _decompress(start)
+        if elf is not None:
+            return _checked(elf)
+    raise PreconditionFailed(
+        "no kernel found in the boot image: it is damaged, or compressed in an unknown way",
+        hint="gzip, xz, zstd and lz4 are known; give an uncompressed vmlinux otherwise",
+    )
+
+
+def _payload(image: memoryview) -> memoryview | None:
+    """Where the setup header says that the compressed kernel lies."""
+    if len(image) < 0x250 or any(
+        image[offset : offset + len(mark)] != mark for offset, mark in (_BOOT_FLAG, _HEADER_MAGIC)
+    ):
+        return None
+    (protocol,) = struct.unpack_from("<H", image, 0x206)
+    if protocol < _PROTOCOL_WITH_PAYLOAD:
+        return None
+    offset, length = struct.unpack_from("<II", image, 0x248)
+    start = ((image[0x1F1] or _SETUP_SECTORS_IF_ZERO) + 1) * _SECTOR + offset
+    return image[start : start + length]
+
+
+def _candidates(image: bytes) -> Iterator[memoryview]:
+    """Everything that starts like compressed data, the nearest first; a bounded number."""
+    found: list[int] = []
+    for magic in _FORMATS:
+        offset = image.find(magic)
+        while offset >= 0 and len(found) < _SEARCH_MAX_CANDIDATES:
+            found.append(offset)
+            offset = image.find(magic, offset + 1)
+    for offset in sorted(found):
+        yield memoryview(image)[offset:]
+
+
+def _decompress(data: memoryview) -> bytes | None:
+    """What `data` holds if that is an ELF; None for another content, or damage."""
+    unpack = next((each for magic, each in _FORMATS.items() if data[: len(magic)] == magic), None)
+    if unpack is None:
+        return None
+    elf = bytearray()
+    try:
+        for piece in unpack(data):
+            elf += piece
+            if not elf.startswith(_ELF_MAGIC[: len(elf)]) or len(elf) > VMLINUX_MAX_BYTES:
+                return None
+    except _DAMAGED:
+        return None
+    return bytes(elf)
+
+
+def _checked(elf: bytes) -> bytes:
+    problem = elf_problem(io.BytesIO(elf), len(elf))
+    if problem:
+        raise PreconditionFailed(f"the kernel in the boot image cannot be used: {problem}")
+    return elf
+
+
+def elf_problem(file: io.BufferedIOBase, length: int) -> str:
+    """What is wrong with an x86-64 ELF of `length` bytes (elf(5)); empty if nothing is.
+
+    Reads its headers only: enough for a foreign or cut off file.
+    """
+    header = file.read(_ELF_HEADER_BYTES)
+    if len(header) < _ELF_HEADER_BYTES or not header.startswith(_ELF_MAGIC):
+        return "it is not an ELF file"
+    if header[4:6] != _ELF_64_LITTLE_ENDIAN or header[18] != _MACHINE_X86_64 or header[19]:
+        return "it is not for x86-64"
+    (table,) = struct.unpack_from("<Q", header, 32)
+    entry_bytes, count = struct.unpack_from("<HH", header, 54)
+    if entry_bytes != _PROGRAM_HEADER_BYTES or count == 0:
+        return "it has no program headers"
+    if table + count * entry_bytes > length:
+        return "it is cut off"
+    file.seek(table)
+    headers = file.read(count * entry_bytes)
+    loadable = 0
+    for offset in range(0, len(headers), entry_bytes):
+        (kind,) = struct.unpack_from("<I", headers, offset)
+        start, _, _, size = struct.unpack_from("<QQQQ", headers, offset + 8)
+        if start + size > length:
+            return "it is cut off"
+        loadable += kind == _PT_LOAD
+    return "" if loadable else "nothing in it can be loaded"
