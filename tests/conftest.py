@@ -1,0 +1,107 @@
+"""What all tests share: a private home, `--keep-guests`, and a look at what was left behind.
+
+No test sees the developer's own banger: HOME and the XDG directories are below one directory made
+for the session. What still names that directory at the end was started by this session: it is
+ended, and is an error.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import leftovers
+
+_failed = pytest.StashKey[bool]()
+_kept = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--keep-guests",
+        action="store_true",
+        help="keep the VMs and files of tests that fail, and say where they are",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_kept] = []
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Quick tests first: a slip shows before any guest boots."""
+    items.sort(key=lambda item: "unit" not in item.path.parts)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[_failed] = report.failed or item.stash.get(_failed, False)
+    return report
+
+
+@pytest.fixture
+def keep_guest(request: pytest.FixtureRequest) -> Callable[[], bool]:
+    """Whether the guest of this test is to be kept: it failed, and `--keep-guests` was given.
+
+    For the teardown of a fixture that owns a VM: ``if not keep_guest(): delete it``.
+    """
+
+    def keep() -> bool:
+        wanted: bool = request.config.getoption("--keep-guests")
+        kept = wanted and request.node.stash.get(_failed, False)
+        if kept:
+            request.config.stash[_kept].append(request.node.nodeid)
+        return kept
+
+    return keep
+
+
+@dataclass(frozen=True)
+class PrivateHome:
+    """The session's own HOME; `environment` has the variables that lead there."""
+
+    directory: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        home = self.directory
+        return {
+            "HOME": str(home),
+            "XDG_CONFIG_HOME": str(home / "config"),
+            "XDG_CACHE_HOME": str(home / "cache"),
+            "XDG_DATA_HOME": str(home / "data"),
+            "XDG_STATE_HOME": str(home / "state"),
+            "XDG_RUNTIME_DIR": str(home / "run"),
+        }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_home(request: pytest.FixtureRequest) -> Iterator[PrivateHome]:
+    """Point HOME and XDG_* at a directory of this session; nothing of it outlives the session."""
+    # In /tmp whatever TMPDIR says: the path of a Unix socket is limited to 107 bytes.
+    home = PrivateHome(Path(tempfile.mkdtemp(prefix="bt-", dir="/tmp")))
+    (home.directory / "run").mkdir(mode=0o700)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in home.environment.items():
+            patch.setenv(name, value)
+        yield home
+    if kept := request.config.stash[_kept]:
+        settings = " ".join(f"{name}={value}" for name, value in home.environment.items())
+        print(f"\nkept for {', '.join(kept)}:\n  export {settings}\n  banger vm list")
+        return
+    processes = leftovers.processes_of(home.directory)
+    for process in processes:
+        leftovers.end(process, home.directory)
+    held = list(leftovers.mounts_and_loops_of(home.directory))
+    if not held:  # never delete through a mount
+        shutil.rmtree(home.directory)
+    left = [*map(str, processes), *held]
+    assert not left, "left behind: " + "; ".join(left)

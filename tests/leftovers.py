@@ -1,0 +1,72 @@
+"""What a test session leaves behind: processes, mounts and loop devices that name its directory.
+
+The directory's name is unique, which is the proof that they are ours; nothing else is touched.
+Used by `conftest.py` at the end of every session.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_END_S = 10.0
+
+
+@dataclass(frozen=True)
+class Process:
+    pid: int
+    command: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid}: {self.command}"
+
+
+def processes_of(directory: Path) -> list[Process]:
+    """Living processes with `directory` in their command line or environment, except this one."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    commands = {pid: _command(pid, directory) for pid in pids if pid != os.getpid()}
+    return [Process(pid, command) for pid, command in commands.items() if command]
+
+
+def _command(pid: int, directory: Path) -> str:
+    """The command line of a process that names `directory`; empty for any other."""
+    needle = os.fsencode(directory)
+    proc = Path(f"/proc/{pid}")
+    # It may end while we look, or belong to somebody else. A zombie has neither file.
+    with suppress(OSError):
+        command = (proc / "cmdline").read_bytes()
+        if needle in command or needle in (proc / "environ").read_bytes():
+            return command.replace(b"\0", b" ").decode(errors="replace")[:300].strip()
+    return ""
+
+
+def end(process: Process, directory: Path) -> None:
+    """TERM, then KILL after 10 s, if the pid still is a process that names `directory`."""
+    with suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(process.pid)
+        try:
+            # Looked at again with the descriptor open: from here on it cannot be another process.
+            if _command(process.pid, directory):
+                signal.pidfd_send_signal(descriptor, signal.SIGTERM)
+                if not select.select([descriptor], [], [], _END_S)[0]:
+                    signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+                    select.select([descriptor], [], [], _END_S)
+        finally:
+            os.close(descriptor)
+
+
+def mounts_and_loops_of(directory: Path) -> Iterator[str]:
+    """Mounts at or from `directory`, and loop devices whose file is in it."""
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        if str(directory) in line:
+            yield f"mount {line}"
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        with suppress(OSError):
+            file = backing.read_text().strip()
+            if file.startswith(str(directory)):
+                yield f"loop device {backing.parent.parent.name}: {file}"
