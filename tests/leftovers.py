@@ -30,11 +30,11 @@ def processes_of(directory: Path) -> list[Process]:
     """Living processes with `directory` in their command line or environment, except this one."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
     commands = {pid: _command(pid, directory) for pid in pids if pid != os.getpid()}
-    return [Process(pid, command) for pid, command in commands.items() if command]
+    return [Process(pid, command) for pid, command in commands.items() if command is not None]
 
 
-def _command(pid: int, directory: Path) -> str:
-    """The command line of a process that names `directory`; empty for any other."""
+def _command(pid: int, directory: Path) -> str | None:
+    """The command line of a process that names `directory`; None for any other."""
     needle = os.fsencode(directory)
     proc = Path(f"/proc/{pid}")
     # It may end while we look, or belong to somebody else. A zombie has neither file.
@@ -42,7 +42,7 @@ def _command(pid: int, directory: Path) -> str:
         command = (proc / "cmdline").read_bytes()
         if needle in command or needle in (proc / "environ").read_bytes():
             return command.replace(b"\0", b" ").decode(errors="replace")[:300].strip()
-    return ""
+    return None
 
 
 def end(process: Process, directory: Path) -> None:
@@ -51,7 +51,7 @@ def end(process: Process, directory: Path) -> None:
         descriptor = os.pidfd_open(process.pid)
         try:
             # Looked at again with the descriptor open: from here on it cannot be another process.
-            if _command(process.pid, directory):
+            if _command(process.pid, directory) is not None:
                 signal.pidfd_send_signal(descriptor, signal.SIGTERM)
                 if not select.select([descriptor], [], [], _END_S)[0]:
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)

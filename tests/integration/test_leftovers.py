@@ -15,13 +15,16 @@ import leftovers
 pytest_plugins = ["pytester"]
 
 # It speaks once it runs: until then /proc shows no command line.
-SLEEPER = ("sh", "-c", "echo; exec sleep 300")
+SLEEPER = ("sh", "-c", "echo; read line")
 
 
 @contextmanager
 def _sleeper(environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(
-        SLEEPER, env={**os.environ, **environment}, stdout=subprocess.PIPE
+        SLEEPER,
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
