@@ -21,7 +21,6 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import ClassVar
 
 
 class ErrorCode(StrEnum):
@@ -49,7 +48,7 @@ class BangerError(Exception):
     whoever sends or receives the error over RPC.
     """
 
-    code: ClassVar[ErrorCode] = ErrorCode.INTERNAL
+    code: ErrorCode = ErrorCode.INTERNAL
 
     def __init__(self, message: str, *, hint: str = "", op_id: str = "") -> None:
         super().__init__(message)

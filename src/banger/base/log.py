@@ -16,6 +16,7 @@ from typing import Any, Self, TextIO
 
 import structlog
 
+from banger.base.model import Image, Vm
 from banger.base.opid import current_op_id
 
 Attributes = Mapping[str, object]
@@ -112,3 +113,25 @@ class OperationLog:
 
 def _ms(seconds: float) -> float:
     return round(seconds * 1000, 1)
+
+
+def vm_attributes(vm: Vm) -> dict[str, str]:
+    """How a VM is named in the log: ids and what is set of its addresses; nothing transient."""
+    optional = {
+        "guest_ip": vm.runtime.guest_ip,
+        "api_socket": vm.runtime.api_socket,
+        "log_path": vm.runtime.log_path,
+    }
+    named = {"vm_id": vm.id, "vm_name": vm.name, "image_id": vm.image_id}
+    return named | {key: value for key, value in optional.items() if value}
+
+
+def image_attributes(image: Image) -> dict[str, str]:
+    """How an image is named in the log."""
+    optional = {
+        "artifact_dir": image.artifact_dir,
+        "rootfs_path": image.rootfs_path,
+        "work_seed_path": image.work_seed_path,
+    }
+    named = {"image_id": image.id, "image_name": image.name}
+    return named | {key: value for key, value in optional.items() if value}

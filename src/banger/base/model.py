@@ -85,7 +85,7 @@ class VmRuntime(Record, frozen=True):
 
     state: VmState
     guest_ip: str = ""
-    control_socket: str = ""
+    api_socket: str = ""
     agent_socket: str = ""
     log_path: str = ""
     vm_dir: str = ""

@@ -40,11 +40,6 @@ async def staged(final: Path) -> AsyncIterator[Path]:
         raise
 
 
-def allocated_bytes(directory: Path) -> int:
-    """How much of the disk the files in `directory` take (blocks, not lengths)."""
-    return sum(entry.lstat().st_blocks * 512 for entry in directory.rglob("*"))
-
-
 async def remove_leftovers(parent: Path, known_ids: set[str]) -> list[str]:
     """Remove staging directories and artifacts without a record; their names."""
     removed = []

@@ -9,11 +9,12 @@ from pathlib import Path
 import msgspec
 
 from banger.base.errors import BadRequest, Conflict, NotFound
-from banger.base.model import Image, InitMode, check_artifact_name, now
+from banger.base.log import OperationLog, image_attributes
+from banger.base.model import Image, check_artifact_name, now
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
-from banger.images.build import BUILDABLE, build_image
-from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
+from banger.images.build import RECIPES, build_image
+from banger.services.artifacts import new_id, remove_leftovers, staged
 from banger.services.kernel import KernelService
 from banger.services.locks import Locks
 from banger.services.operations import Operations, Progress, raise_failure
@@ -41,8 +42,8 @@ class ImageService:
         if image is None:
             hint = (
                 f"build it: banger image build {name}"
-                if name in BUILDABLE
-                else f"see: banger image list; buildable: {', '.join(BUILDABLE)}"
+                if name in RECIPES
+                else f"see: banger image list; buildable: {', '.join(RECIPES)}"
             )
             raise NotFound(f'image "{name}" not found', hint=hint)
         return image
@@ -50,10 +51,10 @@ class ImageService:
     async def begin_build(self, name: str) -> Progress:
         """Start building a Debian image, or join the build that runs; Conflict if it exists."""
         check_artifact_name(name)
-        if name not in BUILDABLE:
+        if name not in RECIPES:
             raise BadRequest(
                 f'banger does not know how to build "{name}"',
-                hint=f"it can build: {', '.join(BUILDABLE)}",
+                hint=f"it can build: {', '.join(RECIPES)}",
             )
         if await self._store.image_named(name) is not None:
             raise Conflict(
@@ -72,7 +73,7 @@ class ImageService:
 
         The build goes on when the caller is cancelled: others may wait for it.
         """
-        if await self._store.image_named(check_artifact_name(name)) is None and name in BUILDABLE:
+        if await self._store.image_named(check_artifact_name(name)) is None and name in RECIPES:
             # The build is an operation of its own beside the caller's.
             token = current_op_id.set(new_op_id())
             try:
@@ -86,13 +87,14 @@ class ImageService:
         return await self.get(name)
 
     async def _build(self, name: str, progress: Progress) -> None:
-        kernel = await self._kernels.ensure(progress.stage)
+        kernel = await self._kernels.ensure(
+            lambda stage, detail, percent: progress.stage(f"kernel {stage}", detail, percent)
+        )
         image_id = new_id()
         directory = self._paths.image_dir(image_id)
         async with staged(directory) as staging:
             built = await build_image(name, staging, progress=progress.stage)
             progress.stage("finish")
-            size_bytes = await asyncio.to_thread(allocated_bytes, staging)
             image = Image(
                 id=image_id,
                 name=name,
@@ -100,13 +102,14 @@ class ImageService:
                 artifact_dir=str(directory),
                 rootfs_path=str(directory / built.rootfs.name),
                 work_seed_path=str(directory / built.work_seed.name),
-                init=InitMode.MINIMAL,
-                size_bytes=size_bytes,
+                init=built.init,
+                size_bytes=built.size_bytes,
                 created_at=now(),
                 packages=built.packages,
             )
             (staging / "image.json").write_bytes(msgspec.json.format(msgspec.json.encode(image)))
         await self._store.insert_image(image)
+        progress.describe(**image_attributes(image))
         progress.result(image=image)
 
     async def delete(self, name: str) -> Image:
@@ -118,8 +121,10 @@ class ImageService:
                     f'image "{name}" is used by {", ".join(users)}',
                     hint="delete those VMs first",
                 )
-            await self._store.delete_image(image.id)
-            await asyncio.to_thread(shutil.rmtree, Path(image.artifact_dir), ignore_errors=True)
+            with OperationLog("image.delete", **image_attributes(image)):
+                await self._store.delete_image(image.id)
+                directory = Path(image.artifact_dir)
+                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
         return image
 
     async def remove_leftovers(self) -> None:

@@ -16,9 +16,9 @@ from banger.base.model import Kernel, now
 from banger.base.paths import Paths
 from banger.guest.binary import agent_binary
 from banger.images.initramfs import build_initramfs
-from banger.images.kernel import build_kernel
+from banger.images.kernel import KernelFiles, build_kernel
 from banger.images.progress import Progress
-from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
+from banger.services.artifacts import new_id, remove_leftovers, staged
 from banger.store.store import Store
 
 DEBIAN_KERNEL = "debian-cloud"
@@ -49,19 +49,21 @@ class KernelService:
             kernel_id = new_id()
             directory = self._paths.kernel_dir(kernel_id)
             async with staged(directory) as staging:
-                built = await build_kernel(staging, progress=progress)
-                size_bytes = await asyncio.to_thread(allocated_bytes, staging)
+                built = await build_kernel(
+                    staging, agent=agent_binary(platform.machine()), progress=progress
+                )
+            files = KernelFiles(directory)
             kernel = Kernel(
                 id=kernel_id,
                 name=DEBIAN_KERNEL,
                 version=built.version,
                 architecture=platform.machine(),
                 artifact_dir=str(directory),
-                vmlinux_path=str(directory / built.vmlinux.name),
-                boot_modules_path=str(directory / built.boot_modules.name),
-                modules_path=str(directory / built.modules.name),
-                config_path=str(directory / built.config.name),
-                size_bytes=size_bytes,
+                vmlinux_path=str(files.vmlinux),
+                boot_modules_path=str(files.boot_modules),
+                modules_path=str(files.modules),
+                config_path=str(files.config),
+                size_bytes=built.size_bytes,
                 created_at=now(),
             )
             await self._store.insert_kernel(kernel)
@@ -80,7 +82,7 @@ class KernelService:
                         f'kernel "{kernel.name}" is incomplete: {modules} is missing',
                         hint="delete the image and build it again",
                     )
-                await asyncio.to_thread(build_initramfs, path, agent=agent, modules=modules)
+                await build_initramfs(path, agent=agent, boot_modules=modules)
         return path
 
     async def remove_leftovers(self) -> None:

@@ -41,6 +41,10 @@ class Liveness:
             and self._is_machine(vm)(procfs.command_line(handles.pid))
         )
 
+    def pid(self, vm: Vm) -> int:
+        """The recorded pid of the VM's machine, 0 when there is none."""
+        return self._handles.get(vm.id).pid
+
     def record(self, vm: Vm, *, pid: int, network_pid: int) -> Handles:
         """Remember the processes of a VM that was just launched."""
         handles = Handles(
@@ -129,7 +133,7 @@ class Liveness:
     async def _end_machine(self, vm: Vm, pidfd: int) -> None:
         try:
             async with asyncio.timeout(_QUIT_TIMEOUT_S):
-                await self._hypervisor.quit(Path(vm.runtime.control_socket))
+                await self._hypervisor.quit(Path(vm.runtime.api_socket))
                 await procfs.wait_exit(pidfd, _QUIT_TIMEOUT_S)
         except (BangerError, TimeoutError) as error:
             get_logger().info("hypervisor does not quit", vm_id=vm.id, error=str(error))
@@ -144,5 +148,5 @@ class Liveness:
         return procfs.open_pidfd(pid, self._is_machine(vm)) if pid else -1
 
     def _is_machine(self, vm: Vm) -> Callable[[tuple[str, ...]], bool]:
-        socket = Path(vm.runtime.control_socket)
+        socket = Path(vm.runtime.api_socket)
         return lambda argv: self._hypervisor.owns(argv, socket)

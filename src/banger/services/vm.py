@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from banger.base.errors import Ambiguous, BadRequest, BangerError, Conflict, NotFound, NotRunning
-from banger.base.log import OperationLog, get_logger
+from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState, now
 from banger.base.paths import Paths
 from banger.guest.channel import AgentStream, call
@@ -88,6 +88,17 @@ class VmService:
         """A stream into the guest of a running VM."""
         return await (await self._agents.channel(vm)).open(request)
 
+    async def stat(self, vm: Vm, path: str, timeout_s: float) -> requests.StatResult | None:
+        """What `path` is in the guest, links followed; None when there is nothing."""
+        channel = await self._agents.channel(vm)
+        return await requests.stat(channel, path, timeout_s=timeout_s)
+
+    async def keep(self, vm: Vm) -> None:
+        """A VM made for a session outlives it after all."""
+        async with self.locked(vm.id) as current:
+            spec = msgspec.structs.replace(current.spec, ephemeral=False)
+            await self._store.update_vm(msgspec.structs.replace(current, spec=spec))
+
     @asynccontextmanager
     async def locked(self, vm_id: str) -> AsyncIterator[Vm]:
         """The VM, read again under its lock. NotFound when it went away meanwhile."""
@@ -102,7 +113,7 @@ class VmService:
         vm_id = (await self._ready(reference)).id
         with OperationLog("vm.stop", vm_id=vm_id) as log:
             async with self.locked(vm_id) as vm:
-                log.bind(vm_name=vm.name, image_id=vm.image_id)
+                log.bind(**vm_attributes(vm))
                 if self._liveness.vm_alive(vm):
                     log.stage("power_off")
                     # Watched no longer: that it ends now is no surprise.
@@ -118,7 +129,7 @@ class VmService:
         vm_id = (await self._ready(reference)).id
         with OperationLog("vm.delete", vm_id=vm_id) as log:
             async with self.locked(vm_id) as vm:
-                log.bind(vm_name=vm.name, image_id=vm.image_id)
+                log.bind(**vm_attributes(vm))
                 if self._liveness.vm_alive(vm) and not force:
                     raise Conflict(
                         f'vm "{vm.name}" is running',

@@ -18,7 +18,7 @@ import msgspec
 
 from banger.base.config import VCPU_MAX, Config
 from banger.base.errors import BadRequest, BangerError, OperationTimeout, Unavailable
-from banger.base.log import OperationLog
+from banger.base.log import OperationLog, vm_attributes
 from banger.base.model import (
     Image,
     InitMode,
@@ -99,7 +99,7 @@ class GuestLost(BangerError):
             f"{message}; inspect {vm.runtime.log_path}",
             hint=f"the VM is kept: banger vm logs {vm.name}, then banger vm delete {vm.name}",
         )
-        self.code = error.code  # type: ignore[misc]  # this one has the code of its cause
+        self.code = error.code
 
 
 class VmCreator:
@@ -132,6 +132,10 @@ class VmCreator:
             check_vm_name(request.name)
         self._spec(request)
 
+    async def work(self, request: CreateRequest, progress: Progress) -> None:
+        """`create` as the work of an operation, which has the VM as its result."""
+        await self.create(request, progress)
+
     async def create(self, request: CreateRequest, progress: Progress) -> Vm:
         """Make and start the VM; it runs and has its identity when this returns.
 
@@ -149,7 +153,7 @@ class VmCreator:
             progress.stage("preflight")
             await self._preflight(image, kernel)
             vm = await self._insert(request, image)
-        progress.describe(vm_id=vm.id, vm_name=vm.name, image_id=image.id)
+        progress.describe(**vm_attributes(vm))
         async with self._vms.locks.hold(vm.id):
             progress.result(vm=vm)
             try:
@@ -165,7 +169,7 @@ class VmCreator:
             return vm
 
     async def _discard(self, vm: Vm) -> None:
-        with OperationLog("vm.discard", vm_id=vm.id, vm_name=vm.name) as log:
+        with OperationLog("vm.discard", **vm_attributes(vm)) as log:
             await self._vms.remove(vm, log)
 
     def _spec(self, request: CreateRequest) -> VmSpec:
@@ -219,7 +223,7 @@ class VmCreator:
             spec=spec,
             runtime=VmRuntime(
                 state=VmState.CREATING,
-                control_socket=str(paths.control_socket),
+                api_socket=str(paths.control_socket),
                 agent_socket=str(paths.agent_socket),
                 log_path=str(paths.console_log),
                 vm_dir=str(paths.directory),

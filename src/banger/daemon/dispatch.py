@@ -1,0 +1,193 @@
+"""From a request to the service that does it: one table of methods."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import msgspec
+
+from banger import __version__
+from banger.base.errors import BadRequest, UnknownMethod
+from banger.base.log import OperationLog
+from banger.base.model import Image, Kernel, Operation, Vm, VmState
+from banger.base.opid import current_op_id
+from banger.base.paths import Paths
+from banger.daemon.params import (
+    DaemonStatus,
+    DeleteVm,
+    ImageReference,
+    Nothing,
+    OperationReference,
+    VmReference,
+)
+from banger.daemon.sessions import Sessions
+from banger.drivers.base import Check
+from banger.rpc.protocol import Request
+from banger.rpc.server import Connection
+from banger.services.doctor import Doctor
+from banger.services.image import ImageService
+from banger.services.kernel import KernelService
+from banger.services.operations import Operations
+from banger.services.vm import VmService
+from banger.services.vm_create import CreateRequest, Drivers, VmCreator
+
+P = TypeVar("P", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the methods are made of; the composition root fills it."""
+
+    paths: Paths
+    drivers: Drivers
+    operations: Operations
+    images: ImageService
+    kernels: KernelService
+    vms: VmService
+    creator: VmCreator
+    doctor: Doctor
+    stop: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Method(Generic[P]):
+    """One row: the type of the parameters, and what is called with them.
+
+    A method that answers by itself (events, frames) has ``answers`` set and returns None.
+    """
+
+    params: type[P]
+    call: Callable[[P, Connection], Awaitable[Any]]
+    answers: bool = False
+
+
+class Dispatch:
+    """Callable by the server with each request."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._started = time.monotonic()
+        sessions = Sessions(services.vms, services.creator, services.operations)
+        self._methods: dict[str, Method[Any]] = {
+            "daemon.status": Method(Nothing, self._status),
+            "daemon.stop": Method(Nothing, self._stop, answers=True),
+            "doctor.run": Method(Nothing, self._doctor),
+            "operations.list": Method(Nothing, self._operations),
+            "operations.watch": Method(OperationReference, self._watch, answers=True),
+            "image.build.begin": Method(ImageReference, self._image_build),
+            "image.list": Method(Nothing, self._images),
+            "image.show": Method(ImageReference, self._image),
+            "image.delete": Method(ImageReference, self._image_delete),
+            "kernel.list": Method(Nothing, self._kernels),
+            "vm.create.begin": Method(CreateRequest, self._create_begin),
+            "vm.create.status": Method(OperationReference, self._create_status),
+            "vm.create.cancel": Method(OperationReference, self._create_cancel),
+            "vm.list": Method(Nothing, self._vms),
+            "vm.show": Method(VmReference, self._vm),
+            "vm.stop": Method(VmReference, self._vm_stop),
+            "vm.delete": Method(DeleteVm, self._vm_delete),
+            **{
+                name: Method(params, call, answers=True)
+                for name, (params, call) in sessions.methods().items()
+            },
+        }
+
+    async def __call__(self, request: Request, connection: Connection) -> None:
+        method = self._methods.get(request.method)
+        if method is None:
+            raise UnknownMethod(
+                f'unknown method "{request.method}"',
+                hint="this bangerd is of another version: banger daemon restart",
+            )
+        try:
+            params = msgspec.json.decode(request.params, type=method.params)
+        except msgspec.DecodeError as error:
+            raise BadRequest(f"bad parameters for {request.method}: {error}") from None
+        with OperationLog(request.method, quiet=True):
+            result = await method.call(params, connection)
+            if not method.answers:
+                await connection.result(result)
+
+    async def _status(self, _: Nothing, __: Connection) -> DaemonStatus:
+        services = self._services
+        vms = await services.vms.all()
+        return DaemonStatus(
+            version=__version__,
+            pid=os.getpid(),
+            uptime_s=round(time.monotonic() - self._started, 3),
+            socket=str(services.paths.daemon_socket),
+            log_path=str(services.paths.daemon_log),
+            database=str(services.paths.database),
+            vms=len(vms),
+            running_vms=sum(vm.runtime.state is VmState.RUNNING for vm in vms),
+            hypervisor=services.drivers.hypervisor.name,
+            storage=services.drivers.storage.name,
+            network=services.drivers.network.name,
+        )
+
+    async def _stop(self, _: Nothing, connection: Connection) -> None:
+        await connection.result({})
+        self._services.stop()
+
+    async def _doctor(self, _: Nothing, __: Connection) -> list[Check]:
+        return await self._services.doctor.run()
+
+    async def _operations(self, _: Nothing, __: Connection) -> list[Operation]:
+        return self._services.operations.all()
+
+    async def _watch(self, params: OperationReference, connection: Connection) -> None:
+        """Events until the operation ends, then its last state as the result."""
+        async for state in self._services.operations.get(params.id).changes():
+            if state.done:
+                await connection.result(state)
+            else:
+                await connection.event(state)
+
+    async def _image_build(self, params: ImageReference, _: Connection) -> dict[str, str]:
+        progress = await self._services.images.begin_build(params.image)
+        return {"operation_id": progress.record.id}
+
+    async def _images(self, _: Nothing, __: Connection) -> list[Image]:
+        return await self._services.images.all()
+
+    async def _image(self, params: ImageReference, _: Connection) -> Image:
+        return await self._services.images.get(params.image)
+
+    async def _image_delete(self, params: ImageReference, _: Connection) -> Image:
+        return await self._services.images.delete(params.image)
+
+    async def _kernels(self, _: Nothing, __: Connection) -> list[Kernel]:
+        return await self._services.kernels.all()
+
+    async def _create_begin(self, params: CreateRequest, _: Connection) -> dict[str, str]:
+        services = self._services
+        services.creator.check(params)
+
+        services.operations.begin(
+            "vm.create", params.name, lambda progress: services.creator.work(params, progress)
+        )
+        return {"operation_id": current_op_id.get()}
+
+    async def _create_status(self, params: OperationReference, _: Connection) -> Operation:
+        return self._services.operations.get(params.id).record
+
+    async def _create_cancel(self, params: OperationReference, _: Connection) -> Operation:
+        return await self._services.operations.cancel(params.id)
+
+    async def _vms(self, _: Nothing, __: Connection) -> list[Vm]:
+        return await self._services.vms.all()
+
+    async def _vm(self, params: VmReference, _: Connection) -> Vm:
+        return await self._services.vms.show(params.vm)
+
+    async def _vm_stop(self, params: VmReference, _: Connection) -> Vm:
+        # A client that goes away does not leave a VM half stopped.
+        return await asyncio.shield(self._services.vms.stop(params.vm))
+
+    async def _vm_delete(self, params: DeleteVm, _: Connection) -> Vm:
+        return await asyncio.shield(self._services.vms.delete(params.vm, force=params.force))

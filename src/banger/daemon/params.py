@@ -1,0 +1,115 @@
+"""The parameters of the RPC methods, one type each. Unknown fields are ignored."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from banger.services.vm_create import CreateRequest
+
+
+class Params(msgspec.Struct, frozen=True, kw_only=True):
+    """Base of all: immutable, by keyword."""
+
+
+class Nothing(Params, frozen=True):
+    pass
+
+
+class VmReference(Params, frozen=True):
+    vm: str
+
+
+class DeleteVm(Params, frozen=True):
+    vm: str
+    force: bool = False
+
+
+class OperationReference(Params, frozen=True):
+    id: str
+
+
+class ImageReference(Params, frozen=True):
+    image: str
+
+
+Dimension = Annotated[int, Meta(ge=0, le=65535)]
+
+
+class Command(Params, frozen=True):
+    """A process in a guest. No arguments: the user's login shell."""
+
+    argv: tuple[str, ...] = ()
+    #: ``K=V``
+    env: tuple[str, ...] = ()
+    cwd: str = ""
+    user: str = ""
+    tty: bool = False
+    rows: Dimension = 24
+    columns: Dimension = 80
+    detach: bool = False
+
+
+class Exec(Params, frozen=True):
+    vm: str
+    command: Command
+
+
+class Run(Params, frozen=True):
+    """Make a VM and run a command in it. Without a command, detached: just make the VM."""
+
+    create: CreateRequest
+    command: Command | None = None
+
+
+class Console(Params, frozen=True):
+    vm: str
+    follow: bool = False
+
+
+class CopyOut(Params, frozen=True):
+    """The file or tree at ``path`` as a tar whose first component is ``name``."""
+
+    vm: str
+    path: str
+    name: str = ""
+
+
+class CopyIn(Params, frozen=True):
+    """A tar into ``directory``; the first component of each member becomes ``name``."""
+
+    vm: str
+    directory: str
+    name: str = ""
+
+
+class GuestPath(Params, frozen=True):
+    vm: str
+    path: str
+
+
+class DaemonStatus(Params, frozen=True):
+    """What `daemon.status` answers."""
+
+    version: str
+    pid: int
+    uptime_s: float
+    socket: str
+    log_path: str
+    database: str
+    vms: int
+    running_vms: int
+    hypervisor: str
+    storage: str
+    network: str
+
+
+class FileKind(Params, frozen=True):
+    """What `vm.stat` answers: whether it is there, and as what (file, directory, link, other)."""
+
+    exists: bool
+    kind: str = ""
+    mode: int = 0
+    size: int = 0

@@ -1,0 +1,187 @@
+"""Switched connections: a client's frames joined to a stream in a guest.
+
+A session belongs to its client, as under ssh: when the client goes, the guest's processes get
+SIGHUP, and a VM made for the session (``--rm``) is deleted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from banger.base.errors import BadRequest, BangerError, ErrorCode, Internal, from_wire
+from banger.base.log import OperationLog, vm_attributes
+from banger.base.model import OperationState, Vm, VmState
+from banger.daemon.params import Command, Console, CopyIn, CopyOut, Exec, FileKind, GuestPath, Run
+from banger.daemon.relay import follow_file, relay
+from banger.guest import requests
+from banger.guest.channel import AgentStream
+from banger.rpc.protocol import Exit
+from banger.rpc.server import Connection, error_info
+from banger.services.operations import Operations, Progress, raise_failure
+from banger.services.vm import VmService
+from banger.services.vm_create import VmCreator
+
+_STAT_TIMEOUT_S = 20.0
+
+Row = tuple[type[Any], Callable[[Any, Connection], Awaitable[None]]]
+
+
+class Sessions:
+    """The methods that hold their connection."""
+
+    def __init__(self, vms: VmService, creator: VmCreator, operations: Operations) -> None:
+        self._vms = vms
+        self._creator = creator
+        self._operations = operations
+
+    def methods(self) -> Mapping[str, Row]:
+        return {
+            "vm.run": (Run, self._run),
+            "vm.exec": (Exec, self._exec),
+            "vm.console": (Console, self._console),
+            "vm.copy_out": (CopyOut, self._copy_out),
+            "vm.copy_in": (CopyIn, self._copy_in),
+            "vm.stat": (GuestPath, self._stat),
+        }
+
+    async def _exec(self, params: Exec, connection: Connection) -> None:
+        vm = await self._vms.running(params.vm)
+        with OperationLog("vm.exec", **vm_attributes(vm)):
+            stream = await self._vms.open_stream(vm, _exec_request(params.command))
+            await _serve(connection, stream, vm)
+
+    async def _copy_out(self, params: CopyOut, connection: Connection) -> None:
+        vm = await self._vms.running(params.vm)
+        with OperationLog("vm.copy_out", **vm_attributes(vm)):
+            request = requests.Pack(path=params.path, name=params.name)
+            await _serve(connection, await self._vms.open_stream(vm, request), vm)
+
+    async def _copy_in(self, params: CopyIn, connection: Connection) -> None:
+        vm = await self._vms.running(params.vm)
+        with OperationLog("vm.copy_in", **vm_attributes(vm)):
+            request = requests.Unpack(directory=params.directory, name=params.name)
+            await _serve(connection, await self._vms.open_stream(vm, request), vm)
+
+    async def _stat(self, params: GuestPath, connection: Connection) -> None:
+        vm = await self._vms.running(params.vm)
+        found = await self._vms.stat(vm, params.path, timeout_s=_STAT_TIMEOUT_S)
+        if found is None:
+            await connection.result(FileKind(exists=False))
+        else:
+            kind, mode, size = found
+            await connection.result(FileKind(exists=True, kind=kind, mode=mode, size=size))
+
+    async def _console(self, params: Console, connection: Connection) -> None:
+        vm = await self._vms.show(params.vm)
+        await connection.switch({"path": vm.runtime.log_path})
+        await follow_file(connection, Path(vm.runtime.log_path), follow=params.follow)
+        await connection.send_exit(Exit(exit_code=0))
+
+    async def _run(self, params: Run, connection: Connection) -> None:
+        """Create, then the command, then (``ephemeral``) delete: one session."""
+        _check_run(params)
+        self._creator.check(params.create)
+        creation = self._operations.begin(
+            "vm.create",
+            params.create.name,
+            lambda progress: self._creator.work(params.create, progress),
+        )
+        vm = await self._await_creation(creation, connection, ephemeral=params.create.ephemeral)
+        if params.command is None:
+            await connection.result({"vm": vm})
+            return
+        with OperationLog("vm.run", **vm_attributes(vm)):
+            keep = not params.create.ephemeral
+            try:
+                exit_ = await self._run_command(vm, params.command, connection)
+                if not keep and await self._is_stuck(vm, exit_):
+                    # A guest that hangs is kept, to be looked into.
+                    await self._vms.keep(vm)
+                    keep = True
+            finally:
+                if not keep:
+                    await asyncio.shield(self._vms.delete(vm.id, force=True))
+        if connection.switched:
+            await connection.send_exit(exit_)
+        elif exit_.error is not None:
+            raise from_wire(exit_.error.code, exit_.error.message, exit_.error.hint)
+        else:
+            await connection.result({"vm": vm})
+
+    async def _await_creation(
+        self, creation: Progress, connection: Connection, *, ephemeral: bool
+    ) -> Vm:
+        """Tell the client how it goes until the VM is there. A client that goes away ends the
+        creation of a VM made for its session; any other is finished without it."""
+        telling = asyncio.create_task(_tell(creation, connection))
+        leaving = asyncio.create_task(connection.wait_disconnect())
+        try:
+            await asyncio.wait({telling, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not telling.done() or telling.exception() is not None:
+                raise ConnectionError("the client is gone")
+        except (ConnectionError, asyncio.CancelledError):
+            if ephemeral:
+                await asyncio.shield(self._abandon(creation))
+            raise
+        finally:
+            for task in (telling, leaving):
+                task.cancel()
+            await asyncio.gather(telling, leaving, return_exceptions=True)
+        raise_failure(creation.record)
+        if creation.record.vm is None:
+            raise Internal("a VM was created, but there is none")
+        return creation.record.vm
+
+    async def _abandon(self, creation: Progress) -> None:
+        state = await self._operations.cancel(creation.record.id)
+        if state.state is OperationState.COMPLETED and state.vm is not None:
+            await self._vms.delete(state.vm.id, force=True)
+
+    async def _run_command(self, vm: Vm, command: Command, connection: Connection) -> Exit:
+        """How the command ended; a failure of ours is an Exit too, for --rm comes after it."""
+        try:
+            stream = await self._vms.open_stream(vm, _exec_request(command))
+            if not command.detach:
+                await connection.switch({"vm": vm})
+            return await relay(connection, stream)
+        except BangerError as error:
+            return Exit(error=error_info(error))
+
+    async def _is_stuck(self, vm: Vm, exit_: Exit) -> bool:
+        """Whether the guest was lost while its machine runs on."""
+        if exit_.error is None or exit_.error.code not in (ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE):
+            return False
+        return (await self._vms.show(vm.id)).runtime.state is VmState.RUNNING
+
+
+def _check_run(params: Run) -> None:
+    if params.create.ephemeral and (params.command is None or params.command.detach):
+        raise BadRequest("a VM that is deleted with its session cannot be detached")
+
+
+async def _tell(creation: Progress, connection: Connection) -> None:
+    async for state in creation.changes():
+        if not state.done:
+            await connection.event(state)
+
+
+async def _serve(connection: Connection, stream: AgentStream, vm: Vm) -> None:
+    await connection.switch({"vm": vm})
+    await connection.send_exit(await relay(connection, stream))
+
+
+def _exec_request(command: Command) -> requests.Exec:
+    return requests.Exec(
+        argv=command.argv,
+        env=command.env,
+        cwd=command.cwd,
+        user=command.user,
+        tty=command.tty,
+        login=not command.argv,
+        detached=command.detach,
+        rows=command.rows,
+        columns=command.columns,
+    )

@@ -1,0 +1,40 @@
+"""`banger doctor`: every check a start makes, which drivers are in use and why."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+
+from banger.base.paths import Paths
+from banger.drivers.base import Check, Level
+from banger.images.preflight import requirements
+from banger.services.preflight import check_free_disk
+from banger.services.vm_create import Drivers
+
+
+class Doctor:
+    def __init__(self, paths: Paths, drivers: Drivers, choices: list[Check]) -> None:
+        self._paths = paths
+        self._drivers = drivers
+        self._choices = choices
+
+    async def run(self) -> list[Check]:
+        """All checks, in the order they are shown: the choices first, then what they need."""
+        drivers = self._drivers
+        version = ".".join(str(part) for part in sys.version_info[:3])
+        return [
+            Check("python", Level.OK, version),
+            *self._choices,
+            *await drivers.hypervisor.checks(),
+            *await drivers.storage.checks(),
+            *await drivers.network.checks(),
+            *await self._image_checks(),
+            check_free_disk(self._paths.vms_dir),
+            check_free_disk(self._paths.images_dir, needed_bytes=2 << 30),
+        ]
+
+    async def _image_checks(self) -> list[Check]:
+        return [
+            Check(each.name, Level.FAIL if each.problem else Level.OK, each.problem, each.hint)
+            for each in await requirements()
+        ]
