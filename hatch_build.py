@@ -144,3 +144,10 @@ def _finish(
     # A stamp that does not fit its binary, however that came about, only costs a compilation.
     _stamp(root, architecture).write_text(f"{inputs} {made}\n")
     return ""
+
+
+if __name__ == "__main__":
+    try:
+        build_agents(Path(__file__).resolve().parent)
+    except AgentBuildError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,20 @@
+.PHONY: demo test check bench setup clean
+
+demo:  ## set up, build the default image once, run one command on a real VM
+	@scripts/demo
+
+test: setup  ## everything: checks, unit tests, integration tests on real VMs
+	@scripts/check tests
+
+check: setup  ## format, lint, types, unit tests
+	@scripts/check tests/unit
+
+bench: setup  ## measure, print a table, write bench/results.json
+	@.venv/bin/python -m bench
+
+setup:  ## system packages and .venv with the development tools
+	@scripts/setup --dev
+
+clean:  ## what was built here; banger's own state (images, VMs) stays
+	rm -rf .venv build dist src/banger/guest/bin bench/results.json
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis
