@@ -37,8 +37,7 @@ def mmdebstrap_argv(what: Bootstrap, tree: Path) -> list[str]:
     """Arguments that make `tree`, telling apt's and dpkg's progress on stderr."""
     return [
         *("mmdebstrap", "--verbose", "--mode=root", f"--variant={what.variant}"),
-        *("--format=directory", f"--include={','.join(what.packages)}"),
-        *("--aptopt=Acquire::Retries 3", SUITE, str(tree)),
+        *("--format=directory", f"--include={','.join(what.packages)}", SUITE, str(tree)),
     ]
 
 

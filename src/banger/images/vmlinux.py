@@ -40,6 +40,7 @@ _LZ4_LEGACY_BLOCK = 8 << 20
 _LZ4_LEGACY_COMPRESSED_MAX = _LZ4_LEGACY_BLOCK + _LZ4_LEGACY_BLOCK // 255 + 16
 _XZ_MEMORY_BYTES = 256 << 20
 _ZSTD_WINDOW_BYTES = 128 << 20
+_ZSTD_INPUT = 128
 _SEARCH_MAX_CANDIDATES = 64
 
 _DAMAGED = (zlib.error, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockError)
@@ -64,10 +65,16 @@ def _unxz(data: memoryview) -> Iterator[bytes]:
 
 
 def _unzstd(data: memoryview) -> Iterator[bytes]:
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
-    with decompressor.stream_reader(io.BytesIO(data)) as reader:
-        while piece := reader.read(_PIECE):
-            yield piece
+    """Fed little by little, since nothing else bounds what a piece of input becomes (at most
+    4 MiB: 4 bytes can stand for 128 KiB). zstandard's stream reader does it, but takes the length
+    that follows the frame for another frame.
+    """
+    context = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_BYTES)
+    decompressor = context.decompressobj()
+    for start in range(0, len(data), _ZSTD_INPUT):
+        yield decompressor.decompress(data[start : start + _ZSTD_INPUT])
+        if decompressor.eof:
+            return
 
 
 def _unlz4_legacy(data: memoryview) -> Iterator[bytes]:
