@@ -1,0 +1,299 @@
+#define _GNU_SOURCE
+#include "init.h"
+
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/netlink.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/utsname.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "files.h"
+#include "session.h"
+#include "setup.h"
+
+enum { DEVICE_MS = 20000, FILE_LIMIT = 4096 };
+
+#define NEW_ROOT "/newroot"
+#define PORT_NAME "banger.agent"
+
+static bool ours = true;
+
+bool init_is_ours(void) {
+    return ours;
+}
+
+_Noreturn void init_fatal(const char *format, ...) {
+    char message[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(message, sizeof message, format, arguments);
+    va_end(arguments);
+    dprintf(STDERR_FILENO, "banger: fatal: %s\n", message);
+    power_cut(false);
+}
+
+static void mount_at(const char *source, const char *target, const char *type,
+                     unsigned long flags, const char *options, bool required) {
+    mkdir(target, 0755);
+    if (mount(source, target, type, flags, options) < 0 && errno != EBUSY && required)
+        init_fatal("cannot mount %s at %s: %s", type, target, strerror(errno));
+}
+
+static void open_console(void) {
+    int fd = open("/dev/console", O_RDWR | O_NOCTTY);
+    if (fd < 0)
+        fd = open("/dev/null", O_RDWR);
+    for (int target = 0; target <= STDERR_FILENO && fd >= 0; target++)
+        if (fd != target)
+            dup2(fd, target);
+    if (fd > STDERR_FILENO)
+        close(fd);
+}
+
+static int by_name(const struct dirent **left, const struct dirent **right) {
+    return strcmp((*left)->d_name, (*right)->d_name);
+}
+
+static int is_module(const struct dirent *entry) {
+    size_t length = strlen(entry->d_name);
+    return length > 3 && strcmp(entry->d_name + length - 3, ".ko") == 0;
+}
+
+/* A module that does not load is only told of: what it is for may not be in this machine. */
+static void load_modules(void) {
+    struct dirent **entries;
+    int count = scandir("/modules", &entries, is_module, by_name);
+    for (int i = 0; i < count; i++) {
+        char path[300];
+        snprintf(path, sizeof path, "/modules/%s", entries[i]->d_name);
+        int fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST))
+            dprintf(STDERR_FILENO, "banger: %s: %s\n", path, strerror(errno));
+        if (fd >= 0)
+            close(fd);
+        unlink(path); /* the initramfs is memory */
+        free(entries[i]);
+    }
+    if (count >= 0)
+        free(entries);
+}
+
+/* The kernel's device events: what we wait for, rather than asking again and again. */
+static int open_uevents(void) {
+    struct sockaddr_nl address = {.nl_family = AF_NETLINK, .nl_groups = 1};
+    int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_KOBJECT_UEVENT);
+    if (fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) < 0) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+/* False when the time is over. */
+static bool wait_event(int uevents, int64_t end) {
+    char event[4096];
+    int64_t left = end - now_ms();
+    if (left <= 0)
+        return false;
+    struct pollfd wait = {uevents, POLLIN, 0};
+    poll(&wait, 1, (int)left);
+    while (recv(uevents, event, sizeof event, 0) > 0)
+        ;
+    return true;
+}
+
+/* The device of a disk, by its serial; or by its place when no disk has one. */
+static bool find_disk(const char *serial, const char *fallback, char *device, size_t size) {
+    DIR *disks = opendir("/sys/block");
+    bool found = false, any_serial = false;
+    for (struct dirent *entry; disks && !found && (entry = readdir(disks)) != NULL;) {
+        char path[320], have[64];
+        if (strncmp(entry->d_name, "vd", 2) != 0)
+            continue;
+        snprintf(path, sizeof path, "/sys/block/%s/serial", entry->d_name);
+        read_line(path, have, sizeof have);
+        any_serial |= have[0] != 0;
+        found = strcmp(have, serial) == 0;
+        if (found)
+            snprintf(device, size, "/dev/%.32s", entry->d_name);
+    }
+    if (disks)
+        closedir(disks);
+    if (found || any_serial)
+        return found;
+    snprintf(device, size, "/dev/%s", fallback);
+    return access(device, F_OK) == 0;
+}
+
+static void mount_disk(const char *device, const char *target, unsigned long flags) {
+    mkdir(target, 0755);
+    if (mount(device, target, "ext4", flags, NULL) == 0)
+        return;
+    int error = errno;
+    if ((error == EROFS || error == EACCES) &&
+        mount(device, target, "ext4", flags | MS_RDONLY, NULL) == 0)
+        return;
+    init_fatal("cannot mount %s at %s: %s", device, target, strerror(error));
+}
+
+static void mount_root(int uevents) {
+    char device[64];
+    int64_t end = now_ms() + DEVICE_MS;
+    while (!find_disk("system", "vda", device, sizeof device))
+        if (!wait_event(uevents, end))
+            init_fatal("there is no disk with the serial \"system\"");
+    mount_disk(device, NEW_ROOT, 0);
+}
+
+static void switch_root(void) {
+    static const char *const moved[] = {"/dev", "/proc", "/sys", "/run"};
+    for (size_t i = 0; i < sizeof moved / sizeof moved[0]; i++) {
+        char target[32];
+        snprintf(target, sizeof target, NEW_ROOT "%s", moved[i]);
+        mkdir(target, 0755);
+        if (mount(moved[i], target, NULL, MS_MOVE, NULL) < 0)
+            init_fatal("cannot move %s to the root: %s", moved[i], strerror(errno));
+    }
+    unlink("/init"); /* the memory of its pages stays ours while we run */
+    if (chdir(NEW_ROOT) < 0 || mount(".", "/", NULL, MS_MOVE, NULL) < 0 || chroot(".") < 0 ||
+        chdir("/") < 0)
+        init_fatal("cannot switch to the root: %s", strerror(errno));
+}
+
+/* The work disk, and modules for an image that has none for this kernel. */
+static void mount_others(void) {
+    char device[64], path[128];
+    struct utsname kernel;
+    if (find_disk("work", "vdb", device, sizeof device))
+        mount_disk(device, "/root", 0);
+    uname(&kernel);
+    snprintf(path, sizeof path, "/lib/modules/%s", kernel.release);
+    if (access(path, F_OK) < 0 && find_disk("modules", "vdc", device, sizeof device)) {
+        mkdir("/lib", 0755);
+        mount_disk(device, "/lib/modules", MS_RDONLY);
+    }
+}
+
+static void mount_minimal(void) {
+    mount_at("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC,
+             "gid=5,mode=620,ptmxmode=666", true);
+    mount_at("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777", true);
+    mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL, false);
+    static const char *const links[][2] = {{"/proc/self/fd", "/dev/fd"},
+                                           {"/proc/self/fd/0", "/dev/stdin"},
+                                           {"/proc/self/fd/1", "/dev/stdout"},
+                                           {"/proc/self/fd/2", "/dev/stderr"}};
+    for (size_t i = 0; i < sizeof links / sizeof links[0]; i++)
+        (void)!symlink(links[i][0], links[i][1]);
+    mkdir("/tmp", 01777);
+    chmod("/tmp", 01777);
+    network_up("lo");
+}
+
+static bool wants_systemd(void) {
+    char line[4096];
+    read_line("/proc/cmdline", line, sizeof line);
+    bool systemd = false;
+    for (char *word = strtok(line, " "); word; word = strtok(NULL, " "))
+        if (strncmp(word, "banger.init=", 12) == 0) {
+            systemd = strcmp(word + 12, "systemd") == 0;
+            if (!systemd && strcmp(word + 12, "minimal") != 0)
+                init_fatal("banger.init=%s: it is minimal or systemd", word + 12);
+        }
+    return systemd;
+}
+
+/* Leave a daemon behind and become the image's init. Returns in the daemon. */
+static void hand_over(void) {
+    static const char *const inits[] = {"/sbin/init", "/lib/systemd/systemd",
+                                        "/usr/lib/systemd/systemd"};
+    const char *found = NULL;
+    for (size_t i = 0; i < sizeof inits / sizeof inits[0] && !found; i++)
+        if (access(inits[i], X_OK) == 0)
+            found = inits[i];
+    if (found == NULL)
+        init_fatal("the image has no /sbin/init; start this machine with --init minimal");
+    pid_t daemon = fork();
+    if (daemon == 0) {
+        ours = false;
+        setsid();
+        int score = open("/proc/self/oom_score_adj", O_WRONLY | O_CLOEXEC);
+        if (score >= 0) {
+            (void)!write(score, "-1000", 5);
+            close(score);
+        }
+        return;
+    }
+    char *arguments[] = {(char *)found, NULL};
+    char *environment[] = {"HOME=/", "TERM=linux", "PATH=/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+    if (daemon > 0)
+        execve(found, arguments, environment);
+    init_fatal("cannot run %s: %s", found, strerror(errno));
+}
+
+void init_boot(void) {
+    struct rlimit files = {FILE_LIMIT, 524288};
+    mount_at("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755", true);
+    open_console();
+    mount_at("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL, true);
+    mount_at("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, NULL, true);
+    mount_at("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755", true);
+    setrlimit(RLIMIT_NOFILE, &files);
+    umask(022);
+    int uevents = open_uevents();
+    load_modules();
+    mount_root(uevents);
+    close(uevents);
+    switch_root();
+    mount_others();
+    if (wants_systemd())
+        hand_over();
+    else
+        mount_minimal();
+}
+
+/* virtio-serial ports are numbered by the bus: ours is known by its name only. */
+static bool find_port(char *device, size_t size) {
+    DIR *ports = opendir("/sys/class/virtio-ports");
+    bool found = false;
+    for (struct dirent *entry; ports && !found && (entry = readdir(ports)) != NULL;) {
+        char path[320], name[64];
+        snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
+        if (entry->d_name[0] == '.')
+            continue;
+        read_line(path, name, sizeof name);
+        found = strcmp(name, PORT_NAME) == 0;
+        if (found)
+            snprintf(device, size, "/dev/%.32s", entry->d_name);
+    }
+    if (ports)
+        closedir(ports);
+    return found;
+}
+
+int init_open_port(void) {
+    char device[64];
+    int64_t end = now_ms() + DEVICE_MS;
+    int uevents = open_uevents();
+    while (!find_port(device, sizeof device))
+        if (!wait_event(uevents, end))
+            init_fatal("there is no virtio-serial port named " PORT_NAME);
+    close(uevents);
+    int port = open(device, O_RDWR | O_NONBLOCK | O_CLOEXEC);
+    if (port < 0)
+        init_fatal("cannot open %s: %s", device, strerror(errno));
+    return port;
+}

@@ -1,0 +1,67 @@
+/* Taking the machine down in good order. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "files.h"
+#include "init.h"
+#include "session.h"
+
+enum { GRACE_MS = 2000, INIT_MS = 60000, WAIT_MS = 10 };
+
+_Noreturn void power_cut(bool reboot_instead) {
+    sync();
+    reboot(reboot_instead ? RB_AUTOBOOT : RB_POWER_OFF);
+    reboot(RB_AUTOBOOT); /* a machine that cannot power off: its hypervisor exits on reset */
+    for (;;)
+        pause();
+}
+
+/* Reap until nobody is left but us, or the time is over. kill(-1, 0) says if there are others:
+ * processes that are not our children must end too before file systems can be unmounted. */
+static void wait_for_all(int64_t limit_ms) {
+    int64_t end = now_ms() + limit_ms;
+    while (now_ms() < end) {
+        while (waitpid(-1, NULL, WNOHANG) > 0)
+            ;
+        if (kill(-1, 0) < 0 && errno == ESRCH)
+            return;
+        poll(NULL, 0, WAIT_MS); /* no event tells of the end of another's child */
+    }
+}
+
+static void go_down(bool reboot_instead) {
+    kill(-1, SIGTERM);
+    kill(-1, SIGCONT);
+    wait_for_all(GRACE_MS);
+    kill(-1, SIGKILL);
+    wait_for_all(GRACE_MS);
+    sync();
+    umount2("/root", 0);
+    /* The root is busy with us: read-only is as good as unmounted. */
+    mount(NULL, "/", NULL, MS_REMOUNT | MS_RDONLY, NULL);
+    power_cut(reboot_instead);
+}
+
+_Noreturn void power_off(bool reboot_instead) {
+    char init[32];
+    /* systemd's own signals for poweroff.target and reboot.target: systemd(1), "Signals". */
+    int number = SIGRTMIN + (reboot_instead ? 5 : 4);
+    if (!init_is_ours() && read_line("/proc/1/comm", init, sizeof init) &&
+        strcmp(init, "systemd") == 0 && kill(1, number) == 0) {
+        signal(SIGTERM, SIG_IGN); /* it stops us too, and we are the fallback */
+        int64_t end = now_ms() + INIT_MS;
+        while (now_ms() < end)
+            poll(NULL, 0, (int)(end - now_ms()));
+    }
+    go_down(reboot_instead);
+    power_cut(reboot_instead);
+}

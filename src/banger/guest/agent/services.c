@@ -1,0 +1,93 @@
+/* What a minimal guest starts by itself: sshd and the scripts of /etc/banger/start.d. */
+#define _GNU_SOURCE
+#include <dirent.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "files.h"
+#include "setup.h"
+
+#define START_DIRECTORY "/etc/banger/start.d"
+#define SERVICE_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+static char *const service_environment[] = {"PATH=" SERVICE_PATH, "HOME=/root", "USER=root",
+                                            "LOGNAME=root", "SHELL=/bin/sh", "LANG=C.UTF-8", NULL};
+
+static pid_t spawn(const char *path, const char *argument) {
+    pid_t pid = fork();
+    if (pid == 0) {
+        char *arguments[] = {(char *)path, (char *)argument, NULL};
+        setsid();
+        execve(path, arguments, service_environment);
+        _exit(127);
+    }
+    return pid;
+}
+
+static bool has_host_keys(void) {
+    DIR *directory = opendir("/etc/ssh");
+    bool found = false;
+    for (struct dirent *entry; directory && !found && (entry = readdir(directory)) != NULL;)
+        found = strncmp(entry->d_name, "ssh_host_", 9) == 0;
+    if (directory)
+        closedir(directory);
+    return found;
+}
+
+static void start_sshd(void) {
+    static const char sshd[] = "/usr/sbin/sshd", keygen[] = "/usr/bin/ssh-keygen";
+    if (access(sshd, X_OK) < 0)
+        return;
+    mkdir("/run/sshd", 0755);
+    if (!has_host_keys())
+        waitpid(spawn(keygen, "-A"), NULL, 0);
+    spawn(sshd, "-D");
+}
+
+static int by_name(const struct dirent **left, const struct dirent **right) {
+    return strcmp((*left)->d_name, (*right)->d_name);
+}
+
+static int is_script(const struct dirent *entry) {
+    return entry->d_name[0] != '.';
+}
+
+static void start_scripts(void) {
+    struct dirent **entries;
+    int count = scandir(START_DIRECTORY, &entries, is_script, by_name);
+    for (int i = 0; i < count; i++) {
+        char path[300];
+        snprintf(path, sizeof path, "%s/%s", START_DIRECTORY, entries[i]->d_name);
+        spawn(path, NULL);
+        free(entries[i]);
+    }
+    if (count >= 0)
+        free(entries);
+}
+
+/* The work goes on after SETUP has answered: making host keys takes seconds without KVM. */
+void services_start(void) {
+    mkdir("/run/banger", 0755);
+    int once = open("/run/banger/started", O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (once < 0)
+        return;
+    close(once);
+    if (fork() != 0)
+        return;
+    setsid();
+    int null = open("/dev/null", O_RDONLY), console = open("/dev/console", O_WRONLY | O_NOCTTY);
+    dup2(null, STDIN_FILENO);
+    dup2(console < 0 ? null : console, STDOUT_FILENO);
+    dup2(STDOUT_FILENO, STDERR_FILENO);
+    for (int fd = STDERR_FILENO + 1; fd < 16; fd++)
+        close(fd);
+    if (chdir("/") == 0) {
+        start_scripts();
+        start_sshd();
+    }
+    _exit(0);
+}

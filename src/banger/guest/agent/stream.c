@@ -1,0 +1,344 @@
+/* One stream: what the client sends goes to the child, what the child says goes to the client,
+ * each within its credit, and then the EXIT. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <termios.h>
+#include <unistd.h>
+
+#include "session.h"
+
+enum {
+    /* A child has ended but its pipe is still open: somebody it left behind holds it. What they
+     * write in this time (a `tee` that is about to finish) still goes out; then the stream ends.
+     * ssh would wait for them for ever. */
+    DRAIN_MS = 250,
+    FRAME_DATA_BYTES = 128 << 10,
+    CREDIT_BATCH = WINDOW_BYTES / 4,
+    PTY_DRAIN_BYTES = 64 << 10,
+    EXIT_ROOM = 5 + sizeof((struct report){0}.message),
+};
+
+struct stream *stream_find(struct session *session, uint32_t id) {
+    for (size_t i = 0; i < STREAM_LIMIT; i++)
+        if (session->streams[i].id == id)
+            return &session->streams[i];
+    return NULL;
+}
+
+static void close_fd(int *fd) {
+    if (*fd >= 0)
+        close(*fd);
+    *fd = -1;
+}
+
+static void stream_free(struct stream *stream) {
+    close_fd(&stream->child.in);
+    close_fd(&stream->child.out);
+    close_fd(&stream->child.err);
+    close_fd(&stream->child.report);
+    free(stream->in);
+    memset(stream, 0, sizeof *stream);
+}
+
+static bool start_socket(struct stream *stream, uint16_t port, struct failure *why) {
+    stream->socket = true;
+    stream->port = port;
+    stream->child = (struct launched){.pid = 0, .in = -1, .out = -1, .err = -1, .report = -1};
+    int fd = -1;
+    if (!loopback_connect(port, false, &fd)) {
+        stream->second_try = true;
+        if (!loopback_connect(port, true, &fd)) {
+            failure_set(why, errno, "port %u: %s", port, strerror(errno));
+            return false;
+        }
+    }
+    stream->child.in = fd;
+    stream->connecting = true;
+    return true;
+}
+
+void stream_open(struct session *session, const struct frame *frame) {
+    struct failure why = {0};
+    struct request request;
+    if (!request_parse(&request, frame->payload, frame->length, &why)) {
+        outbox_exit(session, frame->stream, EXIT_FAILED, (uint32_t)why.error, why.message);
+        return;
+    }
+    struct stream *stream = stream_find(session, 0);
+    bool started = false;
+    if (request.kind == KIND_PING || request.kind == KIND_SHUTDOWN) {
+        bool refused = request.kind == KIND_SHUTDOWN && !session->in_guest;
+        if (request.kind == KIND_SHUTDOWN && !refused)
+            session->shutdown = (int)(request.number[SHUTDOWN_FLAGS] & SHUTDOWN_REBOOT);
+        outbox_exit(session, frame->stream, refused ? EXIT_FAILED : EXIT_EXITED,
+                    refused ? EPERM : 0, refused ? "this agent does not run a machine" : "");
+        request_free(&request);
+        return;
+    }
+    if (stream == NULL)
+        failure_set(&why, EAGAIN, "too many streams are open in the guest");
+    else if (request.kind == KIND_CONNECT)
+        started = start_socket(stream, (uint16_t)request.number[CONNECT_PORT], &why);
+    else
+        started = launch(&request, session->in_guest, &stream->child, &why);
+    if (started) {
+        stream->id = frame->stream;
+        stream->in_credit = stream->out_credit = WINDOW_BYTES;
+    } else {
+        if (stream != NULL)
+            memset(stream, 0, sizeof *stream);
+        outbox_exit(session, frame->stream, EXIT_FAILED, (uint32_t)why.error, why.message);
+    }
+    request_free(&request);
+}
+
+/* Make room for `size` bytes at the end of the stdin buffer, whose size never passes a window. */
+static bool make_room(struct stream *stream, size_t size) {
+    size_t held = stream->in_end - stream->in_start;
+    if (stream->in_end + size <= stream->in_room)
+        return true;
+    if (held > 0 && stream->in_start > 0)
+        memmove(stream->in, stream->in + stream->in_start, held);
+    stream->in_start = 0;
+    stream->in_end = held;
+    if (held + size <= stream->in_room)
+        return true;
+    size_t room = stream->in_room ? stream->in_room : 4096;
+    while (room < held + size)
+        room *= 2;
+    uint8_t *bigger = realloc(stream->in, room);
+    if (bigger == NULL)
+        return false;
+    stream->in = bigger;
+    stream->in_room = room;
+    return true;
+}
+
+bool stream_data(struct stream *stream, const uint8_t *data, uint32_t size) {
+    if (size > stream->in_credit || stream->in_eof)
+        return false;
+    stream->in_credit -= size;
+    if (stream->child.in < 0) { /* nobody reads it: a closed stdin, a detached program */
+        stream->in_passed += size;
+        return true;
+    }
+    if (!make_room(stream, size)) {
+        stream_reset(stream); /* no memory for it: better one stream than the agent */
+        return true;
+    }
+    memcpy(stream->in + stream->in_end, data, size);
+    stream->in_end += size;
+    return true;
+}
+
+/* To the process group; a child that has not made its session yet is alone and gets it itself. */
+static void signal_group(const struct stream *stream, int number) {
+    pid_t pid = stream->child.pid;
+    if (pid > 0 && !stream->reaped && kill(-pid, number) < 0)
+        kill(pid, number);
+}
+
+void stream_signal(struct stream *stream, uint32_t number) {
+    if (number > 0 && number <= 64)
+        signal_group(stream, (int)number);
+}
+
+void stream_resize(struct stream *stream, uint16_t rows, uint16_t columns) {
+    struct winsize size = {.ws_row = rows, .ws_col = columns};
+    if (stream->child.pty && stream->child.out >= 0)
+        ioctl(stream->child.out, TIOCSWINSZ, &size);
+}
+
+void stream_reset(struct stream *stream) {
+    if (!stream->child.detached) {
+        signal_group(stream, SIGHUP);
+        signal_group(stream, SIGCONT); /* a stopped one could not act on it */
+    }
+    stream_free(stream);
+}
+
+void stream_reaped(struct stream *stream, int status) {
+    stream->reaped = true;
+    stream->status = status;
+    stream->drain_deadline = now_ms() + DRAIN_MS;
+}
+
+static void close_stdin(struct stream *stream) {
+    stream->in_passed += (uint32_t)(stream->in_end - stream->in_start);
+    stream->in_start = stream->in_end = 0;
+    if (stream->socket && stream->child.in >= 0)
+        shutdown(stream->child.in, SHUT_WR);
+    close_fd(&stream->child.in);
+}
+
+static void give_credit(struct session *session, struct stream *stream) {
+    if (stream->in_passed < CREDIT_BATCH || stream->in_eof)
+        return;
+    uint8_t *payload = outbox_room(session, 4);
+    if (payload == NULL)
+        return;
+    put_be32(payload, stream->in_passed);
+    outbox_add(session, FRAME_WINDOW, stream->id, 4);
+    stream->in_credit += stream->in_passed;
+    stream->in_passed = 0;
+}
+
+void stream_write(struct session *session, struct stream *stream) {
+    if (stream->connecting)
+        return;
+    while (stream->child.in >= 0 && stream->in_start < stream->in_end) {
+        ssize_t put = write(stream->child.in, stream->in + stream->in_start,
+                            stream->in_end - stream->in_start);
+        if (put < 0 && (errno == EAGAIN || errno == EINTR))
+            break;
+        if (put < 0) { /* the child closed its stdin; what more comes is thrown away */
+            close_stdin(stream);
+            break;
+        }
+        stream->in_start += (size_t)put;
+        stream->in_passed += (uint32_t)put;
+    }
+    if (stream->in_eof && stream->child.in >= 0 && stream->in_start == stream->in_end) {
+        /* A terminal has no end of file of its own: its line discipline makes one of ^D. */
+        if (stream->child.pty && write(stream->child.in, "\004", 1) < 0 && errno == EAGAIN)
+            return;
+        close_stdin(stream);
+    }
+    give_credit(session, stream);
+}
+
+static void report_connected(struct session *session, struct stream *stream, int error) {
+    if (error == 0) {
+        stream->child.out = dup(stream->child.in);
+        stream->connecting = false;
+        if (stream->child.out >= 0)
+            return;
+        error = errno;
+    }
+    char message[96];
+    snprintf(message, sizeof message, "port %u: %s", stream->port, strerror(error));
+    if (outbox_exit(session, stream->id, EXIT_FAILED, (uint32_t)error, message))
+        stream_free(stream);
+}
+
+void stream_connected(struct session *session, struct stream *stream) {
+    int error = 0;
+    socklen_t size = sizeof error;
+    getsockopt(stream->child.in, SOL_SOCKET, SO_ERROR, &error, &size);
+    int fd;
+    if (error != 0 && !stream->second_try && loopback_connect(stream->port, true, &fd)) {
+        close_fd(&stream->child.in);
+        stream->child.in = fd;
+        stream->second_try = true;
+        return;
+    }
+    report_connected(session, stream, error);
+}
+
+void stream_read(struct session *session, struct stream *stream, bool is_err) {
+    int *fd = is_err ? &stream->child.err : &stream->child.out;
+    size_t *left = is_err ? &stream->drain_err : &stream->drain_out;
+    size_t want = stream->out_credit < FRAME_DATA_BYTES ? stream->out_credit : FRAME_DATA_BYTES;
+    if (stream->drain_limited && *left < want)
+        want = *left;
+    if (*fd < 0 || outbox_queued(session) >= OUTBOX_DATA_LIMIT)
+        return;
+    if (want == 0) {
+        if (stream->drain_limited && *left == 0)
+            close_fd(fd);
+        return;
+    }
+    uint8_t *payload = outbox_room(session, want);
+    if (payload == NULL)
+        return;
+    ssize_t got = read(*fd, payload, want);
+    if (got < 0 && errno == EINTR)
+        return;
+    if (got < 0 && errno == EAGAIN) {
+        if (stream->drain_limited)
+            close_fd(fd);
+        return;
+    }
+    if (got <= 0) { /* the end; EIO is how a PTY says it */
+        close_fd(fd);
+        return;
+    }
+    outbox_add(session, is_err ? FRAME_STDERR : FRAME_DATA, stream->id, (size_t)got);
+    stream->out_credit -= (uint32_t)got;
+    if (stream->drain_limited)
+        *left -= (size_t)got;
+}
+
+static size_t readable_bytes(const struct stream *stream, int fd) {
+    int count = 0;
+    if (fd < 0 || stream->child.pty) /* a PTY does not tell */
+        return fd < 0 ? 0 : PTY_DRAIN_BYTES;
+    return ioctl(fd, FIONREAD, &count) == 0 && count > 0 ? (size_t)count : 0;
+}
+
+/* Send the EXIT that the report pipe or else the status calls for; there must be room. */
+static void send_exit(struct session *session, struct stream *stream) {
+    struct report report = {.exit_kind = EXIT_EXITED};
+    ssize_t got = stream->child.report < 0
+                      ? 0
+                      : read(stream->child.report, &report, sizeof report);
+    if (got == (ssize_t)sizeof report) {
+        report.message[sizeof report.message - 1] = 0;
+    } else if (stream->reaped && WIFSIGNALED(stream->status)) {
+        report.exit_kind = EXIT_KILLED;
+        report.value = (uint32_t)WTERMSIG(stream->status);
+    } else if (stream->reaped) {
+        report.value = (uint32_t)WEXITSTATUS(stream->status);
+    }
+    outbox_exit(session, stream->id, report.exit_kind, report.value, report.message);
+    stream_free(stream);
+}
+
+void stream_started(struct session *session, struct stream *stream) {
+    if (outbox_room(session, EXIT_ROOM) != NULL)
+        send_exit(session, stream);
+}
+
+/* A socket has no process: its stream is over when both directions are. */
+static void settle_socket(struct session *session, struct stream *stream) {
+    if (stream->child.out >= 0 || stream->connecting)
+        return;
+    if (!stream->out_eof_sent) {
+        if (outbox_room(session, 0) == NULL)
+            return;
+        outbox_add(session, FRAME_EOF, stream->id, 0);
+        stream->out_eof_sent = true;
+    }
+    if (stream->child.in < 0 && outbox_exit(session, stream->id, EXIT_EXITED, 0, ""))
+        stream_free(stream);
+}
+
+void stream_settle(struct session *session, struct stream *stream) {
+    struct launched *child = &stream->child;
+    if (stream->socket) {
+        settle_socket(session, stream);
+        return;
+    }
+    if (!stream->reaped || child->detached)
+        return;
+    if (!stream->drain_limited && now_ms() >= stream->drain_deadline) {
+        stream->drain_limited = true;
+        stream->drain_out = readable_bytes(stream, child->out);
+        stream->drain_err = readable_bytes(stream, child->err);
+    }
+    if (stream->drain_limited) {
+        if (stream->drain_out == 0)
+            close_fd(&child->out);
+        if (stream->drain_err == 0)
+            close_fd(&child->err);
+    }
+    if (child->out < 0 && child->err < 0 && outbox_room(session, EXIT_ROOM) != NULL)
+        send_exit(session, stream);
+}
