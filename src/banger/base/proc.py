@@ -183,7 +183,7 @@ def spawn_detached(
     """Start a process in a session of its own that survives this one.
 
     Its stdout and stderr are appended to `log`; files and sockets it makes are private
-    (umask 077). The caller reaps it (`Popen.poll`) while it lives; after that init does.
+    (umask 077). Give it to `watch`, which reaps it while we live; after that init does.
     Raises PreconditionFailed when the tool is not installed.
     """
     with log.open("ab") as output:
@@ -198,6 +198,30 @@ def spawn_detached(
             start_new_session=True,
             umask=0o077,
         )
+
+
+def watch(process: subprocess.Popen[bytes]) -> asyncio.Future[int]:
+    """Take over a detached child: reap it when it ends. The future gets its return code.
+
+    Works for as long as the running loop does, by a pidfd and without a thread. The `Popen` is not
+    to be used any more but for its pid.
+    """
+    loop = asyncio.get_running_loop()
+    ended: asyncio.Future[int] = loop.create_future()
+    pidfd = os.pidfd_open(process.pid)
+    # Popen believes that it is over: it would warn of a child still running, and might reap it.
+    process.returncode = 0
+
+    def reap() -> None:
+        loop.remove_reader(pidfd)
+        result = os.waitid(os.P_PIDFD, pidfd, os.WEXITED)
+        os.close(pidfd)
+        if result is not None and not ended.done():
+            exited = result.si_code == os.CLD_EXITED
+            ended.set_result(result.si_status if exited else -result.si_status)
+
+    loop.add_reader(pidfd, reap)
+    return ended
 
 
 def popen(

@@ -1,0 +1,172 @@
+"""QEMU's command line as a pure function of a machine and a few facts of the host.
+
+The machine is ``microvm``: no PCI, no firmware to wait for, ACPI tables only. ACPI must stay on,
+because Debian's kernel finds virtio-mmio devices in no other way. What each guest parameter
+bought when booting Debian's 6.1 cloud kernel without KVM is in `docs/architecture.md`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from banger.drivers.base import Disk, Machine
+
+QEMU = "qemu-system-x86_64"
+
+#: The virtio-serial port that the guest agent looks for, by name.
+AGENT_PORT = "banger.agent"
+
+#: What a guest sees of the processor: all that the accelerator can give it.
+KVM_CPU = "host"
+_TCG_CPU = "max"
+
+_SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+# The RTC stays: without one the kernel waits for it twice, a second each time. PIT and PIC go,
+# for ACPI describes what replaces them.
+_MACHINE = "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on"
+
+# Errors and warnings still reach the console. A panic resets the machine, and with -no-reboot a
+# reset ends QEMU: a guest that cannot boot is gone at once, and its last words are in the log.
+_KERNEL_PARAMETERS = ("console=ttyS0", "quiet", "loglevel=5", "panic=-1", "reboot=t")
+
+# The self-tests of the kernel's ciphers take a fifth of a second to emulate.
+_TCG_KERNEL_PARAMETERS = ("no_timer_check", "cryptomgr.notests")
+
+
+class Accelerator(StrEnum):
+    KVM = "kvm"
+    TCG = "tcg"
+
+
+@dataclass(frozen=True)
+class Inherited:
+    """Descriptors that QEMU inherits, by number. -1 for a network there is not."""
+
+    #: A connected socket for a control monitor of the process that launches it.
+    launch_fd: int
+    network_fd: int = -1
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What of the host shapes the arguments. ``tsc_khz`` is 0 when it could not be found out."""
+
+    accelerator: Accelerator
+    tsc_khz: int
+
+
+def option_value(text: str | Path) -> str:
+    """A value inside an option list: QEMU splits those at commas, and takes two for one."""
+    return str(text).replace(",", ",,")
+
+
+def qemu_argv(
+    machine: Machine, host: HostFacts, inherited: Inherited, mac: str = ""
+) -> tuple[str, ...]:
+    """The whole command line. `mac` is that of the interface when there is a network.
+
+    The control socket is in it by its path: `names_control_socket` finds a process by that.
+    """
+    return (
+        QEMU,
+        *("-name", f"banger-{option_value(machine.vm_id)}"),
+        *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
+        *("-sandbox", _SANDBOX),
+        *("-machine", _MACHINE),
+        *_processor(machine, host.accelerator),
+        *("-m", f"{machine.memory_mib}M"),
+        *("-kernel", str(machine.kernel), "-initrd", str(machine.initramfs)),
+        *("-append", " ".join(_kernel_parameters(machine, host))),
+        *_control(machine.control_socket, inherited.launch_fd),
+        *_console(machine.console_log),
+        *_agent(machine.agent_socket),
+        *("-device", "virtio-rng-device"),
+        *(word for disk in machine.disks for word in _disk(disk)),
+        *(_network(inherited.network_fd, mac) if inherited.network_fd >= 0 else ()),
+    )
+
+
+def names_control_socket(argv: tuple[str, ...], control_socket: Path) -> bool:
+    """Whether a command line is that of a QEMU of ours with this control socket."""
+    return (
+        bool(argv)
+        and Path(argv[0]).name == QEMU
+        and any(
+            option == "-chardev" and value == _control_chardev(control_socket)
+            for option, value in itertools.pairwise(argv)
+        )
+    )
+
+
+def _processor(machine: Machine, accelerator: Accelerator) -> tuple[str, ...]:
+    smp = ("-smp", str(machine.vcpu_count))
+    if accelerator is Accelerator.KVM:
+        return ("-accel", "kvm", "-cpu", KVM_CPU, *smp)
+    return ("-accel", "tcg,thread=multi", "-cpu", _TCG_CPU, *smp)
+
+
+def _kernel_parameters(machine: Machine, host: HostFacts) -> tuple[str, ...]:
+    platform: tuple[str, ...] = ()
+    if host.accelerator is Accelerator.TCG:
+        platform = _TCG_KERNEL_PARAMETERS
+        if host.tsc_khz:
+            # An emulated TSC runs at the host's rate, but the guest's attempts to measure that
+            # mostly fail, and then it hangs in silence.
+            platform = (f"tsc_early_khz={host.tsc_khz}", *platform)
+    return (*_KERNEL_PARAMETERS, *platform, *machine.kernel_parameters)
+
+
+def _control_chardev(socket: Path) -> str:
+    return f"socket,id=control,path={option_value(socket)},server=on,wait=off"
+
+
+def _control(socket: Path, launch_fd: int) -> tuple[str, ...]:
+    """QMP for whoever finds the socket, and for the one who launches, who need not look for it."""
+    return (
+        *("-chardev", _control_chardev(socket)),
+        *("-mon", "chardev=control,mode=control"),
+        *("-chardev", f"socket,id=launch,fd={launch_fd}"),
+        *("-mon", "chardev=launch,mode=control"),
+    )
+
+
+def _console(log: Path) -> tuple[str, ...]:
+    # Appended: what a machine said before it was started again is worth keeping.
+    chardev = f"file,id=console,path={option_value(log)},append=on"
+    return ("-chardev", chardev, "-serial", "chardev:console")
+
+
+def _agent(socket: Path) -> tuple[str, ...]:
+    return (
+        *("-chardev", f"socket,id=agent,path={option_value(socket)},server=on,wait=off"),
+        *("-device", "virtio-serial-device"),
+        *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"),
+    )
+
+
+def _disk(disk: Disk) -> tuple[str, ...]:
+    """The format is given, never probed: a guest could write another format's header on its disk.
+
+    (A qcow2 overlay's header names its backing file's format: see `drivers.storage.qcow2`.)
+    """
+    access = "read-only=on" if disk.read_only else "read-only=off,discard=unmap"
+    # A raw disk is a file of its own; qcow2 frees clusters of the file beneath it.
+    file = f"file.driver=file,file.filename={option_value(disk.path)}"
+    if not disk.read_only:
+        file += ",file.discard=unmap"
+    node = f"driver={disk.format},node-name={disk.name},{access},{file}"
+    return (
+        *("-blockdev", node),
+        *("-device", f"virtio-blk-device,drive={disk.name},serial={disk.name}"),
+    )
+
+
+def _network(fd: int, mac: str) -> tuple[str, ...]:
+    return (
+        *("-netdev", f"stream,id=network,server=off,addr.type=fd,addr.str={fd}"),
+        *("-device", f"virtio-net-device,netdev=network,mac={mac}"),
+    )

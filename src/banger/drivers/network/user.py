@@ -1,0 +1,144 @@
+"""Rootless networking: passt beside each VM, behind a filter of frames.
+
+passt makes ordinary sockets of the host out of the guest's packets, so it needs no privileges; as
+root it becomes ``nobody``. `frame_filter` says why it does not see what the guest sends before
+that filter does. The three processes are joined by two pairs of connected sockets without any
+name: hypervisor - filter - passt. When one of them ends, however it ends, so do the two network
+processes, and so they do when the daemon dies before the hypervisor has its end.
+
+The guest's addresses are the same in every VM: each has a network to itself. There is no IPv6:
+passt lets a guest reach by it what it keeps it from by IPv4 (the host's link-local addresses), and
+what it offers depends on the host's address of the day. And the host's uplink is not looked at
+(``-i lo``): a VM starts without a network and has one as soon as the host does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import socket
+import struct
+import sys
+from pathlib import Path
+
+from banger.base import proc
+from banger.base.errors import Unavailable
+from banger.drivers.base import Check, GuestNetwork, Level, NetworkAttachment
+from banger.drivers.network import frame_filter
+
+PASST = "passt"
+
+GUEST_ADDRESS = "172.16.0.2"
+PREFIX_LENGTH = 24
+GATEWAY = "172.16.0.1"
+#: passt forwards UDP to port 53 of this address to the host's own resolver.
+DNS = "172.16.0.3"
+#: The gateway's: given, because passt would take the MAC of an uplink that may not be there.
+GATEWAY_MAC = "02:62:67:00:00:01"
+
+_START_TIMEOUT_S = 10.0
+_ANSWER_BYTES_MAX = 4096
+_LOG_TAIL_CHARACTERS = 1000
+
+
+class PasstNetwork:
+    """Implements `drivers.base.Network`."""
+
+    name = "user"
+
+    async def checks(self) -> list[Check]:
+        path = proc.which(PASST)
+        if path is None:
+            error = proc.missing_tool(PASST)
+            return [Check("network user", Level.FAIL, error.message, error.hint)]
+        return [Check("network user", Level.OK, f"{path}, without the host's loopback")]
+
+    async def attach(self, vm_id: str, log: Path) -> NetworkAttachment:
+        """See `Network.attach`. The pid is the filter's: when it ends, passt does.
+
+        Takes as long as passt needs to start, 10 to 15 ms. Raises PreconditionFailed when passt is
+        not installed, Unavailable (with the end of its log) when it does not serve.
+        """
+        mac = mac_address(vm_id)
+        # Close-on-exec all of them: each process gets the ends it is told of, and no other.
+        hypervisor, outer = socket.socketpair()
+        inner, passt = socket.socketpair()
+        try:
+            with outer, inner:
+                with passt:
+                    argv = passt_argv(passt.fileno(), log)
+                    proc.watch(proc.spawn_detached(argv, log=log, pass_fds=[passt.fileno()]))
+                await _serves(inner, mac, log)
+                fds = (outer.fileno(), inner.fileno())
+                sifter = proc.spawn_detached(filter_argv(vm_id, *fds), log=log, pass_fds=fds)
+        except BaseException:
+            hypervisor.close()
+            raise
+        proc.watch(sifter)
+        guest = GuestNetwork(mac, f"{GUEST_ADDRESS}/{PREFIX_LENGTH}", GATEWAY, DNS)
+        return NetworkAttachment(guest=guest, fd=hypervisor.detach(), pid=sifter.pid)
+
+    def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
+        return filter_argv(vm_id, 0, 0)[:-2] == list(argv[:-2])
+
+
+def mac_address(vm_id: str) -> str:
+    """The VM's MAC address: always the same, of the locally administered unicast ones."""
+    digest = hashlib.sha256(vm_id.encode()).digest()
+    return ":".join(f"{octet:02x}" for octet in (0x02, *digest[:5]))
+
+
+async def _serves(inner: socket.socket, mac: str, log: Path) -> None:
+    """Wait until passt, at the other end, answers for the gateway; raise Unavailable otherwise."""
+    loop = asyncio.get_running_loop()
+    inner.setblocking(False)
+    try:
+        async with asyncio.timeout(_START_TIMEOUT_S):
+            await loop.sock_sendall(inner, gateway_question(mac))
+            answered = await loop.sock_recv(inner, _ANSWER_BYTES_MAX)
+    except (TimeoutError, OSError):
+        answered = b""
+    # The filter inherits the open file, and with it this flag.
+    inner.setblocking(True)
+    if not answered:
+        raise Unavailable(f"passt does not start: {_tail(log)}; inspect {log}")
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-_LOG_TAIL_CHARACTERS:].strip()
+
+
+def gateway_question(mac: str) -> bytes:
+    """An ARP request (RFC 826) of the guest for its gateway, in a frame, after its length."""
+    sender = bytes.fromhex(mac.replace(":", ""))
+    frame = b"".join(
+        (
+            b"\xff" * 6 + sender + b"\x08\x06",
+            struct.pack("!HHBBH", 1, 0x0800, 6, 4, 1),
+            sender + socket.inet_aton(GUEST_ADDRESS),
+            bytes(6) + socket.inet_aton(GATEWAY),
+        )
+    )
+    return struct.pack("!I", len(frame)) + frame
+
+
+def passt_argv(fd: int, log: Path) -> list[str]:
+    """passt on a connected socket. It opens `log` before it gives up its privileges."""
+    return [
+        PASST,
+        *("--fd", str(fd), "--foreground", "--quiet", "--log-file", str(log)),
+        *("--ipv4-only", "--interface", "lo", "--mac-addr", GATEWAY_MAC),
+        *("--address", GUEST_ADDRESS, "--netmask", str(PREFIX_LENGTH), "--gateway", GATEWAY),
+        *("--no-map-gw", "--dns-forward", DNS),
+        # The guest's interface is set by the agent.
+        *("--no-dhcp", "--no-dhcpv6", "--no-ndp", "--no-ra"),
+        *("--tcp-ports", "none", "--udp-ports", "none"),
+    ]
+
+
+def filter_argv(vm_id: str, outer_fd: int, inner_fd: int) -> list[str]:
+    """The frame filter: by file name and isolated, so that it imports nothing else of ours."""
+    program = os.fspath(Path(frame_filter.__file__).absolute())
+    fds = (str(outer_fd), str(inner_fd))
+    return [sys.executable, "-I", "-S", program, vm_id, GUEST_ADDRESS, *fds]

@@ -1,0 +1,99 @@
+"""Which drivers there are, and which are used: the settings' names or ``auto``, with the reasons.
+
+Only the composition root imports this: everybody else is handed drivers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from banger.base.errors import BadRequest
+from banger.drivers.base import Hypervisor, Network, Storage
+from banger.drivers.hypervisor.qemu import QemuHypervisor
+from banger.drivers.hypervisor.qemu_argv import Accelerator
+from banger.drivers.network.user import PasstNetwork
+from banger.drivers.storage.qcow2 import Qcow2Storage
+
+AUTO = "auto"
+
+D = TypeVar("D")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One setting, the driver it led to, and why, as text for `banger doctor`."""
+
+    setting: str
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The drivers in use."""
+
+    hypervisor: Hypervisor
+    storage: Storage
+    network: Network
+    choices: tuple[Choice, ...]
+
+
+# In order of preference.
+_HYPERVISORS: Mapping[str, Callable[[str, Path], Hypervisor]] = {"qemu": QemuHypervisor}
+_ACCELERATORS = tuple(accelerator.value for accelerator in Accelerator)
+_STORAGES: Mapping[str, Callable[[], Storage]] = {"qcow2": Qcow2Storage}
+_NETWORKS: Mapping[str, Callable[[], Network]] = {"user": PasstNetwork}
+
+
+def available() -> dict[str, tuple[str, ...]]:
+    """The names each setting takes beside ``auto``, best first."""
+    return {
+        "hypervisor": tuple(_HYPERVISORS),
+        "accelerator": _ACCELERATORS,
+        "storage": tuple(_STORAGES),
+        "network": tuple(_NETWORKS),
+    }
+
+
+def select(
+    *, hypervisor: str, accelerator: str, storage: str, network: str, probe_cache: Path
+) -> Selection:
+    """The drivers for these settings; touches nothing on the host.
+
+    (Which accelerator ``auto`` means is found out when a machine starts: see
+    `QemuHypervisor.choose_accelerator`, which reports it in `checks`.) Raises BadRequest for a
+    name there is no driver for.
+    """
+    make_hypervisor, why_hypervisor = _pick("hypervisor", hypervisor, _HYPERVISORS)
+    make_storage, why_storage = _pick("storage", storage, _STORAGES)
+    make_network, why_network = _pick("network", network, _NETWORKS)
+    if accelerator not in (AUTO, *_ACCELERATORS):
+        raise _unknown("accelerator", accelerator, _ACCELERATORS)
+    return Selection(
+        hypervisor=make_hypervisor(accelerator, probe_cache),
+        storage=make_storage(),
+        network=make_network(),
+        choices=(why_hypervisor, why_storage, why_network),
+    )
+
+
+def _pick(setting: str, value: str, drivers: Mapping[str, D]) -> tuple[D, Choice]:
+    if value != AUTO and value not in drivers:
+        raise _unknown(setting, value, tuple(drivers))
+    name = next(iter(drivers)) if value == AUTO else value
+    if value != AUTO:
+        reason = "as configured"
+    elif len(drivers) > 1:
+        reason = f"auto: preferred over {', '.join(list(drivers)[1:])}"
+    else:
+        reason = "auto: the only one there is"
+    return drivers[name], Choice(setting, name, reason)
+
+
+def _unknown(setting: str, value: str, names: tuple[str, ...]) -> BadRequest:
+    return BadRequest(
+        f'there is no {setting} driver "{value}"', hint=f"use {', '.join((AUTO, *names))}"
+    )
