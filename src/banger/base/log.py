@@ -115,7 +115,7 @@ def _ms(seconds: float) -> float:
     return round(seconds * 1000, 1)
 
 
-def vm_attributes(vm: Vm) -> dict[str, str]:
+def vm_attributes(vm: Vm) -> dict[str, Any]:
     """How a VM is named in the log: ids and what is set of its addresses; nothing transient."""
     optional = {
         "guest_ip": vm.runtime.guest_ip,
@@ -126,7 +126,7 @@ def vm_attributes(vm: Vm) -> dict[str, str]:
     return named | {key: value for key, value in optional.items() if value}
 
 
-def image_attributes(image: Image) -> dict[str, str]:
+def image_attributes(image: Image) -> dict[str, Any]:
     """How an image is named in the log."""
     optional = {
         "artifact_dir": image.artifact_dir,

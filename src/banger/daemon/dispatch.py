@@ -78,6 +78,7 @@ class Dispatch:
             "daemon.stop": Method(Nothing, self._stop, answers=True),
             "doctor.run": Method(Nothing, self._doctor),
             "operations.list": Method(Nothing, self._operations),
+            "operations.cancel": Method(OperationReference, self._cancel),
             "operations.watch": Method(OperationReference, self._watch, answers=True),
             "image.build.begin": Method(ImageReference, self._image_build),
             "image.list": Method(Nothing, self._images),
@@ -86,7 +87,7 @@ class Dispatch:
             "kernel.list": Method(Nothing, self._kernels),
             "vm.create.begin": Method(CreateRequest, self._create_begin),
             "vm.create.status": Method(OperationReference, self._create_status),
-            "vm.create.cancel": Method(OperationReference, self._create_cancel),
+            "vm.create.cancel": Method(OperationReference, self._cancel),
             "vm.list": Method(Nothing, self._vms),
             "vm.show": Method(VmReference, self._vm),
             "vm.stop": Method(VmReference, self._vm_stop),
@@ -176,7 +177,7 @@ class Dispatch:
     async def _create_status(self, params: OperationReference, _: Connection) -> Operation:
         return self._services.operations.get(params.id).record
 
-    async def _create_cancel(self, params: OperationReference, _: Connection) -> Operation:
+    async def _cancel(self, params: OperationReference, _: Connection) -> Operation:
         return await self._services.operations.cancel(params.id)
 
     async def _vms(self, _: Nothing, __: Connection) -> list[Vm]:

@@ -27,6 +27,7 @@ from banger.base.paths import Paths, prepare_private_dir
 from banger.daemon.dispatch import Dispatch, Services
 from banger.daemon.reconcile import Reconciler
 from banger.drivers import registry
+from banger.drivers.base import Check, Level
 from banger.rpc.server import Server, error_info
 from banger.services.agents import Agents
 from banger.services.doctor import Doctor
@@ -87,11 +88,15 @@ async def _run(paths: Paths, ready_fd: int) -> None:
 
 
 @asynccontextmanager
-async def _composed(
-    paths: Paths, config: Config, stopping: asyncio.Event
-) -> AsyncIterator[Server]:
+async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> AsyncIterator[Server]:
     """The parts, put together; taken apart in reverse order at the end."""
-    selection = await registry.select(config, paths)
+    selection = registry.select(
+        hypervisor=config.hypervisor,
+        accelerator=config.accelerator,
+        storage=config.storage,
+        network=config.network,
+        probe_cache=paths.probe_cache,
+    )
     drivers = Drivers(
         hypervisor=selection.hypervisor, storage=selection.storage, network=selection.network
     )
@@ -132,7 +137,14 @@ async def _composed(
             kernels=kernels,
             vms=vms,
             creator=creator,
-            doctor=Doctor(paths, drivers, selection.choices),
+            doctor=Doctor(
+                paths,
+                drivers,
+                [
+                    Check(choice.setting, Level.OK, f"{choice.name} ({choice.reason})")
+                    for choice in selection.choices
+                ],
+            ),
             stop=stopping.set,
         )
         server = Server(paths.daemon_socket, Dispatch(services))

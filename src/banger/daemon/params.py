@@ -112,4 +112,4 @@ class FileKind(Params, frozen=True):
     exists: bool
     kind: str = ""
     mode: int = 0
-    size: int = 0
+    size_bytes: int = 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 from banger.base import procfs
@@ -75,9 +76,7 @@ class Reconciler:
         elif vm.runtime.state is not VmState.RUNNING:
             return
         elif alive:
-            get_logger().info(
-                "vm runs on", pid=self._liveness.pid(vm), **vm_attributes(vm)
-            )
+            get_logger().info("vm runs on", pid=self._liveness.pid(vm), **vm_attributes(vm))
             self._vms.watch(vm)
         else:
             get_logger().warning("vm is gone", **vm_attributes(vm))
@@ -90,13 +89,13 @@ class Reconciler:
         parent = self._paths.vms_runtime_dir
         strangers = [entry.name for entry in _entries(parent) if entry.name not in known]
         for vm_id in strangers:
-            socket = self._paths.vm(vm_id).control_socket
+            is_machine = partial(
+                self._drivers.hypervisor.owns, control_socket=self._paths.vm(vm_id).control_socket
+            )
             for pid, argv in processes:
-                if self._drivers.hypervisor.owns(argv, socket):
+                if is_machine(argv):
                     get_logger().warning("ending a machine without a record", vm_id=vm_id, pid=pid)
-                    pidfd = procfs.open_pidfd(
-                        pid, lambda argv, s=socket: self._drivers.hypervisor.owns(argv, s)
-                    )
+                    pidfd = procfs.open_pidfd(pid, is_machine)
                     if pidfd >= 0:
                         await procfs.kill(pidfd)
                         os.close(pidfd)

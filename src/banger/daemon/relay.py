@@ -7,11 +7,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from banger.base.errors import BadRequest, BangerError
-from banger.base.model import ErrorInfo
-from banger.guest.channel import AgentStream
+from banger.guest.channel import AgentStream, Data, ExitKind, Stderr, StreamEnded
 from banger.guest.channel import Exit as GuestExit
 from banger.rpc.protocol import FRAME_MAX_BYTES, NUMBER, WINDOW_SIZE, Exit, FrameType
-from banger.rpc.server import Connection
+from banger.rpc.server import Connection, error_info
 
 #: A file tells nobody that it has grown; inotify would need a binding of our own.
 _FOLLOW_INTERVAL_S = 0.2
@@ -44,17 +43,42 @@ async def _to_guest(connection: Connection, stream: AgentStream) -> None:
         received = await connection.read_frame()
         if received is None:
             raise ConnectionError("the client is gone")
-        kind, payload = received
-        if kind is FrameType.DATA:
-            await stream.send(payload)
-        elif kind is FrameType.EOF:
-            await stream.send_eof()
-        elif kind is FrameType.SIGNAL and len(payload) == NUMBER.size:
-            await stream.signal(NUMBER.unpack(payload)[0])
-        elif kind is FrameType.RESIZE and len(payload) == WINDOW_SIZE.size:
-            await stream.resize(*WINDOW_SIZE.unpack(payload))
-        else:
-            raise BadRequest(f"unexpected frame {kind.name} of {len(payload)} bytes")
+        # What still comes for a process that has ended is dropped: its exit is on its way.
+        with suppress(StreamEnded):
+            await _pass_on(stream, *received)
+
+
+async def _pass_on(stream: AgentStream, kind: FrameType, payload: bytes) -> None:
+    if kind is FrameType.DATA:
+        await stream.send(payload)
+    elif kind is FrameType.EOF:
+        await stream.send_eof()
+    elif kind is FrameType.SIGNAL and len(payload) == NUMBER.size:
+        await stream.signal(NUMBER.unpack(payload)[0])
+    elif kind is FrameType.RESIZE and len(payload) == WINDOW_SIZE.size:
+        await stream.resize(*WINDOW_SIZE.unpack(payload))
+    else:
+        raise BadRequest(f"unexpected frame {kind.name} of {len(payload)} bytes")
+
+
+async def _to_client(connection: Connection, stream: AgentStream) -> Exit:
+    while True:
+        event = await stream.receive()
+        if isinstance(event, Data):
+            await connection.send_frame(FrameType.DATA, event.data)
+        elif isinstance(event, Stderr):
+            await connection.send_frame(FrameType.STDERR, event.data)
+        elif isinstance(event, GuestExit):
+            return _as_exit(event)
+
+
+def _as_exit(event: GuestExit) -> Exit:
+    """The agent's word on how it ended, as the client's."""
+    if event.kind is ExitKind.EXITED:
+        return Exit(exit_code=event.value)
+    if event.kind is ExitKind.KILLED:
+        return Exit(signal=event.value)
+    return Exit(error=error_info(event.error()))
 
 
 async def follow_file(connection: Connection, path: Path, *, follow: bool) -> None:

@@ -24,7 +24,7 @@ from banger.services.operations import Operations, Progress, raise_failure
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 
-_STAT_TIMEOUT_S = 20.0
+_KINDS = {"f": "file", "d": "directory", "l": "link", "o": "other"}
 
 Row = tuple[type[Any], Callable[[Any, Connection], Awaitable[None]]]
 
@@ -56,23 +56,29 @@ class Sessions:
     async def _copy_out(self, params: CopyOut, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
         with OperationLog("vm.copy_out", **vm_attributes(vm)):
-            request = requests.Pack(path=params.path, name=params.name)
+            request = requests.Pack(params.path, name=params.name or None)
             await _serve(connection, await self._vms.open_stream(vm, request), vm)
 
     async def _copy_in(self, params: CopyIn, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
         with OperationLog("vm.copy_in", **vm_attributes(vm)):
-            request = requests.Unpack(directory=params.directory, name=params.name)
+            request = requests.Unpack(params.directory, name=params.name or None)
             await _serve(connection, await self._vms.open_stream(vm, request), vm)
 
     async def _stat(self, params: GuestPath, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
-        found = await self._vms.stat(vm, params.path, timeout_s=_STAT_TIMEOUT_S)
+        found = await self._vms.stat(vm, params.path)
         if found is None:
             await connection.result(FileKind(exists=False))
-        else:
-            kind, mode, size = found
-            await connection.result(FileKind(exists=True, kind=kind, mode=mode, size=size))
+            return
+        await connection.result(
+            FileKind(
+                exists=True,
+                kind=_KINDS[found.type],
+                mode=found.mode,
+                size_bytes=found.size_bytes,
+            )
+        )
 
     async def _console(self, params: Console, connection: Connection) -> None:
         vm = await self._vms.show(params.vm)
@@ -152,7 +158,10 @@ class Sessions:
 
     async def _is_stuck(self, vm: Vm, exit_: Exit) -> bool:
         """Whether the guest was lost while its machine runs on."""
-        if exit_.error is None or exit_.error.code not in (ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE):
+        if exit_.error is None or exit_.error.code not in (
+            ErrorCode.TIMEOUT,
+            ErrorCode.UNAVAILABLE,
+        ):
             return False
         return (await self._vms.show(vm.id)).runtime.state is VmState.RUNNING
 
@@ -175,13 +184,20 @@ async def _serve(connection: Connection, stream: AgentStream, vm: Vm) -> None:
 
 def _exec_request(command: Command) -> requests.Exec:
     return requests.Exec(
-        argv=command.argv,
-        env=command.env,
-        cwd=command.cwd,
-        user=command.user,
-        tty=command.tty,
+        arguments=command.argv,
+        environment=dict(_assignment(pair) for pair in command.env),
+        directory=command.cwd or None,
+        user=command.user or None,
+        pty=command.tty,
         login=not command.argv,
         detached=command.detach,
         rows=command.rows,
         columns=command.columns,
     )
+
+
+def _assignment(pair: str) -> tuple[str, str]:
+    name, equals, value = pair.partition("=")
+    if not name or not equals:
+        raise BadRequest(f'"{pair}" is not K=V')
+    return name, value

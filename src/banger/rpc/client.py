@@ -125,6 +125,16 @@ class Session:
         except OSError as error:
             raise _lost(error) from error
 
+    def send_some(self, pending: bytearray) -> None:
+        """Send what the socket takes without waiting, and take it off `pending`."""
+        try:
+            sent = self._socket.send(pending, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise _lost(error) from error
+        del pending[:sent]
+
     def receive(self) -> Iterator[tuple[FrameType, memoryview]]:
         """Read once, then give every frame that is complete. Raises Unavailable at the end."""
         try:

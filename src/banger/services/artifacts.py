@@ -40,12 +40,19 @@ async def staged(final: Path) -> AsyncIterator[Path]:
         raise
 
 
-async def remove_leftovers(parent: Path, known_ids: set[str]) -> list[str]:
-    """Remove staging directories and artifacts without a record; their names."""
-    removed = []
-    for entry in sorted(parent.iterdir()) if parent.is_dir() else []:
-        if entry.name not in known_ids:
-            get_logger().warning("removing leftover", path=str(entry))
-            await remove_tree(entry)
-            removed.append(entry.name)
-    return removed
+def allocated_bytes(directory: Path) -> int:
+    """How much of the disk the files in `directory` take (blocks, not lengths)."""
+    return sum(entry.lstat().st_blocks * 512 for entry in directory.rglob("*"))
+
+
+def _strangers(parent: Path, known_ids: set[str]) -> list[Path]:
+    if not parent.is_dir():
+        return []
+    return sorted(entry for entry in parent.iterdir() if entry.name not in known_ids)
+
+
+async def remove_leftovers(parent: Path, known_ids: set[str]) -> None:
+    """Remove staging directories and artifacts without a record."""
+    for entry in _strangers(parent, known_ids):
+        get_logger().warning("removing leftover", path=str(entry))
+        await remove_tree(entry)

@@ -10,11 +10,11 @@ import msgspec
 
 from banger.base.errors import BadRequest, Conflict, NotFound
 from banger.base.log import OperationLog, image_attributes
-from banger.base.model import Image, check_artifact_name, now
+from banger.base.model import Image, InitMode, check_artifact_name, now
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
-from banger.images.build import RECIPES, build_image
-from banger.services.artifacts import new_id, remove_leftovers, staged
+from banger.images.build import BUILDABLE, build_image
+from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.services.kernel import KernelService
 from banger.services.locks import Locks
 from banger.services.operations import Operations, Progress, raise_failure
@@ -42,8 +42,8 @@ class ImageService:
         if image is None:
             hint = (
                 f"build it: banger image build {name}"
-                if name in RECIPES
-                else f"see: banger image list; buildable: {', '.join(RECIPES)}"
+                if name in BUILDABLE
+                else f"see: banger image list; buildable: {', '.join(BUILDABLE)}"
             )
             raise NotFound(f'image "{name}" not found', hint=hint)
         return image
@@ -51,10 +51,10 @@ class ImageService:
     async def begin_build(self, name: str) -> Progress:
         """Start building a Debian image, or join the build that runs; Conflict if it exists."""
         check_artifact_name(name)
-        if name not in RECIPES:
+        if name not in BUILDABLE:
             raise BadRequest(
                 f'banger does not know how to build "{name}"',
-                hint=f"it can build: {', '.join(RECIPES)}",
+                hint=f"it can build: {', '.join(BUILDABLE)}",
             )
         if await self._store.image_named(name) is not None:
             raise Conflict(
@@ -63,7 +63,7 @@ class ImageService:
         running = self._builds.get(name)
         if running is None or running.record.done:
             running = self._operations.begin(
-                "image.build", name, lambda progress: self._build(name, progress), image_name=name
+                "image.build", name, lambda progress: self._build(name, progress)
             )
             self._builds[name] = running
         return running
@@ -73,7 +73,7 @@ class ImageService:
 
         The build goes on when the caller is cancelled: others may wait for it.
         """
-        if await self._store.image_named(check_artifact_name(name)) is None and name in RECIPES:
+        if await self._store.image_named(check_artifact_name(name)) is None and name in BUILDABLE:
             # The build is an operation of its own beside the caller's.
             token = current_op_id.set(new_op_id())
             try:
@@ -95,6 +95,7 @@ class ImageService:
         async with staged(directory) as staging:
             built = await build_image(name, staging, progress=progress.stage)
             progress.stage("finish")
+            size_bytes = await asyncio.to_thread(allocated_bytes, staging)
             image = Image(
                 id=image_id,
                 name=name,
@@ -102,8 +103,8 @@ class ImageService:
                 artifact_dir=str(directory),
                 rootfs_path=str(directory / built.rootfs.name),
                 work_seed_path=str(directory / built.work_seed.name),
-                init=built.init,
-                size_bytes=built.size_bytes,
+                init=InitMode.MINIMAL,
+                size_bytes=size_bytes,
                 created_at=now(),
                 packages=built.packages,
             )

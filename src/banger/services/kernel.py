@@ -16,9 +16,9 @@ from banger.base.model import Kernel, now
 from banger.base.paths import Paths
 from banger.guest.binary import agent_binary
 from banger.images.initramfs import build_initramfs
-from banger.images.kernel import KernelFiles, build_kernel
+from banger.images.kernel import build_kernel
 from banger.images.progress import Progress
-from banger.services.artifacts import new_id, remove_leftovers, staged
+from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.store.store import Store
 
 DEBIAN_KERNEL = "debian-cloud"
@@ -49,21 +49,19 @@ class KernelService:
             kernel_id = new_id()
             directory = self._paths.kernel_dir(kernel_id)
             async with staged(directory) as staging:
-                built = await build_kernel(
-                    staging, agent=agent_binary(platform.machine()), progress=progress
-                )
-            files = KernelFiles(directory)
+                built = await build_kernel(staging, progress=progress)
+                size_bytes = await asyncio.to_thread(allocated_bytes, staging)
             kernel = Kernel(
                 id=kernel_id,
                 name=DEBIAN_KERNEL,
                 version=built.version,
                 architecture=platform.machine(),
                 artifact_dir=str(directory),
-                vmlinux_path=str(files.vmlinux),
-                boot_modules_path=str(files.boot_modules),
-                modules_path=str(files.modules),
-                config_path=str(files.config),
-                size_bytes=built.size_bytes,
+                vmlinux_path=str(directory / built.vmlinux.name),
+                boot_modules_path=str(directory / built.boot_modules.name),
+                modules_path=str(directory / built.modules.name),
+                config_path=str(directory / built.config.name),
+                size_bytes=size_bytes,
                 created_at=now(),
             )
             await self._store.insert_kernel(kernel)
@@ -75,16 +73,21 @@ class KernelService:
         digest = hashlib.sha256(await asyncio.to_thread(agent.read_bytes)).hexdigest()[:12]
         path = Path(kernel.artifact_dir) / f"initramfs-{digest}.cpio"
         async with self._initramfs:
-            if not path.exists():
-                modules = Path(kernel.boot_modules_path)
-                if not modules.is_dir():
-                    raise PreconditionFailed(
-                        f'kernel "{kernel.name}" is incomplete: {modules} is missing',
-                        hint="delete the image and build it again",
-                    )
-                await build_initramfs(path, agent=agent, boot_modules=modules)
+            await asyncio.to_thread(_make_initramfs, path, agent, kernel)
         return path
 
     async def remove_leftovers(self) -> None:
         known = {kernel.id for kernel in await self._store.kernels()}
         await remove_leftovers(self._paths.kernels_dir, known)
+
+
+def _make_initramfs(path: Path, agent: Path, kernel: Kernel) -> None:
+    if path.exists():
+        return
+    modules = Path(kernel.boot_modules_path)
+    if not modules.is_dir():
+        raise PreconditionFailed(
+            f'kernel "{kernel.name}" is incomplete: {modules} is missing',
+            hint="delete the image and build it again",
+        )
+    build_initramfs(path, agent=agent, modules=modules)

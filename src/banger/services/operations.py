@@ -74,7 +74,7 @@ class Operations:
         self._progress: dict[str, Progress] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
-    def begin(self, kind: str, target: str, work: Work, **attributes: str) -> Progress:
+    def begin(self, kind: str, target: str, work: Work) -> Progress:
         """Start `work` in a task of the registry. Its id is the current op_id."""
         self._prune()
         op_id = current_op_id.get()
@@ -88,7 +88,7 @@ class Operations:
             percent=-1,
             started_at=now(),
         )
-        log = OperationLog(kind, **attributes)
+        log = OperationLog(kind, target=target)
         progress = Progress(log, record)
         self._progress[op_id] = progress
         task = asyncio.create_task(self._run(progress, log, work), name=f"{kind} {op_id}")

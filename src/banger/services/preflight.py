@@ -14,7 +14,7 @@ from banger.base.model import Image, Kernel
 from banger.base.units import format_size
 from banger.drivers.base import Check, Level
 from banger.images.ext4 import check_ext4
-from banger.images.vmlinux import check_vmlinux
+from banger.images.kernel import check_vmlinux
 
 #: Below this a guest's first writes could already fail; its disks grow as it writes.
 FREE_DISK_MIN_BYTES = 512 << 20

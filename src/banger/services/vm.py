@@ -18,7 +18,7 @@ from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState, now
 from banger.base.paths import Paths
 from banger.guest.channel import AgentStream, call
-from banger.guest.requests import Request, Shutdown
+from banger.guest.requests import FileStat, Request, Shutdown, Stat
 from banger.services.agents import Agents
 from banger.services.handles import HandleCache
 from banger.services.liveness import Liveness
@@ -28,6 +28,7 @@ from banger.store.store import Store
 #: The agent gives processes 2 s after TERM and unmounts; systemd stops its services.
 STOP_TIMEOUT_S = 30.0
 _SHUTDOWN_ANSWER_TIMEOUT_S = 10.0
+_STAT_TIMEOUT_S = 20.0
 
 
 class VmService:
@@ -88,10 +89,21 @@ class VmService:
         """A stream into the guest of a running VM."""
         return await (await self._agents.channel(vm)).open(request)
 
-    async def stat(self, vm: Vm, path: str, timeout_s: float) -> requests.StatResult | None:
-        """What `path` is in the guest, links followed; None when there is nothing."""
+    async def stat(self, vm: Vm, path: str) -> FileStat | None:
+        """What `path` is in the guest, a link to a directory followed; None for nothing there."""
+        found = await self._stat(vm, path)
+        if found is not None and found.type == "l":
+            # Only what is a directory has a "." in it.
+            return await self._stat(vm, f"{path}/.") or found
+        return found
+
+    async def _stat(self, vm: Vm, path: str) -> FileStat | None:
         channel = await self._agents.channel(vm)
-        return await requests.stat(channel, path, timeout_s=timeout_s)
+        try:
+            answer = await call(channel, Stat(path), timeout_s=_STAT_TIMEOUT_S)
+        except NotFound:
+            return None
+        return FileStat.decode(answer.stdout)
 
     async def keep(self, vm: Vm) -> None:
         """A VM made for a session outlives it after all."""
@@ -164,9 +176,7 @@ class VmService:
     async def mark_failed(self, vm: Vm, error: BangerError) -> Vm:
         """End what runs of it and keep the rest for inspection, with the reason on the record."""
         await self._release(vm)
-        runtime = msgspec.structs.replace(
-            vm.runtime, state=VmState.ERROR, last_error=error.message
-        )
+        runtime = msgspec.structs.replace(vm.runtime, state=VmState.ERROR, last_error=error.message)
         vm = msgspec.structs.replace(vm, runtime=runtime, updated_at=now())
         await self._store.update_vm(vm)
         return vm

@@ -327,10 +327,10 @@ class VmCreator:
         request = Setup(
             hostname=vm.name,
             machine_id=secrets.token_hex(16),
-            address=network.address if network else "",
-            gateway=network.gateway if network else "",
-            dns=network.dns if network else "",
-            mac=network.mac if network else "",
+            address=network.address if network else None,
+            gateway=network.gateway if network else None,
+            dns=network.dns if network else None,
+            mac=network.mac if network else None,
             entropy=secrets.token_bytes(256),
             unix_time_ns=time.time_ns(),
         )

@@ -1,0 +1,118 @@
+"""What the commands share: connecting, talking to the user, types of options."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import click
+
+from banger import __version__
+from banger.base.errors import BangerError
+from banger.base.model import check_artifact_name, check_vm_name
+from banger.base.paths import Paths
+from banger.base.units import parse_size_mib
+from banger.rpc.client import Client
+
+#: Exit status of `vm run`, `vm exec` and `vm shell` when banger itself failed.
+OUR_FAILURE = 125
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def connect(*, start: bool = True) -> Client:
+    """A connection to the daemon, which is started if need be."""
+    return Client.connect(Paths.from_environment(), start=start)
+
+
+def note(text: str) -> None:
+    """Tell the user something beside the output: on stderr."""
+    click.echo(text, err=True)
+
+
+def print_error(error: BangerError) -> None:
+    """``error: … (op-…)``, and what to do about it."""
+    op_id = f" ({error.op_id})" if error.op_id else ""
+    note(f"{click.style('error:', fg='red') if colour() else 'error:'} {error.message}{op_id}")
+    if error.hint:
+        note(f"hint: {error.hint}")
+
+
+def warn_of_other_version(client: Client) -> None:
+    """Say so when the daemon is not of this version."""
+    if client.daemon_version and client.daemon_version != __version__:
+        note(
+            f"warning: bangerd {client.daemon_version} is running, this is banger {__version__};"
+            " VMs run on over: banger daemon restart"
+        )
+
+
+def colour() -> bool:
+    """Whether stderr takes colour: a terminal, and NO_COLOR is not set."""
+    return not os.environ.get("NO_COLOR") and sys.stderr.isatty()
+
+
+class Checked(click.ParamType[Any]):
+    """An option whose text one of our functions checks or converts."""
+
+    def __init__(self, name: str, convert: Callable[[str], Any]) -> None:
+        self.name = name
+        self._convert = convert
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._convert(value)
+        except BangerError as error:
+            self.fail(f"{error.message}" + (f" ({error.hint})" if error.hint else ""), param, ctx)
+
+
+SIZE = Checked("size", parse_size_mib)
+VM_NAME = Checked("name", check_vm_name)
+ARTIFACT_NAME = Checked("name", check_artifact_name)
+
+
+def _complete(method: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Names from the daemon; nothing, silently, when it does not run."""
+
+    def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
+        with suppress(BangerError, OSError), connect(start=False) as client:
+            found = client.call(method, {}, list[dict[str, Any]])
+            names = [str(each["name"]) for each in found]
+            return [name for name in names if name.startswith(incomplete)]
+        return []
+
+    return complete
+
+
+complete_vm = _complete("vm.list")
+complete_image = _complete("image.list")
+
+
+class AfterDashes(click.Command):
+    """A command whose words after ``--`` are a guest's command, kept apart from its own."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            cut = args.index("--")
+            ctx.meta["guest_command"] = tuple(args[cut + 1 :])
+            args = args[:cut]
+        return super().parse_args(ctx, args)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- CMD...]"]
+
+
+def guest_command() -> tuple[str, ...] | None:
+    """What followed ``--``; None when there was no ``--``."""
+    command: tuple[str, ...] | None = click.get_current_context().meta.get("guest_command")
+    return command
+
+
+def json_option(function: F) -> F:
+    """``--json`` for a command that lists or shows."""
+    return click.option("--json", "as_json", is_flag=True, help="Print JSON.")(function)

@@ -1,0 +1,127 @@
+"""The commands of `banger image` and `banger kernel`."""
+
+from __future__ import annotations
+
+import click
+import msgspec
+
+from banger.base.errors import from_wire
+from banger.base.model import Image, Kernel, Operation
+from banger.base.units import format_age, format_size
+from banger.cli.app import ARTIFACT_NAME, complete_image, connect, json_option, note
+from banger.cli.progress import ProgressView
+from banger.cli.render import print_json, print_table, seconds_since
+
+
+class Begun(msgspec.Struct):
+    operation_id: str
+
+
+image_argument = click.argument(
+    "name", metavar="NAME", type=ARTIFACT_NAME, shell_complete=complete_image
+)
+
+
+@click.group()
+def image() -> None:
+    """Build and manage images."""
+
+
+@image.command()
+@click.argument("name", metavar="NAME", type=ARTIFACT_NAME)
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+def build(*, name: str, quiet: bool) -> None:
+    """Build debian-bookworm or debian-bookworm-minimal from Debian's packages.
+
+    Interrupted, the build is taken back; nothing half-made is left.
+    """
+    with connect() as client, ProgressView(f"image {name}", quiet=quiet) as view:
+        begun = client.call("image.build.begin", {"image": name}, Begun)
+        try:
+            params = {"id": begun.operation_id}
+            done = client.call("operations.watch", params, Operation, on_event=view.event)
+        except KeyboardInterrupt:
+            note("taking the build back")
+            with connect() as second:
+                second.call("operations.cancel", {"id": begun.operation_id}, Operation)
+            raise
+    if done.error is not None:
+        error = done.error
+        raise from_wire(error.code, error.message, error.hint, error.op_id)
+    if done.image is not None:
+        click.echo(f"{done.image.name} ({format_size(done.image.size_bytes)})")
+
+
+@image.command("list")
+@json_option
+def list_images(*, as_json: bool) -> None:
+    """The images that are there."""
+    with connect() as client:
+        images = client.call("image.list", {}, list[Image])
+    if as_json:
+        print_json(images)
+        return
+    print_table(
+        ("NAME", "ID", "SIZE", "INIT", "AGE"),
+        [
+            (
+                each.name,
+                each.id,
+                format_size(each.size_bytes),
+                each.init.value,
+                format_age(seconds_since(each.created_at)),
+            )
+            for each in images
+        ],
+    )
+
+
+@image.command()
+@image_argument
+@json_option
+def show(*, name: str, as_json: bool) -> None:
+    """Everything recorded of one image."""
+    with connect() as client:
+        found = client.call("image.show", {"image": name}, Image)
+    if as_json:
+        print_json(found)
+        return
+    record = msgspec.to_builtins(found) | {"packages": f"{len(found.packages)} (see --json)"}
+    print_table(("FIELD", "VALUE"), [(key, str(value)) for key, value in record.items()])
+
+
+@image.command()
+@image_argument
+def delete(*, name: str) -> None:
+    """Delete an image that no machine uses."""
+    with connect() as client:
+        click.echo(client.call("image.delete", {"image": name}, Image).name)
+
+
+@click.group()
+def kernel() -> None:
+    """See the kernels that boot images."""
+
+
+@kernel.command("list")
+@json_option
+def list_kernels(*, as_json: bool) -> None:
+    """The kernels that are there."""
+    with connect() as client:
+        kernels = client.call("kernel.list", {}, list[Kernel])
+    if as_json:
+        print_json(kernels)
+        return
+    print_table(
+        ("NAME", "VERSION", "ARCHITECTURE", "SIZE", "AGE"),
+        [
+            (
+                each.name,
+                each.version,
+                each.architecture,
+                format_size(each.size_bytes),
+                format_age(seconds_since(each.created_at)),
+            )
+            for each in kernels
+        ],
+    )

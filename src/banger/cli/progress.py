@@ -1,0 +1,105 @@
+"""Progress of long work on stderr: a live line on a terminal, a line a stage elsewhere.
+
+Nothing is shown of work that ends within a second.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import msgspec
+
+from banger.base.model import Operation
+from banger.cli.app import note
+from banger.cli.render import printable
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+_QUIET_FOR_S = 1.0
+
+
+class ProgressView:
+    """Feed it the events of an operation; a context manager that clears the line at its end."""
+
+    def __init__(self, title: str, *, quiet: bool = False) -> None:
+        self._title = title
+        self._shown_stage = ""
+        self._live: Progress | None = None
+        self._state: Operation | None = None
+        self._loud = False
+        # The timer's thread and the caller's both draw.
+        self._lock = threading.Lock()
+        self._timer = None if quiet else threading.Timer(_QUIET_FOR_S, self._begin)
+
+    @property
+    def operation_id(self) -> str:
+        """The operation that is shown; empty before its first event."""
+        return self._state.id if self._state is not None else ""
+
+    def __enter__(self) -> Self:
+        if self._timer is not None:
+            self._timer.daemon = True
+            self._timer.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        with self._lock:
+            self._loud = False
+            if self._live is not None:
+                self._live.stop()
+
+    def event(self, raw: msgspec.Raw) -> None:
+        """One state of the operation, as it comes over the wire."""
+        with self._lock:
+            self._state = msgspec.json.decode(raw, type=Operation)
+            self._show()
+
+    def _begin(self) -> None:
+        with self._lock:
+            self._loud = True
+            self._show()
+
+    def _show(self) -> None:
+        if not self._loud or self._state is None:
+            return
+        stage, detail = self._state.stage, printable(self._state.detail)
+        if sys.stderr.isatty():
+            self._draw(stage, detail, self._state.percent)
+        elif stage != self._shown_stage:
+            note(f"{self._title}: {stage}" + (f": {detail}" if detail else ""))
+        self._shown_stage = stage
+
+    def _draw(self, stage: str, detail: str, percent: float) -> None:
+        text = f"{self._title}: {stage}" + (f" ({detail})" if detail else "")
+        if self._live is None:
+            self._live = _make_live()
+            self._live.add_task(text, total=None)
+            self._live.start()
+        task = self._live.task_ids[0]
+        total = None if percent < 0 else 100
+        self._live.update(task, description=text, total=total, completed=max(percent, 0))
+
+
+def _make_live() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=20),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )

@@ -1,0 +1,160 @@
+"""The terminal's half of a command in a guest: bytes, signals, window size, exit status.
+
+One poll loop, never blocked on one direction: what cannot be sent yet waits while the other
+direction moves on, or two full pipes would wait for each other for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import termios
+import tty
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from banger.base.errors import from_wire
+from banger.cli.app import OUR_FAILURE, note, print_error
+from banger.rpc.client import Session
+from banger.rpc.protocol import NUMBER, WINDOW_SIZE, Exit, FrameType, decode_exit, frame
+
+_READ_BYTES = 128 << 10
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+
+
+def window_size() -> tuple[int, int]:
+    """(rows, columns) of the terminal on stdout; 24 by 80 where there is none."""
+    with suppress(OSError):
+        size = os.get_terminal_size(sys.stdout.fileno())
+        return size.lines, size.columns
+    return 24, 80
+
+
+def run_session(session: Session, *, terminal: bool, stdin: bool) -> int:
+    """Carry a guest's command until it ends; its exit status.
+
+    `terminal`: stdin is put into raw mode, so Ctrl-C is a byte like others. Without it the first
+    Ctrl-C is sent to the command as a signal and the second one abandons it (status 130).
+    `stdin`: whether the command gets our standard input.
+    """
+    loop = _Loop(session, terminal=terminal, stdin=stdin)
+    with _signals(terminal) as wakeup, _raw(terminal):
+        exit_ = loop.run(wakeup)
+    if exit_ is None:
+        note("abandoned: the command in the guest gets SIGHUP")
+        return 130
+    if exit_.error is not None:
+        error = exit_.error
+        print_error(from_wire(error.code, error.message, error.hint, error.op_id))
+        return OUR_FAILURE
+    return exit_.status
+
+
+class _Loop:
+    def __init__(self, session: Session, *, terminal: bool, stdin: bool) -> None:
+        self._session = session
+        self._terminal = terminal
+        self._out = bytearray()
+        self._signalled = False
+        self._stdin = sys.stdin.fileno() if stdin else -1
+        if not stdin:
+            self._send(FrameType.EOF)
+
+    def run(self, wakeup: int) -> Exit | None:
+        """The exit of the command; None when it was abandoned."""
+        if (exit_ := self._frames(self._session.pending())) is not None:
+            return exit_
+        while True:
+            ready = self._poll(wakeup)
+            if wakeup in ready and not self._take_signals(wakeup):
+                return None
+            if ready.get(self._session.fileno(), 0) & select.POLLOUT:
+                self._session.send_some(self._out)
+            if ready.get(self._session.fileno(), 0) & ~select.POLLOUT:
+                exit_ = self._frames(self._session.receive())
+                if exit_ is not None:
+                    return exit_
+            if self._stdin in ready:
+                self._read_stdin()
+
+    def _poll(self, wakeup: int) -> dict[int, int]:
+        poll = select.poll()  # not epoll: it refuses regular files, which stdin may be
+        poll.register(wakeup, select.POLLIN)
+        waiting = select.POLLOUT if self._out else 0
+        poll.register(self._session.fileno(), select.POLLIN | waiting)
+        if self._stdin >= 0 and not self._out:
+            poll.register(self._stdin, select.POLLIN)
+        return dict(poll.poll())
+
+    def _frames(self, frames: Iterator[tuple[FrameType, memoryview]]) -> Exit | None:
+        for kind, payload in frames:
+            if kind is FrameType.DATA:
+                _write_all(sys.stdout.fileno(), payload)
+            elif kind is FrameType.STDERR:
+                _write_all(sys.stderr.fileno(), payload)
+            elif kind is FrameType.EXIT:
+                return decode_exit(payload)
+        return None
+
+    def _read_stdin(self) -> None:
+        data = os.read(self._stdin, _READ_BYTES)
+        if data:
+            self._send(FrameType.DATA, data)
+        else:
+            self._stdin = -1
+            self._send(FrameType.EOF)
+
+    def _take_signals(self, wakeup: int) -> bool:
+        """Act on the signals that came; False to abandon the command."""
+        for number in os.read(wakeup, 64):
+            if number == signal.SIGWINCH:
+                if self._terminal:
+                    self._send(FrameType.RESIZE, WINDOW_SIZE.pack(*window_size()))
+            elif self._signalled:
+                return False
+            else:
+                self._signalled = True
+                self._send(FrameType.SIGNAL, NUMBER.pack(number))
+        return True
+
+    def _send(self, kind: FrameType, payload: bytes = b"") -> None:
+        self._out += frame(kind, payload)
+        self._session.send_some(self._out)
+
+
+def _write_all(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+@contextmanager
+def _signals(terminal: bool) -> Iterator[int]:
+    """A descriptor from which the numbers of the signals that come can be read."""
+    readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    numbers = [signal.SIGWINCH] if terminal else [signal.SIGWINCH, *_FORWARDED]
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
+    previous = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
+    try:
+        yield readable
+    finally:
+        signal.set_wakeup_fd(previous)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(readable)
+        os.close(writable)
+
+
+@contextmanager
+def _raw(terminal: bool) -> Iterator[None]:
+    if not terminal:
+        yield
+        return
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    tty.setraw(descriptor)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)

@@ -1,0 +1,97 @@
+"""Bulk bytes over a switched connection, with a count of them on stderr while it takes long."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+from typing import IO
+
+import click
+
+from banger.base.units import format_size
+from banger.cli.render import printable
+from banger.rpc.client import Session
+from banger.rpc.protocol import Exit, FrameType, decode_exit, frame
+
+_READ_BYTES = 128 << 10
+_SHOW_EVERY_S = 0.5
+_QUIET_FOR_S = 1.0
+
+
+class _Counter:
+    """A line that tells how far a transfer is: on terminals, of what takes over a second."""
+
+    def __init__(self, title: str) -> None:
+        self._title = printable(title)
+        self._count = 0
+        self._began = time.monotonic()
+        self._next = self._began + _QUIET_FOR_S
+        self._shown = False
+
+    def add(self, count: int) -> None:
+        self._count += count
+        now = time.monotonic()
+        if now >= self._next and sys.stderr.isatty():
+            rate = self._count / (now - self._began)
+            text = f"{self._title}: {format_size(self._count)}, {format_size(int(rate))}/s"
+            click.echo(f"\r\x1b[K{text}", err=True, nl=False)
+            self._next, self._shown = now + _SHOW_EVERY_S, True
+
+    def clear(self) -> None:
+        if self._shown:
+            click.echo("\r\x1b[K", err=True, nl=False)
+
+
+def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:
+    """Send all of `data` as DATA and then EOF; how the other side ended.
+
+    What the guest says on its stderr goes to ours.
+    """
+    counter = _Counter(title)
+    out = bytearray()
+    open_ = True
+    try:
+        while True:
+            poll = select.poll()
+            poll.register(session.fileno(), select.POLLIN | (select.POLLOUT if out else 0))
+            if open_ and not out:
+                poll.register(data.fileno(), select.POLLIN)
+            ready = dict(poll.poll())
+            if ready.get(session.fileno(), 0) & select.POLLOUT:
+                session.send_some(out)
+            if ready.get(session.fileno(), 0) & ~select.POLLOUT:
+                for kind, payload in session.receive():
+                    if kind is FrameType.STDERR:
+                        os.write(sys.stderr.fileno(), payload)
+                    elif kind is FrameType.EXIT:
+                        return decode_exit(payload)
+            if data.fileno() in ready:
+                chunk = os.read(data.fileno(), _READ_BYTES)
+                counter.add(len(chunk))
+                open_ = bool(chunk)
+                out += frame(FrameType.DATA, chunk) if chunk else frame(FrameType.EOF)
+                session.send_some(out)
+    finally:
+        counter.clear()
+
+
+def receive_stream(session: Session, out: IO[bytes], *, title: str) -> Exit:
+    """Write the DATA that comes to `out`; how the other side ended."""
+    counter = _Counter(title)
+    frames = session.pending()
+    try:
+        while True:
+            for kind, payload in frames:
+                if kind is FrameType.DATA:
+                    out.write(payload)
+                    counter.add(len(payload))
+                elif kind is FrameType.STDERR:
+                    os.write(sys.stderr.fileno(), payload)
+                elif kind is FrameType.EXIT:
+                    out.flush()
+                    return decode_exit(payload)
+            frames = session.receive()
+    finally:
+        counter.clear()
