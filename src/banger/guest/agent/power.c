@@ -9,13 +9,14 @@
 #include <sys/mount.h>
 #include <sys/reboot.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "files.h"
 #include "init.h"
 #include "session.h"
 
-enum { GRACE_MS = 2000, INIT_MS = 60000, WAIT_MS = 10 };
+enum { GRACE_MS = 2000, INIT_MS = 60000 };
 
 _Noreturn void power_cut(bool reboot_instead) {
     sync();
@@ -25,16 +26,22 @@ _Noreturn void power_cut(bool reboot_instead) {
         pause();
 }
 
-/* Reap until nobody is left but us, or the time is over. kill(-1, 0) says if there are others:
- * processes that are not our children must end too before file systems can be unmounted. */
+/* Reap until nobody is left, or the time is over. For PID 1, to have no children means that there
+ * are no processes: orphans become its children. (Asking kill(-1, 0) would count kernel threads.) */
 static void wait_for_all(int64_t limit_ms) {
     int64_t end = now_ms() + limit_ms;
-    while (now_ms() < end) {
-        while (waitpid(-1, NULL, WNOHANG) > 0)
+    sigset_t children;
+    sigemptyset(&children);
+    sigaddset(&children, SIGCHLD); /* blocked since the session began */
+    for (;;) {
+        pid_t pid;
+        while ((pid = waitpid(-1, NULL, WNOHANG)) > 0)
             ;
-        if (kill(-1, 0) < 0 && errno == ESRCH)
+        int64_t left = end - now_ms();
+        if (pid < 0 || left <= 0)
             return;
-        poll(NULL, 0, WAIT_MS); /* no event tells of the end of another's child */
+        struct timespec wait = {.tv_sec = left / 1000, .tv_nsec = left % 1000 * 1000000};
+        sigtimedwait(&children, NULL, &wait);
     }
 }
 
