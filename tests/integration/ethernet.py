@@ -5,20 +5,19 @@ from __future__ import annotations
 import ipaddress
 import socket
 import struct
-from dataclasses import dataclass
 
 GUEST_MAC = bytes.fromhex("020000000002")
 BROADCAST = b"\xff" * 6
 
 ARP, IPV4, VLAN, IPV6 = 0x0806, 0x0800, 0x8100, 0x86DD
 ICMP, TCP, UDP = 1, 6, 17
-SYN, ACK = 0x02, 0x10
+SYN = 0x02
 
 
 def checksum(data: bytes) -> int:
     """The Internet checksum (RFC 1071)."""
     data += b"\0" * (len(data) % 2)
-    total = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
     while total >> 16:
         total = (total & 0xFFFF) + (total >> 16)
     return ~total & 0xFFFF
@@ -53,9 +52,9 @@ def _with_checksum(
     return segment[:offset] + total + segment[offset + 2 :]
 
 
-def tcp(source: str, destination: str, ports: tuple[int, int], flags: int, acknowledge: int) -> bytes:
-    sequence = 1000 if flags == SYN else 1001
-    head = struct.pack("!HHIIBBHHH", *ports, sequence, acknowledge, 5 << 4, flags, 65535, 0, 0)
+def tcp_syn(source: str, destination: str, ports: tuple[int, int]) -> bytes:
+    """The beginning of a connection; no more is needed for a server here to see one."""
+    head = struct.pack("!HHIIBBHHH", *ports, 1000, 0, 5 << 4, SYN, 65535, 0, 0)
     return ip(source, destination, TCP, _with_checksum(source, destination, TCP, head, 16))
 
 
@@ -68,31 +67,3 @@ def echo_request(source: str, destination: str) -> bytes:
     message = struct.pack("!BBHHH", 8, 0, 0, 77, 1) + b"hello"
     message = message[:2] + struct.pack("!H", checksum(message)) + message[4:]
     return ip(source, destination, ICMP, message)
-
-
-@dataclass(frozen=True)
-class Received:
-    """What matters of an IPv4 frame to the guest."""
-
-    protocol: int
-    source: str
-    ports: tuple[int, int]
-    sequence: int
-    flags: int
-    payload: bytes
-
-
-def parse(frame: bytes) -> Received | None:
-    """An IPv4 frame to the guest; None for any other."""
-    if frame[12:14] != b"\x08\x00":
-        return None
-    protocol, start = frame[23], 14 + (frame[14] & 15) * 4
-    payload = frame[start:]
-    ports = struct.unpack("!HH", payload[:4])
-    sequence, flags = 0, 0
-    if protocol == TCP:
-        (sequence,) = struct.unpack("!I", payload[4:8])
-        flags = payload[13]
-    return Received(
-        protocol, socket.inet_ntoa(frame[26:30]), (ports[0], ports[1]), sequence, flags, payload
-    )

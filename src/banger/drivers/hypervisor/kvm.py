@@ -34,7 +34,7 @@ _TIMEOUT_S = 10.0
 # isa-debug-exit makes status (value << 1) | 1 of what the guest writes.
 _EXIT_PORT = 0xF4
 _EXIT_VALUE = 0x31
-_EXIT_STATUS = _EXIT_VALUE << 1 | 1
+PROBE_PASSED = _EXIT_VALUE << 1 | 1
 
 _LOOP_COUNT = 50_000_000
 
@@ -102,7 +102,7 @@ async def _run() -> tuple[KvmProbe, bool]:
     """The answer, and whether it will be the same the next time."""
     program = os.memfd_create("kvm-probe")
     try:
-        os.write(program, pvh_image(_code))
+        os.write(program, probe_program())
         completed = await proc.run(
             probe_argv(program), timeout_s=_TIMEOUT_S, check=False, pass_fds=(program,)
         )
@@ -112,7 +112,7 @@ async def _run() -> tuple[KvmProbe, bool]:
         return KvmProbe(False, error.message), False
     finally:
         os.close(program)
-    if completed.returncode == _EXIT_STATUS:
+    if completed.returncode == PROBE_PASSED:
         return KvmProbe(True, "a vCPU ran a program"), True
     lines = completed.stderr.decode(errors="replace").strip().splitlines()
     reason = lines[0].removeprefix(f"{QEMU}: ") if lines else f"status {completed.returncode}"
@@ -179,6 +179,11 @@ def pvh_image(code_at: Callable[[int], bytes]) -> bytes:
             code,
         )
     )
+
+
+def probe_program() -> bytes:
+    """The program that ends QEMU with the status `PROBE_PASSED`."""
+    return pvh_image(_code)
 
 
 def _code(address: int) -> bytes:

@@ -154,7 +154,7 @@ def _disk(disk: Disk) -> tuple[str, ...]:
     (A qcow2 overlay's header names its backing file's format: see `drivers.storage.qcow2`.)
     """
     access = "read-only=on" if disk.read_only else "read-only=off,discard=unmap"
-    # A raw disk is a file of its own; qcow2 frees clusters of the file beneath it.
+    # What the guest discards is given back to the host only if every layer may pass it on.
     file = f"file.driver=file,file.filename={option_value(disk.path)}"
     if not disk.read_only:
         file += ",file.discard=unmap"

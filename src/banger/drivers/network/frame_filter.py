@@ -2,11 +2,11 @@
 
 passt opens an ordinary socket of the host towards whatever address a guest's packet names. Its
 option ``--no-map-gw`` takes away one way to the loopback, but a guest that writes its own frames
-reached servers on the host's 127.0.0.1, by TCP and UDP, with destination 127.x.y.z and with
-0.0.0.0 (passt 2023-03-09; `tests/integration/test_drivers.py` speaks such frames). So every frame
-from the guest passes here first, and only these go on: ARP, and IPv4 from the guest's own address
-to a unicast address that is neither loopback nor "this host". Whatever else there is (IPv6, VLAN
-tags, forged sources) is dropped. Frames to the guest pass unseen.
+reached servers on the host's 127.0.0.1, by TCP and by UDP, with destination 127.x.y.z and with
+0.0.0.0 (passt 2023-03-09; `tests/integration/test_network_frames.py` tries). So every frame from
+the guest passes here first, and only these go on: ARP, and IPv4 from the guest's own address to a
+unicast address that is neither loopback nor "this host". Whatever else there is (IPv6, VLAN tags,
+forged sources) is dropped. Frames to the guest pass unseen.
 
 It is a program of its own, run by file name: it lives as long as its machine, past the daemon,
 and ends when either side does, which ends the other. It uses the standard library only, and of

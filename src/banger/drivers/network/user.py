@@ -38,7 +38,6 @@ DNS = "172.16.0.3"
 GATEWAY_MAC = "02:62:67:00:00:01"
 
 _START_TIMEOUT_S = 10.0
-_ANSWER_BYTES_MAX = 4096
 _LOG_TAIL_CHARACTERS = 1000
 
 
@@ -91,18 +90,26 @@ def mac_address(vm_id: str) -> str:
 
 async def _serves(inner: socket.socket, mac: str, log: Path) -> None:
     """Wait until passt, at the other end, answers for the gateway; raise Unavailable otherwise."""
-    loop = asyncio.get_running_loop()
     inner.setblocking(False)
     try:
         async with asyncio.timeout(_START_TIMEOUT_S):
-            await loop.sock_sendall(inner, gateway_question(mac))
-            answered = await loop.sock_recv(inner, _ANSWER_BYTES_MAX)
-    except (TimeoutError, OSError):
-        answered = b""
+            await asyncio.get_running_loop().sock_sendall(inner, gateway_question(mac))
+            # All of the answer, or the filter would take its rest for the beginning of a frame.
+            await _receive(inner, int.from_bytes(await _receive(inner, 4), "big"))
+    except (TimeoutError, OSError) as error:
+        raise Unavailable(f"passt does not start: {_tail(log)}; inspect {log}") from error
     # The filter inherits the open file, and with it this flag.
     inner.setblocking(True)
-    if not answered:
-        raise Unavailable(f"passt does not start: {_tail(log)}; inspect {log}")
+
+
+async def _receive(source: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count:
+        more = await asyncio.get_running_loop().sock_recv(source, count - len(data))
+        if not more:
+            raise ConnectionResetError("the other end is closed")
+        data += more
+    return data
 
 
 def _tail(log: Path) -> str:

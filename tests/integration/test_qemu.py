@@ -1,0 +1,240 @@
+"""QEMU as a driver: a machine that boots, ends, fails to start; disks; and the KVM probe.
+
+The guests are programs of a few bytes, so no image is needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import struct
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from banger.base import proc, procfs
+from banger.base.errors import Unavailable
+from banger.drivers.base import Disk, DiskFormat, Machine
+from banger.drivers.hypervisor import kvm
+from banger.drivers.hypervisor.qemu import QemuHypervisor
+from banger.drivers.network.user import PasstNetwork
+from banger.drivers.storage.qcow2 import Qcow2Storage
+
+VM_ID = "vm-0123456789ab"
+MIB = 1 << 20
+
+
+def speaking_guest(text: bytes) -> bytes:
+    """A kernel that writes `text` to the first serial port and then waits for ever."""
+
+    def code(address: int) -> bytes:
+        head = 5 + 5 + 4  # the three instructions before the loop
+        loop = b"\xac\xee\xe2\xfc" + b"\xf4\xeb\xfd"  # lodsb; out dx, al; loop; wait: hlt; jmp wait
+        start = address + head + len(loop)
+        return b"".join(
+            (
+                b"\xbe" + struct.pack("<I", start),  # esi = text
+                b"\xb9" + struct.pack("<I", len(text)),  # ecx = length
+                b"\x66\xba\xf8\x03",  # dx = COM1
+                loop,
+                text,
+            )
+        )
+
+    return kvm.pvh_image(code)
+
+
+@pytest.fixture
+def machine(tmp_path: Path, private_home: object) -> Machine:
+    # A comma in every path: QEMU's option lists are separated by commas.
+    directory = tmp_path / "a,b"
+    directory.mkdir()
+    kernel = directory / "kernel"
+    kernel.write_bytes(speaking_guest(b"hello, host\n"))
+    initramfs = directory / "initramfs"
+    initramfs.write_bytes(b"")
+    return Machine(
+        vm_id=VM_ID,
+        vcpu_count=1,
+        memory_mib=64,
+        kernel=kernel,
+        initramfs=initramfs,
+        kernel_parameters=("banger.init=minimal",),
+        disks=(),
+        console_log=directory / "console.log",
+        hypervisor_log=directory / "hypervisor.log",
+        control_socket=directory / "control.sock",
+        agent_socket=directory / "agent.sock",
+    )
+
+
+@pytest.fixture
+def hypervisor(tmp_path: Path) -> QemuHypervisor:
+    return QemuHypervisor("auto", tmp_path / "probes.json")
+
+
+async def exit_of(pid: int) -> None:
+    """The process ends, and is reaped by the driver, within 5 s."""
+    async with asyncio.timeout(5):
+        while Path(f"/proc/{pid}").exists():
+            try:
+                pidfd = os.pidfd_open(pid)
+            except ProcessLookupError:
+                return
+            await procfs.wait_exit(pidfd, 5)
+            os.close(pidfd)
+            await asyncio.sleep(0)
+
+
+async def console_says(machine: Machine, text: str, times: int = 1) -> None:
+    """A file tells nobody that it grows, so this looks again and again."""
+    async with asyncio.timeout(20):
+        while machine.console_log.read_text().count(text) < times:
+            await asyncio.sleep(0.02)
+
+
+@pytest.mark.guest
+async def test_a_machine_boots_answers_and_quits(
+    machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
+) -> None:
+    base = tmp_path / "base,raw"
+    base.write_bytes(bytes(MIB))
+    overlay = tmp_path / "over,lay.qcow2"
+    await Qcow2Storage().create_overlay(base, overlay, 2)
+    machine = replace(
+        machine,
+        disks=(
+            Disk("system", overlay, DiskFormat.QCOW2),
+            Disk("modules", base, DiskFormat.RAW, read_only=True),
+        ),
+    )
+    network = await PasstNetwork().attach(VM_ID, tmp_path / "network.log")
+    pid = await hypervisor.launch(machine, network)
+    try:
+        assert hypervisor.owns(procfs.command_line(pid), machine.control_socket)
+        await console_says(machine, "hello, host")
+        with socket.socket(socket.AF_UNIX) as agent:
+            agent.connect(str(machine.agent_socket))
+    finally:
+        await hypervisor.quit(machine.control_socket)
+    await exit_of(pid)
+    await exit_of(network.pid)
+    with pytest.raises(Unavailable, match="does not answer"):
+        await hypervisor.quit(machine.control_socket)
+
+
+@pytest.mark.guest
+async def test_the_console_log_keeps_what_was_said_before_a_restart(
+    machine: Machine, hypervisor: QemuHypervisor
+) -> None:
+    for start in (1, 2):
+        pid = await hypervisor.launch(machine, None)
+        await console_says(machine, "hello, host", times=start)
+        await hypervisor.quit(machine.control_socket)
+        await exit_of(pid)
+
+
+@pytest.mark.guest
+async def test_kill_9_of_a_machine_leaves_no_network_process_and_no_zombie(
+    machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
+) -> None:
+    network = await PasstNetwork().attach(VM_ID, tmp_path / "network.log")
+    pid = await hypervisor.launch(machine, network)
+    os.kill(pid, signal.SIGKILL)
+    await exit_of(pid)
+    await exit_of(network.pid)
+
+
+@pytest.mark.guest
+async def test_a_machine_that_cannot_start_says_why_and_where_to_look(
+    machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
+) -> None:
+    machine.hypervisor_log.write_text("an older start's complaint\n")
+    network = await PasstNetwork().attach(VM_ID, tmp_path / "network.log")
+    missing = replace(machine, kernel=tmp_path / "nowhere")
+    with pytest.raises(Unavailable) as caught:
+        await hypervisor.launch(missing, network)
+    assert "exited with status 1" in caught.value.message
+    assert "nowhere" in caught.value.message
+    assert "older" not in caught.value.message
+    assert caught.value.message.endswith(f"; inspect {machine.hypervisor_log}")
+    await exit_of(network.pid)
+
+
+@pytest.mark.guest
+async def test_a_cancelled_launch_leaves_no_process(
+    machine: Machine, hypervisor: QemuHypervisor
+) -> None:
+    await hypervisor.choose_accelerator()
+    launching = asyncio.create_task(hypervisor.launch(machine, None))
+    started: list[int] = []
+    while not started:
+        await asyncio.sleep(0)
+        started = [
+            pid
+            for pid, argv in procfs.own_processes()
+            if hypervisor.owns(argv, machine.control_socket)
+        ]
+    launching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await launching
+    await exit_of(started[0])
+
+
+async def test_an_overlay_names_its_backing_format_and_is_never_smaller(tmp_path: Path) -> None:
+    base = tmp_path / "rootfs.ext4"
+    base.write_bytes(bytes(3 * MIB))
+    overlay = tmp_path / "system.qcow2"
+    storage = Qcow2Storage()
+    assert storage.allocated_bytes(overlay) == 0
+    await storage.create_overlay(base, overlay, 1)
+    info = (await proc.run(["qemu-img", "info", str(overlay)], timeout_s=10)).stdout.decode()
+    assert "backing file format: raw" in info
+    assert "virtual size: 3 MiB" in info
+    assert 0 < storage.allocated_bytes(overlay) < MIB
+    await storage.create_overlay(base, overlay, 8)
+    info = (await proc.run(["qemu-img", "info", str(overlay)], timeout_s=10)).stdout.decode()
+    assert "virtual size: 8 MiB" in info
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rootfs.ext4", "system.qcow2"]
+
+
+async def test_an_overlay_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
+    base = tmp_path / "rootfs.ext4"
+    base.write_bytes(bytes(MIB))
+    overlay = tmp_path / "system.qcow2"
+    overlay.write_text("as it was")
+    with pytest.raises(proc.ProcessFailed):
+        # Larger than qcow2 can be.
+        await Qcow2Storage().create_overlay(base, overlay, 1 << 60)
+    assert overlay.read_text() == "as it was"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+async def test_the_kvm_probe_is_bounded_and_remembers(tmp_path: Path) -> None:
+    cache = tmp_path / "probes.json"
+    began = time.monotonic()
+    first = await kvm.probe(cache)
+    assert time.monotonic() - began < 15
+    assert first.detail
+    began = time.monotonic()
+    assert await kvm.probe(cache) == first
+    assert time.monotonic() - began < 0.1
+
+
+@pytest.mark.guest
+async def test_the_kvm_probes_program_runs_to_its_end_on_a_processor_that_works() -> None:
+    """The same program, on QEMU's own emulation of a processor."""
+    with os.fdopen(os.memfd_create("probe"), "wb") as program:
+        program.write(kvm.probe_program())
+        program.flush()
+        completed = await proc.run(
+            kvm.probe_argv(program.fileno(), "tcg", "max"),
+            timeout_s=60,
+            check=False,
+            pass_fds=(program.fileno(),),
+        )
+    assert completed.returncode == kvm.PROBE_PASSED, completed.stderr

@@ -1,0 +1,136 @@
+"""The KVM probe: what it remembers, and for how long. (The probe itself: tests/integration.)"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from banger.base.errors import OperationTimeout
+from banger.base.proc import Completed
+from banger.drivers.base import Level
+from banger.drivers.hypervisor import kvm
+from banger.drivers.hypervisor.qemu import QemuHypervisor
+from banger.drivers.hypervisor.qemu_argv import Accelerator
+
+
+@pytest.fixture
+def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A device that opens, and a QEMU that is installed."""
+    qemu = tmp_path / "qemu"
+    qemu.write_text("")
+    monkeypatch.setattr("banger.base.proc.which", lambda tool: str(qemu))
+    device = tmp_path / "kvm"
+    device.write_text("")
+    return device
+
+
+@pytest.fixture
+def qemu_gives(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, bytes], list[int]]:
+    """Make QEMU end with a status and stderr; the list grows with each run."""
+
+    def install(status: int, stderr: bytes) -> list[int]:
+        runs: list[int] = []
+
+        async def run(argv: list[str], **_: object) -> Completed:
+            runs.append(status)
+            return Completed(tuple(argv), status, b"", stderr)
+
+        monkeypatch.setattr("banger.base.proc.run", run)
+        return runs
+
+    return install
+
+
+async def test_an_answer_is_kept_until_qemu_or_the_boot_changes(
+    device: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    qemu_gives: Callable[[int, bytes], list[int]],
+) -> None:
+    runs = qemu_gives(kvm.PROBE_PASSED, b"")
+    cache = tmp_path / "probes.json"
+    for _ in range(2):
+        assert await kvm.probe(cache, device) == kvm.KvmProbe(True, "a vCPU ran a program")
+    assert len(runs) == 1
+    (tmp_path / "qemu").write_text("another version")
+    await kvm.probe(cache, device)
+    assert len(runs) == 2
+    monkeypatch.setattr("banger.base.procfs.boot_id", lambda: "another boot")
+    await kvm.probe(cache, device)
+    assert len(runs) == 3
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"key":[],"usable":1}', b"\xff"])
+async def test_a_broken_cache_is_no_answer(
+    device: Path,
+    tmp_path: Path,
+    content: bytes,
+    qemu_gives: Callable[[int, bytes], list[int]],
+) -> None:
+    cache = tmp_path / "probes.json"
+    cache.write_bytes(content)
+    qemu_gives(kvm.PROBE_PASSED, b"")
+    assert (await kvm.probe(cache, device)).usable
+
+
+async def test_qemus_own_words_are_the_reason(
+    device: Path, tmp_path: Path, qemu_gives: Callable[[int, bytes], list[int]]
+) -> None:
+    qemu_gives(-6, b"qemu-system-x86_64: error: failed to set MSR 0x10a\nAssertion failed\n")
+    answer = await kvm.probe(tmp_path / "nowhere" / "cache", device)
+    assert answer == kvm.KvmProbe(False, "QEMU cannot run a vCPU: error: failed to set MSR 0x10a")
+
+
+async def test_a_vcpu_that_hangs_is_not_usable(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(argv: list[str], **_: object) -> Completed:
+        raise OperationTimeout("too late")
+
+    monkeypatch.setattr("banger.base.proc.run", run)
+    answer = await kvm.probe(tmp_path / "probes.json", device)
+    assert answer == kvm.KvmProbe(False, "a vCPU did not get anywhere within 10 s")
+
+
+async def test_without_the_device_nothing_is_tried(tmp_path: Path) -> None:
+    missing = tmp_path / "kvm"
+    answer = await kvm.probe(tmp_path / "probes.json", missing)
+    assert answer == kvm.KvmProbe(False, f"there is no {missing}")
+
+
+def test_the_program_is_an_elf_file_with_a_pvh_entry_point() -> None:
+    image = kvm.probe_program()
+    assert image[:4] == b"\x7fELF"
+    (entry,) = struct.unpack_from("<Q", image, 24)
+    note = image.index(b"Xen\0")
+    assert struct.unpack_from("<I", image, note - 4) == (18,)
+    assert struct.unpack_from("<Q", image, note + 4) == (entry,)
+
+
+@pytest.mark.parametrize(
+    ("setting", "usable", "accelerator", "level"),
+    [
+        ("auto", True, Accelerator.KVM, Level.OK),
+        ("auto", False, Accelerator.TCG, Level.WARN),
+        ("kvm", True, Accelerator.KVM, Level.OK),
+        ("kvm", False, Accelerator.KVM, Level.FAIL),
+        ("tcg", True, Accelerator.TCG, Level.OK),
+    ],
+)
+async def test_the_accelerator_is_what_is_configured_or_what_works(
+    monkeypatch: pytest.MonkeyPatch,
+    setting: str,
+    usable: bool,
+    accelerator: Accelerator,
+    level: Level,
+) -> None:
+    async def probe(cache: Path) -> kvm.KvmProbe:
+        return kvm.KvmProbe(usable, "the reason")
+
+    monkeypatch.setattr(kvm, "probe", probe)
+    chosen, check = await QemuHypervisor(setting, Path("/nowhere")).choose_accelerator()
+    assert (chosen, check.level) == (accelerator, level)
+    assert check.detail

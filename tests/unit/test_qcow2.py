@@ -1,0 +1,54 @@
+"""Overlays: sizes and qemu-img's command line. (That it works: tests/integration/test_qemu.py.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from banger.base.errors import PreconditionFailed
+from banger.drivers.base import Level
+from banger.drivers.storage.qcow2 import Qcow2Storage, create_argv, overlay_bytes
+
+MIB = 1 << 20
+
+
+@pytest.mark.parametrize(("size_mib", "expected"), [(1, 3 * MIB), (3, 3 * MIB), (4, 4 * MIB)])
+def test_an_overlay_is_never_smaller_than_its_base(
+    tmp_path: Path, size_mib: int, expected: int
+) -> None:
+    base = tmp_path / "base"
+    base.write_bytes(bytes(3 * MIB))
+    assert overlay_bytes(base, size_mib) == expected
+
+
+def test_the_backing_files_format_is_named_and_paths_are_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert create_argv(Path("json:base"), Path("-o"), 4 * MIB) == [
+        *("qemu-img", "create", "-q", "-f", "qcow2"),
+        *("-b", f"{tmp_path}/json:base", "-F", "raw", f"{tmp_path}/-o", "4194304"),
+    ]
+
+
+async def test_a_missing_base_is_named(tmp_path: Path) -> None:
+    with pytest.raises(PreconditionFailed, match=r"rootfs\.ext4 is missing"):
+        await Qcow2Storage().create_overlay(tmp_path / "rootfs.ext4", tmp_path / "o", 1)
+
+
+def test_allocated_bytes_counts_blocks_and_not_length(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    assert Qcow2Storage().allocated_bytes(disk) == 0
+    with disk.open("wb") as file:
+        file.truncate(64 * MIB)
+    assert Qcow2Storage().allocated_bytes(disk) < MIB
+
+
+async def test_a_missing_qemu_img_is_a_failed_check_with_its_package(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("banger.base.proc.which", lambda tool: None)
+    (check,) = await Qcow2Storage().checks()
+    assert check.level is Level.FAIL
+    assert check.hint == "install it with: apt-get install qemu-utils"
