@@ -68,7 +68,7 @@ def vm() -> None:
 
 
 @vm.command(cls=AfterDashes)
-@click.option("--name", type=VM_NAME, default="", help="Its name (default: one is made up).")
+@click.option("--name", type=VM_NAME, help="Its name (default: one is made up).")
 @click.option(
     "--image",
     type=ARTIFACT_NAME,
@@ -105,8 +105,8 @@ def vm() -> None:
 @tty_option
 def run(
     *,
-    name: str,
-    image: str,
+    name: str | None,
+    image: str | None,
     vcpu: int | None,
     memory: int | None,
     disk_size: int | None,
@@ -131,8 +131,8 @@ def run(
     if remove and detach:
         raise click.UsageError("--rm and --detach exclude each other")
     create: dict[str, Any] = {
-        "name": name,
-        "image": image,
+        "name": name or "",
+        "image": image or "",
         "vcpu_count": vcpu,
         "memory_mib": memory,
         "disk_size_mib": disk_size,

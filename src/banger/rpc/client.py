@@ -78,13 +78,13 @@ class Client:
             while True:
                 reply = decode_reply(self._line())
                 self.daemon_version = reply.daemon_version or self.daemon_version
-                if reply.event is not None:
+                if bytes(reply.event):
                     if on_event is not None:
                         on_event(reply.event)
                 elif reply.error is not None:
                     error = reply.error
                     raise from_wire(error.code, error.message, error.hint, error.op_id)
-                elif reply.result is not None:
+                elif bytes(reply.result):
                     return msgspec.json.decode(reply.result, type=result)
                 else:
                     raise Internal("bangerd answered with neither result nor error")

@@ -65,10 +65,10 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
-    """One reply line; exactly one of event, result and error is there."""
+    """One reply line; exactly one of event, result and error is there. Raw ones may be empty."""
 
-    event: msgspec.Raw | None = None
-    result: msgspec.Raw | None = None
+    event: msgspec.Raw = msgspec.Raw()
+    result: msgspec.Raw = msgspec.Raw()
     error: ErrorInfo | None = None
     #: The daemon's version, on results and errors, so that a CLI can see that it differs.
     daemon_version: str = ""
