@@ -1,0 +1,128 @@
+"""The payloads of OPEN are as docs/agent-protocol.md says, and bad values stop here."""
+
+from __future__ import annotations
+
+import os
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from banger.base.errors import BadRequest
+from banger.guest.requests import (
+    Connect,
+    Exec,
+    FileStat,
+    Pack,
+    Ping,
+    Read,
+    Request,
+    Setup,
+    Shutdown,
+    Sockets,
+    Stat,
+    Stats,
+    Unpack,
+    Write,
+)
+
+_TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))
+
+
+def fields_of(payload: bytes) -> list[tuple[int, bytes]]:
+    found, at = [], 1
+    while at < len(payload):
+        tag, length = struct.unpack_from(">BI", payload, at)
+        found.append((tag, payload[at + 5 : at + 5 + length]))
+        assert len(found[-1][1]) == length
+        at += 5 + length
+    return found
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "fields"),
+    [
+        (Read("/a"), 2, [(1, b"/a")]),
+        (
+            Write("/a", mode=0o600, uid=1, gid=2),
+            3,
+            [(2, b"\0\0\x01\x80"), (3, b"\0\0\0\x01"), (4, b"\0\0\0\x02"), (1, b"/a")],
+        ),
+        (Write("/a"), 3, [(1, b"/a")]),
+        (Pack("/a", name="b"), 4, [(2, b"b"), (1, b"/a")]),
+        (Unpack("/a"), 5, [(1, b"/a")]),
+        (Stat("/a"), 6, [(1, b"/a")]),
+        (Connect(8080), 7, [(1, b"\x1f\x90")]),
+        (Stats(), 8, []),
+        (Sockets(), 9, []),
+        (Shutdown(reboot=True), 11, [(1, b"\0\0\0\x01")]),
+        (Ping(), 12, []),
+    ],
+)
+def test_a_request_is_its_kind_and_its_fields(
+    request_: Request, kind: int, fields: list[tuple[int, bytes]]
+) -> None:
+    payload = request_.encode()
+    assert payload[0] == kind
+    assert fields_of(payload) == fields
+
+
+def test_setup_has_each_value_under_its_tag() -> None:
+    setup = Setup("h", "0" * 32, "10.0.0.2/24", "10.0.0.1", "10.0.0.3", "52:54:00:0:0:1", b"e", 7)
+    assert dict(fields_of(setup.encode())) == {
+        1: b"h",
+        2: b"0" * 32,
+        3: b"10.0.0.2/24",
+        4: b"10.0.0.1",
+        5: b"10.0.0.3",
+        6: b"52:54:00:0:0:1",
+        7: b"e",
+        8: struct.pack(">Q", 7),
+    }
+
+
+@given(st.lists(_TEXT), st.dictionaries(_TEXT, _TEXT), st.booleans())
+def test_exec_keeps_arguments_and_environment_in_order(
+    arguments: list[str], environment: dict[str, str], pty: bool
+) -> None:
+    fields = fields_of(Exec(arguments, environment, pty=pty, rows=3, columns=4).encode())
+    assert [value for tag, value in fields if tag == 1] == [os.fsencode(a) for a in arguments]
+    assert [value for tag, value in fields if tag == 2] == [
+        os.fsencode(f"{key}={value}") for key, value in environment.items()
+    ]
+    assert dict(fields).get(6) == (b"\0\x03\0\x04" if pty else None)
+
+
+def test_exec_flags_are_one_number() -> None:
+    assert (5, b"\0\0\0\x03") in fields_of(Exec(login=True, pty=True).encode())
+    assert (5, b"\0\0\0\x04") in fields_of(Exec(["a"], detached=True).encode())
+
+
+def test_names_that_are_not_utf8_pass_unchanged() -> None:
+    assert fields_of(Read(os.fsdecode(b"/\xff\n")).encode()) == [(1, b"/\xff\n")]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        Read("/a\0b"),
+        Exec(["a\0"]),
+        Exec(["a"], {"K": "\0"}),
+        Connect(0),
+        Connect(65536),
+        Setup(entropy=bytes(513)),
+        Exec(["a", "x" * 262144]),
+    ],
+)
+def test_what_the_agent_would_refuse_is_refused_here(request_: Request) -> None:
+    with pytest.raises(BadRequest):
+        request_.encode()
+
+
+def test_a_stat_answer_is_read_strictly() -> None:
+    answer = b"d" + struct.pack(">IQ", 0o755, 4096)
+    assert FileStat.decode(answer) == FileStat("d", 0o755, 4096)
+    for bad in (b"", answer[:-1], answer + b"x", b"z" + answer[1:]):
+        with pytest.raises(BadRequest):
+            FileStat.decode(bad)
