@@ -11,11 +11,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from bench import cli_start
+from bench import cli_start, cold_run, exec_latency, rpc, vm_list
+from bench.home import Home
 from bench.measure import Figure, percentile
 
-BENCHMARKS: dict[str, Callable[[], list[Figure]]] = {
+BENCHMARKS: dict[str, Callable[[Home], list[Figure]]] = {
     "cli_start": cli_start.measure,
+    "rpc": rpc.measure,
+    "vm_list": vm_list.measure,
+    "exec_latency": exec_latency.measure,
+    "cold_run": cold_run.measure,
 }
 
 RESULTS = Path(__file__).with_name("results.json")
@@ -28,10 +33,11 @@ def main(names: list[str]) -> int:
         return 2
     figures = []
     print(_line("", "p50", "p95", "floor p50", "ratio", "target", "", "floor"))
-    for name in names or BENCHMARKS:
-        for figure in BENCHMARKS[name]():
-            figures.append(figure)
-            print(_row(figure), flush=True)
+    with Home() as home:
+        for name in names or BENCHMARKS:
+            for figure in BENCHMARKS[name](home):
+                figures.append(figure)
+                print(_row(figure), flush=True)
     RESULTS.write_text(json.dumps(_report(figures), indent=2) + "\n")
     return 1 if any(figure.met is False for figure in figures) else 0
 

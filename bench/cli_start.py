@@ -7,17 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+from bench.home import BANGER, Home
 from bench.measure import Figure, compare, timed
 
-_BANGER = Path(sys.executable).with_name("banger")
 _ROUNDS = 20
 
 
-def measure() -> list[Figure]:
+def measure(home: Home) -> list[Figure]:  # noqa: ARG001 - they reach no daemon
     return [
         compare(
             "banger version",
-            lambda: timed(lambda: _run(_BANGER, "version")),
+            lambda: timed(lambda: _run(BANGER, "version")),
             floor_name="python -c pass",
             floor=lambda: timed(lambda: _run(sys.executable, "-c", "pass")),
             rounds=_ROUNDS,

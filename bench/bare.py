@@ -1,0 +1,129 @@
+"""The floor for everything that involves a guest: QEMU and the guest agent, without banger.
+
+The same kernel, initramfs, disks, network and command line as banger's own (`qemu_argv`), started
+and spoken to directly. What banger adds to that (its CLI, its daemon, records, clean-up) is what
+the benchmarks are about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from banger.base.config import load_config
+from banger.base.model import Image, Kernel
+from banger.base.paths import Paths
+from banger.drivers.base import Disk, DiskFormat, Machine
+from banger.drivers.hypervisor.qemu import QemuHypervisor, tsc_khz
+from banger.drivers.hypervisor.qemu_argv import HostFacts, Inherited, qemu_argv
+from banger.drivers.network.user import PasstNetwork
+from banger.drivers.storage.qcow2 import Qcow2Storage
+from banger.guest.channel import AgentChannel, call
+from banger.guest.requests import Exec
+
+_BOOT_TIMEOUT_S = 240.0
+_VM_ID = "bench"
+
+
+class BareQemu:
+    """Boots machines of banger's default shape from `image`."""
+
+    def __init__(self, paths: Paths, directory: Path, image: Image, kernel: Kernel) -> None:
+        self._paths = paths
+        self._image = image
+        # Whichever banger booted it with: it is made on the first `vm run`.
+        (self._initramfs,) = Path(kernel.artifact_dir).glob("initramfs-*.cpio")
+        self._kernel = kernel
+        self._directory = directory
+        directory.mkdir()
+
+    @asynccontextmanager
+    async def guest(self) -> AsyncIterator[AgentChannel]:
+        """A booted guest's channel; the guest is gone afterwards."""
+        async with self._machine() as machine, self._booted(machine) as channel:
+            yield channel
+
+    async def cold_true_s(self) -> float:
+        """From nothing but disks to the end of ``true`` in the guest, in seconds."""
+        async with self._machine() as machine:
+            begin = time.perf_counter()
+            async with self._booted(machine) as channel:
+                await true_s(channel)
+                return time.perf_counter() - begin
+
+    @asynccontextmanager
+    async def _machine(self) -> AsyncIterator[Machine]:
+        config = load_config(self._paths.config_file)
+        storage = Qcow2Storage()
+        system, work = self._directory / "system.qcow2", self._directory / "work.qcow2"
+        await storage.create_overlay(
+            Path(self._image.rootfs_path), system, config.vm_defaults_system_overlay_size
+        )
+        await storage.create_overlay(
+            Path(self._image.work_seed_path), work, config.vm_defaults_disk_size
+        )
+        machine = Machine(
+            vm_id=_VM_ID,
+            vcpu_count=config.vm_defaults_vcpu,
+            memory_mib=config.vm_defaults_memory,
+            kernel=Path(self._kernel.vmlinux_path),
+            initramfs=self._initramfs,
+            kernel_parameters=(f"banger.init={self._image.init}",),
+            disks=(
+                Disk("system", system, storage.format),
+                Disk("work", work, storage.format),
+                Disk("modules", Path(self._kernel.modules_path), DiskFormat.RAW, read_only=True),
+            ),
+            console_log=self._directory / "console.log",
+            hypervisor_log=self._directory / "qemu.log",
+            control_socket=self._directory / "control.sock",
+            agent_socket=self._directory / "agent.sock",
+        )
+        try:
+            yield machine
+        finally:
+            for path in (machine.control_socket, machine.agent_socket):
+                path.unlink(missing_ok=True)
+
+    @asynccontextmanager
+    async def _booted(self, machine: Machine) -> AsyncIterator[AgentChannel]:
+        hypervisor = QemuHypervisor("auto", self._paths.probe_cache)
+        accelerator, _ = await hypervisor.choose_accelerator()
+        network = await PasstNetwork().attach(machine.vm_id, self._directory / "network.log")
+        ours, theirs = socket.socketpair()
+        with ours, theirs, machine.hypervisor_log.open("ab") as log:
+            inherited = Inherited(theirs.fileno(), network.fd)
+            facts = HostFacts(accelerator, tsc_khz())
+            qemu = subprocess.Popen(
+                qemu_argv(machine, facts, inherited, network.guest.mac),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=(theirs.fileno(), network.fd),
+            )
+            os.close(network.fd)
+            try:
+                channel = await AgentChannel.connect(
+                    machine.agent_socket, timeout_s=_BOOT_TIMEOUT_S
+                )
+                try:
+                    yield channel
+                finally:
+                    await channel.close()
+            finally:
+                qemu.kill()
+                await asyncio.to_thread(qemu.wait)
+
+
+async def true_s(channel: AgentChannel) -> float:
+    """One ``true`` through the agent, in seconds."""
+    begin = time.perf_counter()
+    result = await call(channel, Exec(["true"]), timeout_s=60)
+    assert result.exit.value == 0
+    return time.perf_counter() - begin
