@@ -2,8 +2,9 @@
 
     python image_builder.py NAME DEST USER
 
-NAME is a recipe's or ``kernel``. Prints a JSON line for each step of progress, and one with what
-was built or with the error. SIGTERM cancels the build, as an operation's cancel does.
+NAME is a recipe's, ``kernel``, ``remove`` (removes DEST) or ``wait`` (for a contained process).
+Prints a JSON line for each step of progress, and one with what was built or with the error.
+SIGTERM cancels the build, as an operation's cancel does.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import signal
 import sys
 from pathlib import Path
 
+from banger.base import proc
 from banger.base.errors import BangerError
 from banger.images.build import build_image
 from banger.images.kernel import build_kernel
 from banger.images.preflight import requirements
-from banger.images.userns import remove_tree
+from banger.images.userns import contained, remove_tree
 
 
 def _say(**line: object) -> None:
@@ -34,6 +36,9 @@ def _progress(stage: str, detail: str, percent: float) -> None:
 async def _work(name: str, dest: Path) -> None:
     if name == "remove":
         await remove_tree(dest)
+    elif name == "wait":
+        argv = contained(["sh", "-c", "sleep 300 & echo running >&2; wait"])
+        await proc.run(argv, timeout_s=300, on_stderr_line=lambda line: _progress("wait", line, -1))
     elif name == "kernel":
         kernel = await build_kernel(dest, progress=_progress)
         _say(version=kernel.version, modules=sorted(p.name for p in kernel.boot_modules.iterdir()))

@@ -198,7 +198,6 @@ def test_the_work_seed_is_roots_home_ready_to_grow(image: Built) -> None:
     assert {"/.bashrc", "/.profile", "/lost+found"} == set(_listing(seed))
     assert "Mode:  0700" in _debugfs(seed, "stat <2>\n")
     stats = _debugfs(seed, "stats -h\n")
-    assert "noinit_itable" in stats
     assert "Reserved GDT blocks:      127\n" in stats
 
 
@@ -233,6 +232,21 @@ def _descendants(pid: int) -> list[int]:
     for each in found:
         found += [child for child, parent in parents.items() if parent == each]
     return found[1:]
+
+
+def test_a_contained_process_dies_with_the_one_that_started_it(place: Place) -> None:
+    """Also one that never writes to the pipes that its parent's death has closed."""
+    dest = place.directory / "waiting"
+    with place.start("wait", dest) as process, ExitStack() as stack:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["stage"] == "wait"
+        living = {pid: os.pidfd_open(pid) for pid in _descendants(process.pid)}
+        for descriptor in living.values():
+            stack.callback(os.close, descriptor)
+        assert len(living) == 3  # unshare, sh, sleep
+        process.kill()
+        for pid, descriptor in living.items():
+            assert select.select([descriptor], [], [], 5)[0], f"process {pid} lives on"
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGKILL], ids=["cancelled", "killed"])

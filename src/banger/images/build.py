@@ -15,7 +15,7 @@ from pathlib import Path
 from banger.base.errors import NotFound, PreconditionFailed
 from banger.images import preflight
 from banger.images.bootstrap import Bootstrap, bootstrap
-from banger.images.ext4 import MIB, Shape, make_ext4, make_growing_home, sync_file
+from banger.images.ext4 import MIB, Shape, make_ext4, make_home, sync_file
 from banger.images.progress import UNKNOWN, Progress
 from banger.images.userns import temporary_tree
 
@@ -88,7 +88,7 @@ async def build_image(name: str, dest: Path, *, progress: Progress) -> ImageBuil
         progress("filesystem", f"{len(packages)} packages", UNKNOWN)
         await make_ext4(tree, rootfs, Shape("banger-root", recipe.size_mib, journal_mib=32))
         await make_ext4(tree / "root", work_seed, _WORK_SEED)
-        await make_growing_home(work_seed)
+        await make_home(work_seed)
     # After the tree is gone: what of it was not written yet need not be.
     progress("filesystem", "writing it to the disk", UNKNOWN)
     for file in (rootfs, work_seed):

@@ -28,7 +28,8 @@ _FEATURES = (
 )
 
 #: Group descriptors are reserved for a work disk of 1 TiB (127 blocks): it grows there without
-#: changing its layout. Beyond that the kernel goes over to meta_bg by itself.
+#: changing its layout. Beyond that the kernel goes over to meta_bg by itself. (Measured in an
+#: emulated guest: 256 MiB to 8 GiB 0.06 s, 100 GiB 0.3 s, 512 GiB 2 s, 2 TiB 13 s.)
 _GROW_TO_BLOCKS = (1 << 40) // _BLOCK
 
 # Documentation/filesystems/ext4/super.rst of the kernel.
@@ -86,18 +87,11 @@ def _make_empty(image: Path) -> None:
     image.touch(mode=0o600)
 
 
-async def make_growing_home(image: Path) -> None:
-    """Make `image` a home directory: root's alone, and quick to grow.
-
-    mke2fs leaves the root directory 0755. With `noinit_itable` (a default mount option kept in
-    the superblock) the kernel does not zero the inode tables of the part that a grown disk gains,
-    2 MiB for each 128 MiB: a new disk reads as zeros anyway.
-    """
-    requests = "set_inode_field <2> mode 040700\nset_super_value mount_opts noinit_itable\n"
-    done = await proc.run(
-        ["debugfs", "-w", "-f", "-", image], stdin=requests.encode(), timeout_s=60
-    )
-    # debugfs exits with 0 whatever happens, and says its version and the requests otherwise.
+async def make_home(image: Path) -> None:
+    """Make the root directory of `image` root's alone: mke2fs leaves it 0755 (until 1.47.1)."""
+    request = "set_inode_field <2> mode 040700\n"
+    done = await proc.run(["debugfs", "-w", "-f", "-", image], stdin=request.encode(), timeout_s=60)
+    # debugfs exits with 0 whatever happens; when all is well it says its version and the request.
     complaints = [
         line
         for line in (done.stdout + done.stderr).decode(errors="replace").splitlines()
