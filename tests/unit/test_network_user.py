@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 
 from banger.base.errors import PreconditionFailed
 from banger.drivers.base import Level
-from banger.drivers.network.user import PasstNetwork, filter_argv, mac_address, passt_argv
+from banger.drivers.network.user import (
+    PasstNetwork,
+    filter_argv,
+    has_default_route,
+    mac_address,
+    passt_argv,
+)
 
 
 @given(st.text(min_size=1))
@@ -26,9 +32,22 @@ def test_machines_have_different_mac_addresses() -> None:
 
 
 def test_passt_is_kept_from_the_hosts_loopback_and_listens_nowhere() -> None:
-    line = " ".join(passt_argv(5, Path("/v/network.log")))
+    line = " ".join(passt_argv(5, Path("/v/network.log"), uplink=True))
     for option in ("--fd 5", "--no-map-gw", "--tcp-ports none", "--udp-ports none", "--ipv4-only"):
         assert option in line
+
+
+def test_passt_binds_udp_to_the_loopback_only_where_there_is_no_uplink(tmp_path: Path) -> None:
+    routes = tmp_path / "route"
+    heading = "Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT\n"
+    local = "eth0\t000200C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0\n"
+    default = "eth0\t00000000\t010200C0\t0003\t0\t0\t0\t00000000\t0\t0\t0\n"
+    routes.write_text(heading + local)
+    assert not has_default_route(routes)
+    assert "--interface lo" in " ".join(passt_argv(5, tmp_path, uplink=False))
+    routes.write_text(heading + local + default)
+    assert has_default_route(routes)
+    assert "--interface" not in passt_argv(5, tmp_path, uplink=True)
 
 
 def test_the_filter_is_recognised_by_the_vms_id() -> None:

@@ -58,13 +58,6 @@ def _size(value: object) -> int:
     return parse_size_mib(str(value)) if isinstance(value, int) else parse_size_mib(_text(value))
 
 
-def _executable(value: object) -> str:
-    text = _text(value)
-    if "/" in text and not text.startswith(("/", "~/")):
-        raise BadRequest(f'"{text}" is neither a plain name nor an absolute path')
-    return os.path.expanduser(text)  # noqa: PTH111 - the result stays text: it may be a bare name
-
-
 VCPU_MAX = 64
 
 
@@ -77,7 +70,6 @@ class Config:
     accelerator: str
     storage: str
     network: str
-    qemu_bin: str
     default_image_name: str
     vm_defaults_vcpu: int
     vm_defaults_memory: int
@@ -108,7 +100,6 @@ SETTINGS: tuple[Setting, ...] = (
             "what QEMU runs vCPUs with; auto takes kvm when a vCPU really runs"),
     Setting("storage", _choice("auto", "qcow2"), "auto", "how disks share an image"),
     Setting("network", _choice("auto", "user"), "auto", "how VMs reach the network"),
-    Setting("qemu_bin", _executable, "qemu-system-x86_64", "QEMU: a name on PATH or a path"),
     Setting("default_image_name", lambda value: check_artifact_name(_text(value)),
             "debian-bookworm", "the image of a VM that names none"),
     Setting("vm_defaults.vcpu", _count(1, VCPU_MAX), 2, "vCPUs of a new VM"),

@@ -186,7 +186,8 @@ def spawn_detached(
     (umask 077). Give it to `watch`, which reaps it while we live; after that init does.
     Raises PreconditionFailed when the tool is not installed.
     """
-    with log.open("ab") as output:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "ab") as output:
         return subprocess.Popen(
             _resolve(argv),
             stdin=subprocess.DEVNULL,

@@ -8,8 +8,9 @@ processes, and so they do when the daemon dies before the hypervisor has its end
 
 The guest's addresses are the same in every VM: each has a network to itself. There is no IPv6:
 passt lets a guest reach by it what it keeps it from by IPv4 (the host's link-local addresses), and
-what it offers depends on the host's address of the day. And the host's uplink is not looked at
-(``-i lo``): a VM starts without a network and has one as soon as the host does.
+what it offers depends on the host's address of the day. On a host without a default route passt
+is given the loopback as its interface, for it would not start; such a guest gets TCP, but no UDP
+and so no names, once the host has a network: passt binds its UDP sockets to that interface.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ DNS = "172.16.0.3"
 #: The gateway's: given, because passt would take the MAC of an uplink that may not be there.
 GATEWAY_MAC = "02:62:67:00:00:01"
 
+_ROUTES = Path("/proc/net/route")
+_ROUTE_UP = 0x1  # RTF_UP
 _START_TIMEOUT_S = 10.0
 _LOG_TAIL_CHARACTERS = 1000
 
@@ -66,7 +69,7 @@ class PasstNetwork:
         try:
             with outer, inner:
                 with passt:
-                    argv = passt_argv(passt.fileno(), log)
+                    argv = passt_argv(passt.fileno(), log, uplink=has_default_route(_ROUTES))
                     proc.watch(proc.spawn_detached(argv, log=log, pass_fds=[passt.fileno()]))
                 await _serves(inner, mac, log)
                 fds = (outer.fileno(), inner.fileno())
@@ -130,12 +133,22 @@ def gateway_question(mac: str) -> bytes:
     return struct.pack("!I", len(frame)) + frame
 
 
-def passt_argv(fd: int, log: Path) -> list[str]:
+def has_default_route(routes: Path) -> bool:
+    """Whether /proc/net/route (proc_net(5)) has a route to anywhere: mask 0, up, no reject."""
+    for line in routes.read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[1] == fields[7] == "00000000" and int(fields[3], 16) & _ROUTE_UP:
+            return True
+    return False
+
+
+def passt_argv(fd: int, log: Path, *, uplink: bool) -> list[str]:
     """passt on a connected socket. It opens `log` before it gives up its privileges."""
     return [
         PASST,
         *("--fd", str(fd), "--foreground", "--quiet", "--log-file", str(log)),
-        *("--ipv4-only", "--interface", "lo", "--mac-addr", GATEWAY_MAC),
+        *("--ipv4-only", "--mac-addr", GATEWAY_MAC),
+        *(() if uplink else ("--interface", "lo")),
         *("--address", GUEST_ADDRESS, "--netmask", str(PREFIX_LENGTH), "--gateway", GATEWAY),
         *("--no-map-gw", "--dns-forward", DNS),
         # The guest's interface is set by the agent.
