@@ -23,9 +23,14 @@ OUR_FAILURE = 125
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_connections: list[Client] = []
+
+
 def connect(*, start: bool = True) -> Client:
     """A connection to the daemon, which is started if need be."""
-    return Client.connect(Paths.from_environment(), start=start)
+    client = Client.connect(Paths.from_environment(), start=start)
+    _connections.append(client)
+    return client
 
 
 def note(text: str) -> None:
@@ -41,12 +46,13 @@ def print_error(error: BangerError) -> None:
         note(f"hint: {error.hint}")
 
 
-def warn_of_other_version(client: Client) -> None:
-    """Say so when the daemon is not of this version."""
-    if client.daemon_version and client.daemon_version != __version__:
+def warn_of_other_version() -> None:
+    """At the end of a command: say so when the daemon it spoke to is not of this version."""
+    others = {client.daemon_version for client in _connections} - {"", __version__}
+    for version in sorted(others):
         note(
-            f"warning: bangerd {client.daemon_version} is running, this is banger {__version__};"
-            " VMs run on over: banger daemon restart"
+            f"warning: bangerd {version} is running, this is banger {__version__}; to use this"
+            " version (VMs run on): banger daemon restart"
         )
 
 

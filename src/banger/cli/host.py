@@ -15,7 +15,7 @@ from banger.base.errors import Unavailable
 from banger.base.model import Operation
 from banger.base.paths import Paths
 from banger.base.units import format_age
-from banger.cli.app import connect, json_option, note, warn_of_other_version
+from banger.cli.app import connect, json_option, note
 from banger.cli.render import print_json, print_table, seconds_since
 
 _STOP_TIMEOUT_S = 60.0
@@ -65,7 +65,6 @@ def status(*, as_json: bool) -> int:
         return 1
     with client:
         found = client.call("daemon.status", {}, Status)
-        warn_of_other_version(client)
     if as_json:
         print_json({"running": True, **msgspec.structs.asdict(found)})
         return 0
@@ -105,7 +104,10 @@ def _stop() -> bool:
         return False
     with client:
         pid = client.call("daemon.status", {}, Status).pid
-        pidfd = os.pidfd_open(pid)
+        try:
+            pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:  # somebody else stops it
+            return False
         try:
             client.call("daemon.stop", {}, dict[str, str])
             _wait_exit(pidfd)
@@ -147,7 +149,6 @@ def doctor(*, as_json: bool) -> int:
     """Check what banger needs on this machine. Status 1 when anything fails."""
     with connect() as client:
         checks = client.call("doctor.run", {}, list[CheckLine])
-        warn_of_other_version(client)
     if as_json:
         print_json(checks)
     else:

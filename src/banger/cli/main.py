@@ -7,13 +7,14 @@ not need, it does not pay for.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from typing import Any
 
 import click
 
-from banger.base.errors import BangerError
-from banger.cli.app import OUR_FAILURE, print_error
+from banger.base.errors import BangerError, Unavailable
+from banger.cli.app import OUR_FAILURE, print_error, warn_of_other_version
 
 #: name -> (module:attribute, one line of help)
 _COMMANDS = {
@@ -62,7 +63,9 @@ def cli() -> None:
 
 def main() -> None:
     """Run the command line; the exit status says how it went."""
-    sys.exit(_main(sys.argv[1:]))
+    status = _main(sys.argv[1:])
+    warn_of_other_version()
+    sys.exit(status)
 
 
 def _main(arguments: list[str]) -> Any:
@@ -77,11 +80,14 @@ def _main(arguments: list[str]) -> Any:
         return 130
     except BangerError as error:
         print_error(error)
-        return OUR_FAILURE if _runs_guest_command(arguments) else 1
     except BrokenPipeError:
         # The reader of our stdout has gone: end quietly, as if killed by SIGPIPE.
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        subject = f"{error.filename}: " if error.filename else ""
+        print_error(Unavailable(f"{subject}{error.strerror or error}"))
+    return OUR_FAILURE if _runs_guest_command(arguments) else 1
 
 
 def _runs_guest_command(arguments: list[str]) -> bool:

@@ -74,6 +74,8 @@ class ProgressView:
         if not self._loud or self._state is None:
             return
         stage, detail = self._state.stage, printable(self._state.detail)
+        if self._state.vm is not None:
+            self._title = f"vm {self._state.vm.name}"
         if sys.stderr.isatty():
             self._draw(stage, detail, self._state.percent)
         elif stage != self._shown_stage:

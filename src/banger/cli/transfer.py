@@ -86,11 +86,11 @@ def receive_stream(session: Session, out: IO[bytes], *, title: str) -> Exit:
             for kind, payload in frames:
                 if kind is FrameType.DATA:
                     out.write(payload)
+                    out.flush()
                     counter.add(len(payload))
                 elif kind is FrameType.STDERR:
                     os.write(sys.stderr.fileno(), payload)
                 elif kind is FrameType.EXIT:
-                    out.flush()
                     return decode_exit(payload)
             frames = session.receive()
     finally:

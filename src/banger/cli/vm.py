@@ -23,11 +23,11 @@ from banger.cli.app import (
     guest_command,
     json_option,
     note,
-    warn_of_other_version,
 )
 from banger.cli.progress import ProgressView
 from banger.cli.render import print_json, print_table, seconds_since
 from banger.cli.session import run_session, window_size
+from banger.cli.transfer import receive_stream
 from banger.rpc.client import Client
 
 
@@ -173,7 +173,6 @@ def _create(client: Client, params: dict[str, Any], *, quiet: bool) -> Vm:
                 with connect() as second:
                     second.call("vm.create.cancel", {"id": view.operation_id}, Operation)
             raise
-    warn_of_other_version(client)
     return made
 
 
@@ -219,7 +218,6 @@ def exec_(
     command = _command(words, env, tty=tty, cwd=workdir, user=user)
     with connect() as client:
         client.call("vm.exec", {"vm": vm_ref, "command": command}, VmResult)
-        warn_of_other_version(client)
         stdin = interactive or tty or not sys.stdin.isatty()
         return run_session(client.session(), terminal=tty, stdin=stdin)
 
@@ -234,7 +232,6 @@ def shell(*, vm_ref: str, user: str, env: tuple[str, ...]) -> int:
     with connect() as client:
         command = _command((), env, tty=tty, user=user)
         client.call("vm.exec", {"vm": vm_ref, "command": command}, VmResult)
-        warn_of_other_version(client)
         return run_session(client.session(), terminal=tty, stdin=True)
 
 
@@ -244,7 +241,6 @@ def list_vms(*, as_json: bool) -> None:
     """The machines that are there."""
     with connect() as client:
         vms = client.call("vm.list", {}, list[Vm])
-        warn_of_other_version(client)
     if as_json:
         print_json(vms)
         return
@@ -318,7 +314,8 @@ def logs(*, vm_ref: str, follow: bool) -> int:
     """The machine's serial console."""
     with connect() as client:
         client.call("vm.console", {"vm": vm_ref, "follow": follow}, dict[str, str])
-        return run_session(client.session(), terminal=False, stdin=False)
+        exit_ = receive_stream(client.session(), sys.stdout.buffer, title=f"console of {vm_ref}")
+    return exit_.status
 
 
 @vm.command()

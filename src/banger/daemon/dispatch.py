@@ -168,7 +168,8 @@ class Dispatch:
     async def _create_begin(self, params: CreateRequest, _: Connection) -> dict[str, str]:
         services = self._services
         services.creator.check(params)
-
+        if params.ephemeral:
+            raise BadRequest("only vm.run has a session that an ephemeral VM could belong to")
         services.operations.begin(
             "vm.create", params.name, lambda progress: services.creator.work(params, progress)
         )

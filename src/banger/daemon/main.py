@@ -20,7 +20,7 @@ import msgspec
 
 from banger import __version__
 from banger.base.config import Config, load_config
-from banger.base.errors import BangerError, Conflict
+from banger.base.errors import BangerError, Conflict, PreconditionFailed
 from banger.base.log import configure, get_logger, open_log
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths, prepare_private_dir
@@ -50,7 +50,7 @@ def main() -> None:
     ready_fd: int = parser.parse_args().ready_fd
     os.umask(0o077)
     try:
-        asyncio.run(_run(Paths.from_environment(), ready_fd))
+        _run_until_stopped(ready_fd)
     except BangerError as error:
         if ready_fd >= 0:
             with suppress(OSError):
@@ -58,6 +58,14 @@ def main() -> None:
         hint = f" ({error.hint})" if error.hint else ""
         print(f"bangerd: {error.message}{hint}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
+
+
+def _run_until_stopped(ready_fd: int) -> None:
+    try:
+        asyncio.run(_run(Paths.from_environment(), ready_fd))
+    except OSError as error:
+        subject = f"{error.filename}: " if error.filename else ""
+        raise PreconditionFailed(f"bangerd failed: {subject}{error.strerror or error}") from error
 
 
 async def _run(paths: Paths, ready_fd: int) -> None:

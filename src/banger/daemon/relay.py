@@ -81,9 +81,15 @@ def _as_exit(event: GuestExit) -> Exit:
     return Exit(error=error_info(event.error()))
 
 
+async def _client_gone(connection: Connection) -> None:
+    """Return when the client has gone; what it says until then is of no interest."""
+    while await connection.read_frame() is not None:
+        pass
+
+
 async def follow_file(connection: Connection, path: Path, *, follow: bool) -> None:
     """Send a file's bytes as DATA; with `follow` go on as it grows, until the client goes."""
-    leaving = asyncio.create_task(connection.read_frame())
+    leaving = asyncio.create_task(_client_gone(connection))
     try:
         with path.open("rb") as file:
             while not leaving.done():

@@ -72,9 +72,15 @@ def select(
     make_network, why_network = _pick("network", network, _NETWORKS)
     if accelerator not in (AUTO, *_ACCELERATORS):
         raise _unknown("accelerator", accelerator, _ACCELERATORS)
+    chosen, disks = make_hypervisor(accelerator, probe_cache), make_storage()
+    if disks.format not in chosen.features.disk_formats:
+        raise BadRequest(
+            f"{chosen.name} cannot use {disks.format} disks, which {disks.name} storage makes",
+            hint='set storage = "auto"',
+        )
     return Selection(
-        hypervisor=make_hypervisor(accelerator, probe_cache),
-        storage=make_storage(),
+        hypervisor=chosen,
+        storage=disks,
         network=make_network(),
         choices=(why_hypervisor, why_storage, why_network),
     )

@@ -21,6 +21,7 @@ from banger.base.errors import BangerError, Internal, PermissionDenied, Unavaila
 from banger.base.paths import Paths, check_socket_path, prepare_private_dir
 from banger.rpc.protocol import (
     FRAME_HEADER,
+    LINE_MAX_BYTES,
     PROTOCOL_VERSION,
     FrameType,
     decode_reply,
@@ -103,6 +104,8 @@ class Client:
             if not chunk:
                 raise _lost(None)
             self._buffer += chunk
+            if len(self._buffer) > LINE_MAX_BYTES:
+                raise Internal(f"bangerd answered with more than {LINE_MAX_BYTES} bytes")
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         return line

@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import msgspec
 
-from banger.base.errors import BangerError, Cancelled, Internal, NotFound, from_wire
+from banger.base.errors import BangerError, Cancelled, Conflict, Internal, NotFound, from_wire
 from banger.base.log import OperationLog, get_logger
 from banger.base.model import ErrorInfo, Image, Operation, OperationState, Vm, now
 from banger.base.opid import current_op_id
@@ -75,9 +75,14 @@ class Operations:
         self._tasks: dict[str, asyncio.Task[None]] = {}
 
     def begin(self, kind: str, target: str, work: Work) -> Progress:
-        """Start `work` in a task of the registry. Its id is the current op_id."""
+        """Start `work` in a task of the registry. Its id is the current op_id.
+
+        Raises Conflict for an op_id (a client may choose it) that is an operation's already.
+        """
         self._prune()
         op_id = current_op_id.get()
+        if op_id in self._progress:
+            raise Conflict(f"{op_id} is the op_id of another operation")
         record = Operation(
             id=op_id,
             kind=kind,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from banger.base.errors import BangerError, PreconditionFailed
@@ -64,9 +64,3 @@ def _artifact(name: str, check: _FileCheck, path: str) -> Check:
     except BangerError as error:
         return Check(name, Level.FAIL, error.message, error.hint)
     return Check(name, Level.OK, path)
-
-
-def worst(checks: Sequence[Check]) -> Level:
-    """The worst level among them; OK when there are none."""
-    order = [Level.OK, Level.WARN, Level.FAIL]
-    return max((check.level for check in checks), key=order.index, default=Level.OK)

@@ -58,6 +58,7 @@ from banger.store.store import Store
 #: From launch to an agent that answers. Alone a guest takes seconds, under emulation beside
 #: others many times that, with systemd about a minute.
 BOOT_TIMEOUT_S = 240.0
+_BOOT_TIMEOUT_MAX_S = 3600.0
 _SETUP_TIMEOUT_S = 60.0
 _MEMORY_MIN_MIB = 128
 _CONSOLE_TAIL_LINES = 8
@@ -131,6 +132,8 @@ class VmCreator:
         if request.name:
             check_vm_name(request.name)
         self._spec(request)
+        if not 1 <= request.boot_timeout_s <= _BOOT_TIMEOUT_MAX_S:
+            raise BadRequest(f"a boot timeout of {request.boot_timeout_s:g} s is not possible")
 
     async def work(self, request: CreateRequest, progress: Progress) -> None:
         """`create` as the work of an operation, which has the VM as its result."""

@@ -64,7 +64,7 @@ _Noreturn void power_off(bool reboot_instead) {
     int number = SIGRTMIN + (reboot_instead ? 5 : 4);
     if (!init_is_ours() && read_line("/proc/1/comm", init, sizeof init) &&
         strcmp(init, "systemd") == 0 && kill(1, number) == 0) {
-        signal(SIGTERM, SIG_IGN); /* it stops us too, and we are the fallback */
+        /* Its last step ends us by SIGTERM: to hold out would only make it wait. */
         int64_t end = now_ms() + INIT_MS;
         while (now_ms() < end)
             poll(NULL, 0, (int)(end - now_ms()));
