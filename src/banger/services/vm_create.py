@@ -60,6 +60,7 @@ from banger.store.store import Store
 BOOT_TIMEOUT_S = 240.0
 _BOOT_TIMEOUT_MAX_S = 3600.0
 _SETUP_TIMEOUT_S = 60.0
+_EXIT_AFTER_CLOSE_S = 3.0
 _MEMORY_MIN_MIB = 128
 _CONSOLE_TAIL_LINES = 8
 _CONSOLE_TAIL_BYTES = 8192
@@ -314,6 +315,9 @@ class VmCreator:
             await asyncio.wait({connecting, ending}, return_when=asyncio.FIRST_COMPLETED)
             if connecting.done() and connecting.exception() is None:
                 return
+            if connecting.done() and not isinstance(connecting.exception(), OperationTimeout):
+                # Its sockets close before its process is gone: that is what to tell of.
+                await asyncio.wait({ending}, timeout=_EXIT_AFTER_CLOSE_S)
             if ending.done() and ending.result():
                 raise Unavailable("the machine ended while it booted")
             try:
