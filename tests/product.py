@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
+
+T = TypeVar("T")
 
 IMAGE = "debian-bookworm-minimal"
 
@@ -53,6 +59,15 @@ class Banger:
     def json(self, *words: str | Path) -> Any:
         return json.loads(self.ok(*words, "--json"))
 
+    def guest(self, vm: str, script: str, stdin: bytes = b"") -> str:
+        """The output of a shell script in a guest, which must succeed."""
+        return self.ok("vm", "exec", vm, "--", "sh", "-c", script, stdin=stdin)
+
+    def state(self, vm: str) -> str:
+        """The state of a VM; empty when there is none of exactly this name."""
+        states = {each["name"]: each["runtime"]["state"] for each in self.json("vm", "list")}
+        return str(states.get(vm, ""))
+
     def start(
         self, *words: str | Path, stdin: int = subprocess.DEVNULL, **options: Any
     ) -> subprocess.Popen[bytes]:
@@ -65,3 +80,40 @@ class Banger:
             env=os.environ | self.environment,
             **options,
         )
+
+
+def read_until(stream: IO[bytes] | int, needle: bytes, timeout_s: float = 60) -> bytes:
+    """What comes from a pipe or terminal up to and past `needle`; fails after `timeout_s`."""
+    descriptor = stream if isinstance(stream, int) else stream.fileno()
+    deadline = time.monotonic() + timeout_s
+    seen = b""
+    while needle not in seen:
+        ready = select.select([descriptor], [], [], max(0, deadline - time.monotonic()))[0]
+        assert ready, f"{needle!r} did not come within {timeout_s} s, but {seen[-2000:]!r}"
+        # A terminal whose other side is closed is at its end by EIO.
+        with suppress(OSError):
+            if chunk := os.read(descriptor, 65536):
+                seen += chunk
+                continue
+        raise AssertionError(f"the end came before {needle!r}: {seen[-2000:]!r}")
+    return seen
+
+
+def until(holds: Callable[[], T], what: str, timeout_s: float = 60) -> T:
+    """Ask again and again for what no event tells of; what `holds` gave in the end."""
+    deadline = time.monotonic() + timeout_s
+    while not (found := holds()):
+        assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
+        time.sleep(0.05)
+    return found
+
+
+def finish(process: subprocess.Popen[bytes], timeout_s: float = 60) -> tuple[int, bytes, bytes]:
+    """(status, stdout, stderr) of a process that is about to end; killed if it does not."""
+    try:
+        out, err = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, err = process.communicate()
+        raise AssertionError(f"did not end in {timeout_s} s: {out!r} {err!r}") from None
+    return process.returncode, out, err

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
+from homes import Home, copy_artifacts, new_home
 from product import IMAGE, Banger
+
+_numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
@@ -49,3 +56,20 @@ def vm(banger: Banger, image: str) -> Iterator[str]:
     name = banger.ok("vm", "run", "--detach", "--quiet", "--image", image).strip()
     yield name
     banger.run("vm", "delete", "--force", name)
+
+
+@pytest.fixture
+def bare_home(private_home: object) -> Iterator[Home]:
+    """A home without images, whose daemon a test may do anything to."""
+    # Numbered, not named for the test: sockets go below it.
+    home = new_home(Path(os.environ["HOME"]) / f"h{next(_numbers)}")
+    yield home
+    home.close()
+    shutil.rmtree(home.directory)
+
+
+@pytest.fixture
+def home(bare_home: Home, image: str) -> Home:
+    """A home with a copy of the session's image, whose daemon a test may do anything to."""
+    copy_artifacts(Path(os.environ["HOME"]), bare_home)
+    return bare_home

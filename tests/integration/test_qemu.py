@@ -9,7 +9,6 @@ import asyncio
 import os
 import signal
 import socket
-import struct
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -23,29 +22,10 @@ from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
+from tiny_guest import speaking_guest
 
 VM_ID = "vm-0123456789ab"
 MIB = 1 << 20
-
-
-def speaking_guest(text: bytes) -> bytes:
-    """A kernel that writes `text` to the first serial port and then waits for ever."""
-
-    def code(address: int) -> bytes:
-        head = 5 + 5 + 4  # the three instructions before the loop
-        loop = b"\xac\xee\xe2\xfc" + b"\xf4\xeb\xfd"  # lodsb; out dx, al; loop; wait: hlt; jmp wait
-        start = address + head + len(loop)
-        return b"".join(
-            (
-                b"\xbe" + struct.pack("<I", start),  # esi = text
-                b"\xb9" + struct.pack("<I", len(text)),  # ecx = length
-                b"\x66\xba\xf8\x03",  # dx = COM1
-                loop,
-                text,
-            )
-        )
-
-    return kvm.pvh_image(code)
 
 
 @pytest.fixture

@@ -1,0 +1,130 @@
+"""Homes of their own for tests that stop, kill or misuse the daemon, with the session's image."""
+
+from __future__ import annotations
+
+import os
+import select
+import sqlite3
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import leftovers
+from product import Banger
+
+_ENDS_S = 20
+
+
+@dataclass(frozen=True)
+class Home:
+    """A HOME with its own daemon. `banger` is the command in it."""
+
+    directory: Path
+
+    @property
+    def banger(self) -> Banger:
+        home = self.directory
+        return Banger(
+            {
+                "HOME": str(home),
+                "XDG_CONFIG_HOME": str(home / "config"),
+                "XDG_CACHE_HOME": str(home / "cache"),
+                "XDG_DATA_HOME": str(home / "data"),
+                "XDG_STATE_HOME": str(home / "state"),
+                "XDG_RUNTIME_DIR": str(home / "run"),
+            }
+        )
+
+    @property
+    def state(self) -> Path:
+        return self.directory / "state/banger"
+
+    @property
+    def data(self) -> Path:
+        return self.directory / "data/banger"
+
+    @property
+    def runtime(self) -> Path:
+        return self.directory / "run/banger"
+
+    @property
+    def socket(self) -> Path:
+        return self.runtime / "bangerd.sock"
+
+    @property
+    def log(self) -> str:
+        return (self.state / "bangerd.log").read_text()
+
+    def configure(self, text: str) -> Path:
+        """Write config.toml; its path."""
+        file = self.directory / "config/banger/config.toml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        return file
+
+    def daemon_pid(self) -> int:
+        return int(self.banger.json("daemon", "status")["pid"])
+
+    def kill_daemon(self, number: int) -> None:
+        """Send the daemon a signal and wait until it has ended."""
+        pid = self.daemon_pid()
+        descriptor = os.pidfd_open(pid)
+        try:
+            os.kill(pid, number)
+            assert select.select([descriptor], [], [], _ENDS_S)[0], "the daemon does not end"
+        finally:
+            os.close(descriptor)
+
+    def machines(self) -> list[leftovers.Process]:
+        """The hypervisors of this home."""
+        return [each for each in self.processes() if each.command.startswith("qemu-system")]
+
+    def processes(self) -> list[leftovers.Process]:
+        return leftovers.processes_of(self.directory)
+
+    def await_end_of_processes(self) -> None:
+        """All processes of this home end by themselves; an error names those that do not."""
+        for process in self.processes():
+            with suppress(ProcessLookupError):
+                descriptor = os.pidfd_open(process.pid)
+                try:
+                    assert select.select([descriptor], [], [], _ENDS_S)[0], f"left: {process}"
+                finally:
+                    os.close(descriptor)
+
+    def close(self) -> None:
+        """Delete the VMs, stop the daemon; nothing may be left running."""
+        names = [each["name"] for each in self.banger.json("vm", "list")]
+        if names:
+            self.banger.ok("vm", "delete", "--force", *names)
+        self.banger.ok("daemon", "stop")
+        self.await_end_of_processes()
+        assert list((self.runtime / "vms").glob("*")) == []
+        assert list((self.state / "vms").glob("*")) == []
+
+
+def new_home(directory: Path) -> Home:
+    """An empty home at `directory`, which is made; keep it short, for sockets go below it."""
+    (directory / "run").mkdir(parents=True, mode=0o700)
+    return Home(directory)
+
+
+def copy_artifacts(source: Path, home: Home) -> None:
+    """Give `home` a copy of the images and kernels of the home at `source`, records included."""
+    home.data.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["cp", "-a", "--sparse=always", source / "data/banger", home.data], check=True)
+    home.state.mkdir(parents=True, mode=0o700)
+    with (
+        sqlite3.connect(source / "state/banger/banger.db") as old,
+        sqlite3.connect(home.state / "banger.db") as new,
+    ):
+        old.backup(new)
+        new.execute("DELETE FROM vms")
+        for table in ("images", "kernels"):
+            new.execute(
+                f"UPDATE {table} SET record = replace(record, ?, ?)",
+                (str(source / "data"), str(home.directory / "data")),
+            )
+    old.close()
+    new.close()
