@@ -6,7 +6,8 @@ import re
 
 from banger.base.errors import BadRequest
 
-_SIZE = re.compile(r"(\d+)\s*([kmgt]?)(?:i?b)?", re.IGNORECASE)
+# No more digits than any size has: int() refuses thousands of them with an error of its own.
+_SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
 _FACTORS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _MIB = 1 << 20
 
@@ -19,7 +20,7 @@ def parse_size_mib(text: str) -> int:
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         raise BadRequest(f'"{text}" is not a size', hint="write it like 512M or 8G")
-    number, unit = int(match[1]), match[2].lower()
+    number, unit = int(match[1]), (match[2] or "").lower()
     total = number * _FACTORS.get(unit, _MIB)
     size_mib, rest = divmod(total, _MIB)
     if rest or not 0 < size_mib <= SIZE_MAX_MIB:
