@@ -82,7 +82,7 @@ class Paths:
     def from_environment(cls) -> Paths:
         """The user's paths by XDG; touches nothing."""
         home = Path(os.environ.get("HOME") or Path.home())
-        runtime = os.environ.get("XDG_RUNTIME_DIR")
+        runtime = os.environ.get("XDG_RUNTIME_DIR", "")
         # A fixed name in /tmp is safe only because `prepare_private_dir` refuses one that is a
         # link, has another owner, or is open to others.
         fallback = Path(f"/tmp/banger-runtime-{os.getuid()}")  # noqa: S108
@@ -90,7 +90,7 @@ class Paths:
             config_dir=_xdg("XDG_CONFIG_HOME", home / ".config"),
             data_dir=_xdg("XDG_DATA_HOME", home / ".local" / "share"),
             state_dir=_xdg("XDG_STATE_HOME", home / ".local" / "state"),
-            runtime_dir=Path(runtime) / "banger" if runtime else fallback,
+            runtime_dir=Path(runtime) / "banger" if runtime.startswith("/") else fallback,
         )
 
     @property
