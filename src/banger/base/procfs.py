@@ -24,11 +24,11 @@ def boot_id() -> str:
 def start_ticks(pid: int) -> int:
     """When the process started, in clock ticks since boot (proc(5): stat field 22); 0 if gone."""
     try:
-        text = (_PROC / str(pid) / "stat").read_text()
+        line = (_PROC / str(pid) / "stat").read_bytes()
     except OSError:
         return 0
-    # The second field is the command in parentheses and may itself hold spaces and parentheses.
-    return int(text.rpartition(")")[2].split()[19])
+    # The second field is the command in parentheses and may itself hold any bytes, these too.
+    return int(line.rpartition(b")")[2].split()[19])
 
 
 def command_line(pid: int) -> tuple[str, ...]:
