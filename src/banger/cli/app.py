@@ -99,6 +99,9 @@ complete_vm = _complete("vm.list")
 complete_image = _complete("image.list")
 
 
+vm_argument = click.argument("vm_ref", metavar="NAME", shell_complete=complete_vm)
+
+
 class AfterDashes(click.Command):
     """A command whose words after ``--`` are a guest's command, kept apart from its own."""
 

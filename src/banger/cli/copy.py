@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
 
+import click
 import msgspec
 
 from banger.base.errors import BadRequest, Conflict, NotFound, Unavailable, from_wire
 from banger.base.model import Vm
 from banger.base.proc import PIPE, popen
-from banger.cli.app import connect
+from banger.cli.app import complete_vm, connect
 from banger.cli.transfer import receive_stream, send_stream
 from banger.rpc.client import Client
 from banger.rpc.protocol import Exit
@@ -241,3 +242,14 @@ class _Opened(msgspec.Struct):
     """The result line of `vm.copy_in` and `vm.copy_out`."""
 
     vm: Vm
+
+
+@click.command()
+@click.argument("source", metavar="SRC", shell_complete=complete_vm)
+@click.argument("destination", metavar="DST", shell_complete=complete_vm)
+def cp(*, source: str, destination: str) -> None:
+    """Copy files and folders: either side may be NAME:PATH, or - for a tar stream."""
+    try:
+        copy(source, destination)
+    except BadRequest as error:
+        raise click.UsageError(error.message) from error

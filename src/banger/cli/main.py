@@ -1,12 +1,10 @@
 """banger: the command line's entry, and the table of its commands.
 
-Each group of commands is a module that is imported when one of them is called: what a call does
-not need, it does not pay for.
+Commands live in modules that are imported when one of theirs is called: see `lazy`.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from typing import Any
@@ -15,11 +13,12 @@ import click
 
 from banger.base.errors import BangerError, Unavailable
 from banger.cli.app import OUR_FAILURE, print_error, warn_of_other_version
+from banger.cli.lazy import LazyGroup
 
 #: name -> (module:attribute, one line of help)
 _COMMANDS = {
     "vm": ("banger.cli.vm:vm", "Create, use and end virtual machines."),
-    "run": ("banger.cli.vm:run", "Short for `banger vm run`."),
+    "run": ("banger.cli.run:run", "Short for `banger vm run`."),
     "ps": ("banger.cli.vm:list_vms", "Short for `banger vm list`."),
     "image": ("banger.cli.image:image", "Build and manage images."),
     "kernel": ("banger.cli.image:kernel", "See the kernels that boot images."),
@@ -31,26 +30,9 @@ _COMMANDS = {
 }
 
 
-class LazyGroup(click.Group):
-    """A group whose commands are imported when they are called."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(_COMMANDS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in _COMMANDS:
-            return None
-        module, _, attribute = _COMMANDS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """The help of the table: listing commands imports none of them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in _COMMANDS.items()])
-
-
-@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=LazyGroup, table=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
+)
 def cli() -> None:
     """One-command development sandboxes on microVMs.
 

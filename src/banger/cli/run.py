@@ -1,0 +1,236 @@
+"""The commands that hold a session with a guest: `banger vm run`, `exec`, `shell`, `logs`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import click
+import msgspec
+
+from banger.base.model import InitMode, NetworkMode, Operation, Vm
+from banger.cli.app import (
+    ARTIFACT_NAME,
+    SIZE,
+    VM_NAME,
+    AfterDashes,
+    complete_image,
+    connect,
+    guest_command,
+    note,
+    vm_argument,
+)
+from banger.cli.progress import ProgressView
+from banger.cli.session import run_session, window_size
+from banger.cli.transfer import receive_stream
+from banger.rpc.client import Client
+
+
+class VmResult(msgspec.Struct):
+    """The result line of the methods that open a session."""
+
+    vm: Vm
+
+
+def check_assignment(ctx: click.Context, param: click.Parameter, values: Any) -> Any:  # noqa: ARG001
+    """``K=V``, or ``K`` for this environment's own value."""
+    pairs = []
+    for value in values:
+        name, equals, _ = value.partition("=")
+        if not name:
+            raise click.BadParameter(f'"{value}" is not K=V')
+        if equals:
+            pairs.append(value)
+        elif name in os.environ:
+            pairs.append(f"{name}={os.environ[name]}")
+    return tuple(pairs)
+
+
+env_option = click.option(
+    "-e", "--env", multiple=True, callback=check_assignment, metavar="K=V",
+    help="Set a variable for the command; K alone passes yours on.",
+)  # fmt: skip
+stdin_option = click.option(
+    "-i", "--interactive", is_flag=True, help="Pass stdin on even when it is a terminal."
+)
+tty_option = click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
+
+
+@click.command(cls=AfterDashes)
+@click.option("--name", type=VM_NAME, help="Its name (default: one is made up).")
+@click.option(
+    "--image",
+    type=ARTIFACT_NAME,
+    default="",
+    shell_complete=complete_image,
+    help="The image it starts from.",
+)
+@click.option("--vcpu", type=click.IntRange(1, 64), help="Number of vCPUs.")
+@click.option("--memory", type=SIZE, help="Memory, like 2G.")
+@click.option("--disk-size", type=SIZE, help="Size of its work disk /root, like 8G.")
+@click.option(
+    "--init",
+    type=click.Choice([mode.value for mode in InitMode]),
+    help="Who is PID 1: banger's own init, or the image's systemd.",
+)
+@click.option(
+    "--network",
+    type=click.Choice([mode.value for mode in NetworkMode]),
+    default="user",
+    show_default=True,
+    help="How it reaches the network.",
+)
+@click.option("--rm", "remove", is_flag=True, help="Delete it when the command or shell ends.")
+@click.option("-d", "--detach", is_flag=True, help="Leave the command running; print the name.")
+@click.option(
+    "--boot-timeout",
+    type=click.FloatRange(min=1),
+    metavar="SECONDS",
+    help="How long the guest may take to come up.",
+)
+@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+@env_option
+@stdin_option
+@tty_option
+def run(
+    *,
+    name: str | None,
+    image: str | None,
+    vcpu: int | None,
+    memory: int | None,
+    disk_size: int | None,
+    init: str | None,
+    network: str,
+    remove: bool,
+    detach: bool,
+    boot_timeout: float | None,
+    quiet: bool,
+    env: tuple[str, ...],
+    interactive: bool,
+    tty: bool,
+) -> int:
+    """Run a command, or a shell, in a fresh machine.
+
+    The exit status is the command's own; 125 when banger itself failed. Without --rm the machine
+    keeps running afterwards.
+    """  # fmt: skip
+    words = guest_command()
+    if words == ():
+        raise click.UsageError("there is no command after --")
+    if remove and detach:
+        raise click.UsageError("--rm and --detach exclude each other")
+    create: dict[str, Any] = {
+        "name": name or "",
+        "image": image or "",
+        "vcpu_count": vcpu,
+        "memory_mib": memory,
+        "disk_size_mib": disk_size,
+        "init": init,
+        "network": network,
+        "ephemeral": remove,
+    }
+    if boot_timeout is not None:
+        create["boot_timeout_s"] = boot_timeout
+    if words is None:
+        tty = sys.stdin.isatty() and sys.stdout.isatty()
+    command = None
+    if not (detach and words is None):
+        command = _command(words or (), env, tty=tty, detach=detach)
+    with connect() as client:
+        made = _create(client, {"create": create, "command": command}, quiet=quiet)
+        if detach:
+            click.echo(made.name)
+            status = 0
+        else:
+            stdin = words is None or interactive or tty or not sys.stdin.isatty()
+            status = run_session(client.session(), terminal=tty, stdin=stdin)
+    if not remove and not quiet:
+        note(
+            f"vm {made.name} keeps running; a shell in it: banger vm shell {made.name};"
+            f" end it: banger vm delete --force {made.name}"
+        )
+    return status
+
+
+def _create(client: Client, params: dict[str, Any], *, quiet: bool) -> Vm:
+    """`vm.run` up to its result. Ctrl-C takes back what was made so far."""
+    with ProgressView("vm", quiet=quiet) as view:
+        try:
+            made = client.call("vm.run", params, VmResult, on_event=view.event).vm
+        except KeyboardInterrupt:
+            if view.operation_id:
+                with connect() as second:
+                    second.call("vm.create.cancel", {"id": view.operation_id}, Operation)
+            raise
+    return made
+
+
+def _command(
+    argv: tuple[str, ...], env: tuple[str, ...], *, tty: bool, detach: bool = False,
+    cwd: str = "", user: str = "",
+) -> dict[str, Any]:  # fmt: skip
+    rows, columns = window_size()
+    if tty and "TERM" in os.environ and not any(each.startswith("TERM=") for each in env):
+        env = (*env, f"TERM={os.environ['TERM']}")
+    return {
+        "argv": argv,
+        "env": env,
+        "cwd": cwd,
+        "user": user,
+        "tty": tty,
+        "rows": rows,
+        "columns": columns,
+        "detach": detach,
+    }
+
+
+def _check_tty(tty: bool) -> None:
+    if tty and not sys.stdin.isatty():
+        raise click.UsageError("-t needs a terminal on stdin")
+
+
+@click.command("exec", cls=AfterDashes)
+@vm_argument
+@click.option("-w", "--workdir", default="", help="Directory to run in (default: /root).")
+@click.option("-u", "--user", default="", help="User to run as (default: root).")
+@env_option
+@stdin_option
+@tty_option
+def exec_(
+    *, vm_ref: str, workdir: str, user: str, env: tuple[str, ...], interactive: bool, tty: bool
+) -> int:
+    """Run a command in a running machine, with its exit status."""
+    words = guest_command()
+    if not words:
+        raise click.UsageError("give the command after --")
+    _check_tty(tty)
+    command = _command(words, env, tty=tty, cwd=workdir, user=user)
+    with connect() as client:
+        client.call("vm.exec", {"vm": vm_ref, "command": command}, VmResult)
+        stdin = interactive or tty or not sys.stdin.isatty()
+        return run_session(client.session(), terminal=tty, stdin=stdin)
+
+
+@click.command()
+@vm_argument
+@click.option("-u", "--user", default="", help="User to log in as (default: root).")
+@env_option
+def shell(*, vm_ref: str, user: str, env: tuple[str, ...]) -> int:
+    """A login shell in a running machine: needs no network and no sshd."""
+    tty = sys.stdin.isatty() and sys.stdout.isatty()
+    with connect() as client:
+        command = _command((), env, tty=tty, user=user)
+        client.call("vm.exec", {"vm": vm_ref, "command": command}, VmResult)
+        return run_session(client.session(), terminal=tty, stdin=True)
+
+
+@click.command()
+@vm_argument
+@click.option("-f", "--follow", is_flag=True, help="Go on as it grows.")
+def logs(*, vm_ref: str, follow: bool) -> int:
+    """The machine's serial console."""
+    with connect() as client:
+        client.call("vm.console", {"vm": vm_ref, "follow": follow}, dict[str, str])
+        exit_ = receive_stream(client.session(), sys.stdout.buffer, title=f"console of {vm_ref}")
+    return exit_.status
