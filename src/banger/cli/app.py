@@ -15,6 +15,7 @@ from banger.base.errors import BangerError
 from banger.base.model import check_artifact_name, check_vm_name
 from banger.base.paths import Paths
 from banger.base.units import parse_size_mib
+from banger.cli.render import printable
 from banger.rpc.client import Client
 
 #: Exit status of `vm run`, `vm exec` and `vm shell` when banger itself failed.
@@ -39,11 +40,16 @@ def note(text: str) -> None:
 
 
 def print_error(error: BangerError) -> None:
-    """``error: … (op-…)``, and what to do about it."""
+    """``error: … (op-…)``, and what to do about it. Parts of it may come from a guest."""
     op_id = f" ({error.op_id})" if error.op_id else ""
-    note(f"{click.style('error:', fg='red') if colour() else 'error:'} {error.message}{op_id}")
+    title = click.style("error:", fg="red") if colour() else "error:"
+    note(f"{title} {_printable_lines(error.message)}{printable(op_id)}")
     if error.hint:
-        note(f"hint: {error.hint}")
+        note(f"hint: {_printable_lines(error.hint)}")
+
+
+def _printable_lines(text: str) -> str:
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def warn_of_other_version() -> None:
