@@ -52,8 +52,14 @@ def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:
     counter = _Counter(title)
     out = bytearray()
     open_ = True
+    frames = session.pending()
     try:
         while True:
+            for kind, payload in frames:
+                if kind is FrameType.STDERR:
+                    os.write(sys.stderr.fileno(), payload)
+                elif kind is FrameType.EXIT:
+                    return decode_exit(payload)
             poll = select.poll()
             poll.register(session.fileno(), select.POLLIN | (select.POLLOUT if out else 0))
             if open_ and not out:
@@ -61,12 +67,8 @@ def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:
             ready = dict(poll.poll())
             if ready.get(session.fileno(), 0) & select.POLLOUT:
                 session.send_some(out)
-            if ready.get(session.fileno(), 0) & ~select.POLLOUT:
-                for kind, payload in session.receive():
-                    if kind is FrameType.STDERR:
-                        os.write(sys.stderr.fileno(), payload)
-                    elif kind is FrameType.EXIT:
-                        return decode_exit(payload)
+            readable = ready.get(session.fileno(), 0) & ~select.POLLOUT
+            frames = session.receive() if readable else iter(())
             if data.fileno() in ready:
                 chunk = os.read(data.fileno(), _READ_BYTES)
                 counter.add(len(chunk))
