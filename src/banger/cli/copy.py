@@ -156,6 +156,8 @@ def _copy_out(source: GuestSide, destination: str) -> None:
             assert process.stdin is not None
             try:
                 _receive(client, source, name, process.stdin)
+            except BrokenPipeError:
+                pass  # tar has ended: it said why, and its status counts
             except BaseException:
                 process.kill()
                 raise
@@ -165,6 +167,8 @@ def _copy_out(source: GuestSide, destination: str) -> None:
                 status = process.wait()
             if status != 0:
                 raise Unavailable("tar refused what the guest sent: nothing was copied")
+            if not os.path.lexists(staging / name):
+                raise Unavailable(f"the guest did not send {source.path}: nothing was copied")
             _move(staging / name, target)
 
 
@@ -177,6 +181,8 @@ def _host_target(source: GuestSide, destination: str) -> tuple[Path, str]:
     """(final path, name) of the copy on the host."""
     path = Path(destination)
     name = PurePosixPath(source.path).name or source.vm
+    if name == "..":
+        raise BadRequest(f"{source.path} ends with ..: name the directory itself")
     if path.is_dir():
         return path / name, name
     if destination.endswith("/"):
@@ -208,7 +214,8 @@ def _move(source: Path, target: Path) -> None:
     Files replace files. A link or a file where a directory must be is refused with Conflict, and
     so is a directory where a file must be; devices and the like are refused too.
     """
-    mode = source.lstat().st_mode
+    info = source.lstat()
+    mode = info.st_mode
     if stat.S_ISDIR(mode):
         if target.is_symlink() or (target.exists() and not target.is_dir()):
             raise Conflict(f"{target} is there and is not a directory")
@@ -217,8 +224,7 @@ def _move(source: Path, target: Path) -> None:
         for entry in sorted(source.iterdir()):
             _move(entry, target / entry.name)
         target.chmod(stat.S_IMODE(mode) & _MODE_MASK)
-        times = source.stat()
-        os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+        os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISFIFO(mode)):
         raise Conflict(f"{target.name} is a device or a socket in the guest: not copied")
