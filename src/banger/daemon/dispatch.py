@@ -27,7 +27,7 @@ from banger.daemon.params import (
 )
 from banger.daemon.sessions import Sessions
 from banger.drivers.base import Check
-from banger.rpc.protocol import Request
+from banger.rpc.protocol import MALFORMED, Request
 from banger.rpc.server import Connection
 from banger.services.doctor import Doctor
 from banger.services.image import ImageService
@@ -107,7 +107,7 @@ class Dispatch:
             )
         try:
             params = msgspec.json.decode(request.params, type=method.params)
-        except msgspec.DecodeError as error:
+        except MALFORMED as error:
             raise BadRequest(f"bad parameters for {request.method}: {error}") from None
         with OperationLog(request.method, quiet=True):
             result = await method.call(params, connection)

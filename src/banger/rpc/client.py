@@ -17,7 +17,14 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
-from banger.base.errors import BangerError, Internal, PermissionDenied, Unavailable, from_wire
+from banger.base.errors import (
+    BadRequest,
+    BangerError,
+    Internal,
+    PermissionDenied,
+    Unavailable,
+    from_wire,
+)
 from banger.base.paths import Paths, check_socket_path, prepare_private_dir
 from banger.rpc.protocol import (
     FRAME_HEADER,
@@ -75,7 +82,13 @@ class Client:
         """One request; its result, decoded as `result`. Raises the error it was answered with."""
         request = {"version": PROTOCOL_VERSION, "method": method, "params": params}
         try:
-            self._socket.sendall(encode_json(request) + b"\n")
+            line = encode_json(request) + b"\n"
+        except UnicodeEncodeError as wrong:
+            raise BadRequest(f"{wrong.object!r} is not valid UTF-8") from None
+        try:
+            # A daemon that refuses a request before it has read it says why, then closes.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self._socket.sendall(line)
             while True:
                 reply = decode_reply(self._line())
                 self.daemon_version = reply.daemon_version or self.daemon_version
@@ -129,11 +142,16 @@ class Session:
             raise _lost(error) from error
 
     def send_some(self, pending: bytearray) -> None:
-        """Send what the socket takes without waiting, and take it off `pending`."""
+        """Send what the socket takes without waiting, and take it off `pending`.
+
+        For a daemon that has closed its end this drops it all: what it said last is to be received.
+        """
         try:
             sent = self._socket.send(pending, socket.MSG_DONTWAIT)
         except BlockingIOError:
             return
+        except (BrokenPipeError, ConnectionResetError):
+            sent = len(pending)
         except OSError as error:
             raise _lost(error) from error
         del pending[:sent]
@@ -173,8 +191,8 @@ def _lost(error: OSError | None) -> Unavailable:
 
 
 def _connect(paths: Paths) -> socket.socket | None:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     check_socket_path(paths.daemon_socket)
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(os.fspath(paths.daemon_socket))
     except (FileNotFoundError, ConnectionRefusedError):

@@ -23,6 +23,10 @@ LINE_MAX_BYTES = 32 << 20
 #: Longest request line: arguments and environment of a command, never bulk data.
 REQUEST_MAX_BYTES = 1 << 20
 
+#: What decoding raises for input that is not of the protocol: for its form, for bytes that are not
+#: UTF-8, for a depth that nothing of ours has.
+MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
 FRAME_HEADER = struct.Struct(">BI")
 FRAME_MAX_BYTES = 256 << 10
 WINDOW_SIZE = struct.Struct(">HH")

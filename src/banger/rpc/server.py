@@ -15,8 +15,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
 
-import msgspec
-
 from banger import __version__
 from banger.base.errors import (
     BadRequest,
@@ -32,6 +30,7 @@ from banger.base.opid import current_op_id, is_op_id, new_op_id
 from banger.base.paths import check_socket_path
 from banger.rpc.protocol import (
     FRAME_HEADER,
+    MALFORMED,
     PROTOCOL_VERSION,
     REQUEST_MAX_BYTES,
     Exit,
@@ -43,7 +42,14 @@ from banger.rpc.protocol import (
     parse_frame_header,
 )
 
+#: How long what a client has not read yet may keep its connection open.
+_FLUSH_TIMEOUT_S = 1.0
+
 _UCRED = struct.Struct("3i")  # pid, uid, gid: struct ucred of SO_PEERCRED
+
+
+class Oversized(BadRequest):
+    """A request line longer than REQUEST_MAX_BYTES."""
 
 
 class Connection:
@@ -63,14 +69,16 @@ class Connection:
         return uid
 
     async def read_line(self) -> bytes | None:
-        """The next request line; None at the end. Raises BadRequest for an oversized one."""
+        """The next request line; None at the end. Raises Oversized."""
+        early, self._early = self._early, b""
+        if early == b"\n":
+            return early
         try:
-            line = await self._reader.readuntil(b"\n")
+            return early + await self._reader.readuntil(b"\n")
         except asyncio.IncompleteReadError as error:
-            return error.partial or None
+            return early + error.partial or None
         except asyncio.LimitOverrunError:
-            raise BadRequest(f"request is longer than {REQUEST_MAX_BYTES} bytes") from None
-        return line
+            raise Oversized(f"request is longer than {REQUEST_MAX_BYTES} bytes") from None
 
     async def event(self, event: object) -> None:
         await self._line({"event": event})
@@ -113,9 +121,15 @@ class Connection:
         await self.send_frame(FrameType.EXIT, encode_json(exit_))
 
     async def close(self) -> None:
+        """Send what is still to be sent, for a client that reads, and close."""
         self._writer.close()
-        with suppress(ConnectionError):
-            await self._writer.wait_closed()
+        try:
+            async with asyncio.timeout(_FLUSH_TIMEOUT_S):
+                await self._writer.wait_closed()
+        except TimeoutError:
+            self._writer.transport.abort()
+        except ConnectionError:
+            pass
 
     async def _line(self, message: object) -> None:
         self._writer.write(encode_json(message) + b"\n")
@@ -218,10 +232,13 @@ class Server:
             current_op_id.set(current_op_id.get() or new_op_id())
             await _report(connection, error)
             # Past an oversized line nothing tells where the next one begins.
-            return not (isinstance(error, BadRequest) and "longer than" in error.message)
+            return not isinstance(error, Oversized)
         except asyncio.CancelledError:
-            with suppress(ConnectionError):
-                await _report(connection, Cancelled("bangerd is stopping"))
+            current_op_id.set(current_op_id.get() or new_op_id())
+            # A client that does not read must not keep the daemon from stopping.
+            with suppress(ConnectionError, TimeoutError):
+                async with asyncio.timeout(_FLUSH_TIMEOUT_S):
+                    await _report(connection, Cancelled("bangerd is stopping"))
             raise
         except ConnectionError:
             raise
@@ -245,7 +262,7 @@ def _parse(line: bytes) -> Request:
     """The request on this line, its op_id set as the current one (minted if it has none)."""
     try:
         request = decode_request(line)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except MALFORMED as error:
         raise BadRequest(f"malformed request: {error}") from None
     if request.op_id and not is_op_id(request.op_id):
         raise BadRequest("malformed request: op_id is not op- and 12 hex digits")
