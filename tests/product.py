@@ -29,7 +29,7 @@ class Banger:
     environment: dict[str, str] = field(default_factory=dict)
 
     def argv(self, *words: str | Path) -> list[str]:
-        return [sys.executable, "-m", "banger.cli.main", *map(str, words)]
+        return [sys.executable, "-m", "banger.cli.entry", *map(str, words)]
 
     def run(
         self, *words: str | Path, stdin: bytes = b"", timeout_s: float = TIMEOUT_S

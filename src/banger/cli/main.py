@@ -43,14 +43,14 @@ def cli() -> None:
     """
 
 
-def main() -> None:
-    """Run the command line; the exit status says how it went."""
-    status = _main(sys.argv[1:])
+def run(arguments: list[str]) -> int:
+    """Run the command line; its exit status."""
+    status = _run(arguments)
     warn_of_other_version()
-    sys.exit(status)
+    return status if isinstance(status, int) else 0
 
 
-def _main(arguments: list[str]) -> Any:
+def _run(arguments: list[str]) -> Any:
     try:
         return cli.main(arguments, prog_name="banger", standalone_mode=False)
     except click.exceptions.Exit as error:
@@ -79,4 +79,4 @@ def _runs_guest_command(arguments: list[str]) -> bool:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(sys.argv[1:]))
