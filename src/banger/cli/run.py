@@ -120,6 +120,7 @@ def run(
         raise click.UsageError("there is no command after --")
     if remove and detach:
         raise click.UsageError("--rm and --detach exclude each other")
+    _check_tty(tty)
     create: dict[str, Any] = {
         "name": name or "",
         "image": image or "",
