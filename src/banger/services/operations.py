@@ -134,8 +134,10 @@ class Operations:
         """Stop it, wait until it has cleaned up, and return how it ended. Idempotent."""
         progress = self.get(op_id)
         if task := self._tasks.get(op_id):
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            # Once: a second one would interrupt the clean-up of the first.
+            if not task.cancelling():
+                task.cancel()
+            await asyncio.wait({task})  # not gather: it would pass on our own cancellation
             if not progress.record.done:  # cancelled before its first step
                 progress.finish(OperationState.CANCELLED, Cancelled("cancelled before it began"))
         return progress.record
