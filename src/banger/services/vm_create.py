@@ -163,7 +163,7 @@ class VmCreator:
             try:
                 vm = await self._bring_up(vm, image, kernel, request, progress)
             except GuestLost as error:
-                vm = await self._vms.mark_failed(vm, error)
+                vm = await asyncio.shield(self._vms.mark_failed(vm, error))
                 progress.result(vm=vm)
                 raise
             except BaseException:
@@ -237,7 +237,12 @@ class VmCreator:
             created_at=moment,
             updated_at=moment,
         )
-        await self._store.insert_vm(vm)
+        try:
+            await self._store.insert_vm(vm)
+        except asyncio.CancelledError:
+            # The transaction is done all the same; nobody else knows this id.
+            await asyncio.shield(self._store.delete_vm(vm.id))
+            raise
         return vm
 
     async def _bring_up(
@@ -247,14 +252,17 @@ class VmCreator:
         paths = self._paths.vm(vm.id)
         for directory in (paths.directory, paths.runtime):
             prepare_private_dir(directory)
-        await asyncio.gather(
+        made = await asyncio.gather(
             self._drivers.storage.create_overlay(
                 Path(image.rootfs_path), paths.system_overlay, vm.spec.system_overlay_size_mib
             ),
             self._drivers.storage.create_overlay(
                 Path(image.work_seed_path), paths.work_disk, vm.spec.disk_size_mib
             ),
+            return_exceptions=True,  # when one fails, the other must not go on behind our back
         )
+        for failure in filter(None, made):
+            raise failure
         machine = self._machine(vm, kernel, await self._kernels.initramfs(kernel))
         progress.stage("launch")
         network = await self._launch(vm, machine)
