@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from banger.base.errors import BangerError
 from banger.base.files import sync_directory
 from banger.base.log import get_logger
 from banger.images.userns import remove_tree
@@ -28,15 +29,25 @@ def new_id() -> str:
 async def staged(final: Path) -> AsyncIterator[Path]:
     """A staging directory that becomes `final` when the block ends well, and nothing otherwise."""
     final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    staging = final.with_name(_STAGING_PREFIX + final.name)
+    staging = made = final.with_name(_STAGING_PREFIX + final.name)
     staging.mkdir(mode=0o700)
     try:
         yield staging
         await asyncio.to_thread(sync_directory, staging)
-        staging.rename(final)
+        made = staging.rename(final)
         await asyncio.to_thread(sync_directory, final.parent)
     except BaseException:
-        await asyncio.shield(remove_tree(staging))
+        await asyncio.shield(remove_tree(made))
+        raise
+
+
+@asynccontextmanager
+async def kept_with_record(directory: Path) -> AsyncIterator[None]:
+    """Around the writing of its record: an artifact that gets none is removed again."""
+    try:
+        yield
+    except BangerError:
+        await asyncio.shield(remove_tree(directory))
         raise
 
 
@@ -52,7 +63,11 @@ def _strangers(parent: Path, known_ids: set[str]) -> list[Path]:
 
 
 async def remove_leftovers(parent: Path, known_ids: set[str]) -> None:
-    """Remove staging directories and artifacts without a record."""
+    """Remove staging directories and artifacts without a record; what cannot be removed is
+    logged and stops nothing."""
     for entry in _strangers(parent, known_ids):
         get_logger().warning("removing leftover", path=str(entry))
-        await remove_tree(entry)
+        try:
+            await remove_tree(entry)
+        except BangerError as error:
+            get_logger().error("leftover stays", path=str(entry), error=error.message)

@@ -14,7 +14,13 @@ from banger.base.model import Image, InitMode, check_artifact_name, now
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.images.build import BUILDABLE, build_image
-from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
+from banger.services.artifacts import (
+    allocated_bytes,
+    kept_with_record,
+    new_id,
+    remove_leftovers,
+    staged,
+)
 from banger.services.kernel import KernelService
 from banger.services.locks import Locks
 from banger.services.operations import Operations, Progress, raise_failure
@@ -60,6 +66,11 @@ class ImageService:
             raise Conflict(
                 f'image "{name}" already exists', hint=f"to renew it: banger image delete {name}"
             )
+        return self._join_build(name)
+
+    def _join_build(self, name: str) -> Progress:
+        """The build of this image that runs, or a new one. The caller has just seen that the
+        image is missing: no await lies between, so no build can have ended meanwhile."""
         running = self._builds.get(name)
         if running is None or running.record.done:
             running = self._operations.begin(
@@ -77,7 +88,7 @@ class ImageService:
             # The build is an operation of its own beside the caller's.
             token = current_op_id.set(new_op_id())
             try:
-                build = await self.begin_build(name)
+                build = self._join_build(name)
             finally:
                 current_op_id.reset(token)
             async for state in build.changes():
@@ -109,7 +120,8 @@ class ImageService:
                 packages=built.packages,
             )
             (staging / "image.json").write_bytes(msgspec.json.format(msgspec.json.encode(image)))
-        await self._store.insert_image(image)
+        async with kept_with_record(directory):
+            await self._store.insert_image(image)
         progress.describe(**image_attributes(image))
         progress.result(image=image)
 

@@ -18,7 +18,13 @@ from banger.guest.binary import agent_binary
 from banger.images.initramfs import build_initramfs
 from banger.images.kernel import build_kernel
 from banger.images.progress import Progress
-from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
+from banger.services.artifacts import (
+    allocated_bytes,
+    kept_with_record,
+    new_id,
+    remove_leftovers,
+    staged,
+)
 from banger.store.store import Store
 
 DEBIAN_KERNEL = "debian-cloud"
@@ -64,7 +70,8 @@ class KernelService:
                 size_bytes=size_bytes,
                 created_at=now(),
             )
-            await self._store.insert_kernel(kernel)
+            async with kept_with_record(directory):
+                await self._store.insert_kernel(kernel)
             return kernel
 
     async def initramfs(self, kernel: Kernel) -> Path:
