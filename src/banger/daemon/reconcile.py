@@ -16,7 +16,7 @@ from banger.base import procfs
 from banger.base.errors import BangerError
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
-from banger.base.paths import Paths
+from banger.base.paths import Paths, VmPaths
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.liveness import Liveness
@@ -54,10 +54,8 @@ class Reconciler:
             for vm in records:
                 try:
                     await self._reconcile(vm, processes, log)
-                except BangerError as error:
-                    get_logger().error(
-                        "vm not reconciled", error=error.message, **vm_attributes(vm)
-                    )
+                except (BangerError, OSError) as error:
+                    get_logger().error("vm not reconciled", error=str(error), **vm_attributes(vm))
             log.stage("leftovers")
             await self._end_strangers({vm.id for vm in records}, processes)
             self._remove_stray_directories({vm.id for vm in records})
@@ -87,11 +85,13 @@ class Reconciler:
     ) -> None:
         """Machines whose control socket lies in our runtime directory, but with no record."""
         parent = self._paths.vms_runtime_dir
-        strangers = [entry.name for entry in _entries(parent) if entry.name not in known]
-        for vm_id in strangers:
-            is_machine = partial(
-                self._drivers.hypervisor.owns, control_socket=self._paths.vm(vm_id).control_socket
-            )
+        for entry in _entries(parent):
+            vm_id = entry.name
+            if vm_id in known:
+                continue
+            # Not by Paths.vm: whatever lies there need not have a name of our shape.
+            control_socket = VmPaths(directory=entry, runtime=entry).control_socket
+            is_machine = partial(self._drivers.hypervisor.owns, control_socket=control_socket)
             for pid, argv in processes:
                 if is_machine(argv):
                     get_logger().warning("ending a machine without a record", vm_id=vm_id, pid=pid)
