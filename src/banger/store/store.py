@@ -159,6 +159,11 @@ class Store:
             raise Internal(
                 f"the database failed: {error}", hint="is the disk full? see: banger daemon logs"
             ) from error
+        except msgspec.DecodeError as error:
+            raise Internal(
+                f"the database holds a record that this version cannot read: {error}",
+                hint="was it written by a newer banger?",
+            ) from error
 
     # The table and column names below are literals of this module, never from outside.
 
@@ -234,7 +239,7 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
         if number > current:
             try:
                 connection.executescript(
-                    f"BEGIN IMMEDIATE; {script}; PRAGMA user_version = {number}; COMMIT;"
+                    f"BEGIN IMMEDIATE; {script}\n; PRAGMA user_version = {number}; COMMIT;"
                 )
             except sqlite3.Error:
                 with suppress(sqlite3.Error):
