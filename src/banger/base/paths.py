@@ -7,8 +7,10 @@ from outside input (a VM id, an image id) goes through `safe_component` first.
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import stat
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,15 +84,17 @@ class Paths:
     def from_environment(cls) -> Paths:
         """The user's paths by XDG; touches nothing."""
         home = Path(os.environ.get("HOME") or Path.home())
+        state_dir = _xdg("XDG_STATE_HOME", home / ".local" / "state")
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-        # A fixed name in /tmp is safe only because `prepare_private_dir` refuses one that is a
-        # link, has another owner, or is open to others.
-        fallback = Path(f"/tmp/banger-runtime-{os.getuid()}")  # noqa: S108
+        if runtime.startswith("/"):
+            runtime_dir = Path(runtime) / "banger"
+        else:
+            runtime_dir = _fallback_runtime_dir(state_dir)
         return cls(
             config_dir=_xdg("XDG_CONFIG_HOME", home / ".config"),
             data_dir=_xdg("XDG_DATA_HOME", home / ".local" / "share"),
-            state_dir=_xdg("XDG_STATE_HOME", home / ".local" / "state"),
-            runtime_dir=Path(runtime) / "banger" if runtime.startswith("/") else fallback,
+            state_dir=state_dir,
+            runtime_dir=runtime_dir,
         )
 
     @property
@@ -149,6 +153,18 @@ def _xdg(variable: str, fallback: Path) -> Path:
     # The XDG specification says that a relative value is to be ignored.
     value = os.environ.get(variable, "")
     return (Path(value) if value.startswith("/") else fallback) / "banger"
+
+
+def _fallback_runtime_dir(state_dir: Path) -> Path:
+    """Where sockets go without XDG_RUNTIME_DIR.
+
+    Who sets another HOME wants another banger, not the daemon that works on the usual one: its
+    state has a directory of its own. A fixed name in /tmp is safe only because
+    `prepare_private_dir` refuses one that is a link, has another owner, or is open to others.
+    """
+    usual = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".local" / "state" / "banger"
+    other = "" if state_dir == usual else f"-{zlib.crc32(os.fsencode(state_dir)):08x}"
+    return Path(f"/tmp/banger-runtime-{os.getuid()}{other}")  # noqa: S108
 
 
 def prepare_private_dir(directory: Path) -> None:
