@@ -162,7 +162,11 @@ def _fallback_runtime_dir(state_dir: Path) -> Path:
     state has a directory of its own. A fixed name in /tmp is safe only because
     `prepare_private_dir` refuses one that is a link, has another owner, or is open to others.
     """
-    usual = Path(pwd.getpwuid(os.getuid()).pw_dir) / ".local" / "state" / "banger"
+    try:
+        home = pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:  # in a container any uid may run without an entry
+        home = "/"
+    usual = Path(home) / ".local" / "state" / "banger"
     other = "" if state_dir == usual else f"-{zlib.crc32(os.fsencode(state_dir)):08x}"
     return Path(f"/tmp/banger-runtime-{os.getuid()}{other}")  # noqa: S108
 
