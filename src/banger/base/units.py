@@ -31,11 +31,11 @@ def parse_size_mib(text: str) -> int:
 def format_size(size_bytes: int) -> str:
     """``1.5 GiB``, ``512 MiB``, ``79 KiB``, ``12 B``."""
     value = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024:
-            return f"{value:.0f} {unit}" if unit == "B" or value >= 100 else f"{value:.3g} {unit}"
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1024 and len(units) > 1:
         value /= 1024
-    return f"{value:.3g} TiB"
+        del units[0]
+    return f"{value:.0f} {units[0]}" if value >= 100 else f"{value:.3g} {units[0]}"
 
 
 def format_age(seconds: float) -> str:
