@@ -40,7 +40,10 @@ def configure(file: TextIO, level: str) -> None:
             structlog.stdlib.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True, key="time"),
             _add_op_id,
-            structlog.processors.dict_tracebacks,
+            # Without the values of variables: environments of users' commands are among them.
+            structlog.processors.ExceptionRenderer(
+                structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+            ),
             structlog.processors.EventRenamer("message"),
             structlog.processors.JSONRenderer(),
         ],
