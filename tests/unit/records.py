@@ -1,0 +1,76 @@
+"""Records for tests: a VM, an image, a kernel, with what a test cares about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from banger.base.model import (
+    Image,
+    InitMode,
+    Kernel,
+    Vm,
+    VmRuntime,
+    VmSpec,
+    VmState,
+    now,
+)
+
+
+def a_vm(
+    name: str,
+    *,
+    vm_id: str | None = None,
+    state: VmState = VmState.STOPPED,
+    image_id: str = "image",
+    ephemeral: bool = False,
+    **runtime: Any,
+) -> Vm:
+    return Vm(
+        id=vm_id or f"id-{name}",
+        name=name,
+        image_id=image_id,
+        image_name="debian-bookworm",
+        kernel_id="kernel",
+        spec=VmSpec(
+            vcpu_count=2,
+            memory_mib=512,
+            disk_size_mib=1024,
+            system_overlay_size_mib=2048,
+            ephemeral=ephemeral,
+        ),
+        runtime=VmRuntime(state=state, **runtime),
+        created_at=now(),
+        updated_at=now(),
+    )
+
+
+def an_image(name: str, **fields: Any) -> Image:
+    values: dict[str, Any] = {
+        "id": f"id-{name}",
+        "name": name,
+        "kernel_id": "kernel",
+        "artifact_dir": "",
+        "rootfs_path": "",
+        "work_seed_path": "",
+        "init": InitMode.MINIMAL,
+        "size_bytes": 1,
+        "created_at": now(),
+    }
+    return Image(**values | fields)
+
+
+def a_kernel(name: str = "debian-cloud", **fields: Any) -> Kernel:
+    values: dict[str, Any] = {
+        "id": "kernel",
+        "name": name,
+        "version": "6.1.0-1-cloud-amd64",
+        "architecture": "x86_64",
+        "artifact_dir": "",
+        "vmlinux_path": "",
+        "boot_modules_path": "",
+        "modules_path": "",
+        "config_path": "",
+        "size_bytes": 1,
+        "created_at": now(),
+    }
+    return Kernel(**values | fields)

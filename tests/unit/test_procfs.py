@@ -1,0 +1,138 @@
+"""What /proc says of a process, and that only a proven one gets a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from banger.base import procfs
+
+
+def fake_process(root: Path, pid: int, comm: bytes, ticks: int = 4242) -> None:
+    """A /proc/PID/stat as in proc(5): pid, (comm), state, then 18 more fields up to starttime."""
+    directory = root / str(pid)
+    directory.mkdir()
+    rest = b"S " + b" ".join(str(number).encode() for number in range(4, 22))
+    line = b"%d (%s) %s %d 0 0\n" % (pid, comm, rest, ticks)
+    (directory / "stat").write_bytes(line)
+
+
+@pytest.mark.parametrize(
+    "comm", [b"qemu", b"a b", b"a) R 1 1", b"((", b"))", b") S 1 (", b"\xff\xfe", b"a\nb", b""]
+)
+def test_no_name_of_a_process_hides_when_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comm: bytes
+) -> None:
+    monkeypatch.setattr(procfs, "_PROC", tmp_path)
+    fake_process(tmp_path, 7, comm)
+    assert procfs.start_ticks(7) == 4242
+
+
+def test_our_own_start_is_the_same_every_time_and_before_now() -> None:
+    ticks = procfs.start_ticks(os.getpid())
+    assert ticks == procfs.start_ticks(os.getpid())
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    assert 0 < ticks <= uptime_s * os.sysconf("SC_CLK_TCK")
+
+
+def test_a_process_that_is_gone_has_no_start_and_no_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(procfs, "_PROC", tmp_path)
+    assert procfs.start_ticks(7) == 0
+    assert procfs.command_line(7) == ()
+
+
+@pytest.mark.parametrize(
+    ("raw", "argv"),
+    [
+        (b"", ()),
+        (b"a\0", ("a",)),
+        (b"a\0-b c\0", ("a", "-b c")),
+        (b"a\0\0b\0", ("a", "", "b")),
+        (b"\xff\0", ("\udcff",)),
+    ],
+)
+def test_arguments_are_read_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raw: bytes, argv: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(procfs, "_PROC", tmp_path)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "cmdline").write_bytes(raw)
+    assert procfs.command_line(7) == argv
+
+
+def test_this_process_is_among_our_own() -> None:
+    assert (os.getpid(), procfs.command_line(os.getpid())) in list(procfs.own_processes())
+
+
+def test_processes_of_others_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    assert os.getpid() not in {pid for pid, _ in procfs.own_processes()}
+
+
+def test_a_pidfd_is_given_for_the_expected_command_line_only() -> None:
+    seen: list[tuple[str, ...]] = []
+    before = len(list(Path("/proc/self/fd").iterdir()))
+
+    def refuse(argv: tuple[str, ...]) -> bool:
+        seen.append(argv)
+        return False
+
+    assert procfs.open_pidfd(os.getpid(), refuse) == -1
+    assert seen == [procfs.command_line(os.getpid())]
+    assert len(list(Path("/proc/self/fd").iterdir())) == before
+    pidfd = procfs.open_pidfd(os.getpid(), lambda argv: argv == seen[0])
+    assert pidfd >= 0
+    os.close(pidfd)
+
+
+@pytest.mark.parametrize("pid", [-1, 2**22 + 1])
+def test_no_process_no_pidfd(pid: int) -> None:
+    assert procfs.open_pidfd(pid, lambda _: True) == -1
+
+
+def test_the_command_line_is_read_after_the_pidfd_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    real_open, real_read = os.pidfd_open, procfs.command_line
+
+    def note_open(pid: int) -> int:
+        order.append("open")
+        return real_open(pid)
+
+    def note_read(pid: int) -> tuple[str, ...]:
+        order.append("read")
+        return real_read(pid)
+
+    monkeypatch.setattr(os, "pidfd_open", note_open)
+    monkeypatch.setattr(procfs, "command_line", note_read)
+    os.close(procfs.open_pidfd(os.getpid(), lambda _: True))
+    assert order == ["open", "read"]
+
+
+async def test_waiting_for_a_process_that_runs_on_ends_in_time() -> None:
+    pidfd = os.pidfd_open(os.getpid())
+    try:
+        assert not await procfs.wait_exit(pidfd, 0.02)
+    finally:
+        os.close(pidfd)
+
+
+async def test_an_exit_ends_the_wait() -> None:
+    # A pidfd becomes readable when its process ends; a pipe stands in for one here.
+    readable, writable = os.pipe()
+    waiting = asyncio.create_task(procfs.wait_exit(readable, 10))
+    await asyncio.sleep(0)
+    os.close(writable)
+    try:
+        assert await waiting
+    finally:
+        os.close(readable)
+
+
+def test_the_boot_has_an_id() -> None:
+    assert len(procfs.boot_id()) == 36
