@@ -152,7 +152,7 @@ def test_a_build_says_where_it_stands_and_leaves_only_the_image(image: Built) ->
 
 def test_the_file_systems_are_sound_sparse_and_of_the_expected_shape(image: Built) -> None:
     for name, label, size_mib in (
-        ("rootfs.ext4", "banger-root", 2048),
+        ("rootfs.ext4", "banger-root", 8192),
         ("work-seed.ext4", "banger-work", 256),
     ):
         path = image.directory / name

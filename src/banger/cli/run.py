@@ -62,7 +62,6 @@ tty_option = click.option("-t", "--tty", is_flag=True, help="Give the command a 
 @click.option(
     "--image",
     type=ARTIFACT_NAME,
-    default="",
     shell_complete=complete_image,
     help="The image it starts from.",
 )

@@ -52,10 +52,11 @@ class Shape:
 def mke2fs_argv(source: Path, image: Path, shape: Shape) -> list[str]:
     """Arguments for an ext4 with the content of `source`, owned by root where it is.
 
-    The file is new, so its inode tables are zero already: neither mke2fs nor later the guest's
-    kernel has to write them (lazy_itable_init).
+    The file is new, so its inode tables are zero already: neither mke2fs nor, at every first
+    mount, the guest's kernel has to write them. (An option of e2fsprogs 1.47.0. With
+    lazy_itable_init alone a guest would zero 131 MB for 8 GiB in the background.)
     """
-    extended = "lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"
+    extended = "assume_storage_prezeroed=1,root_owner=0:0"
     return [
         *("mke2fs", "-q", "-F", "-b", str(_BLOCK), "-I", str(_INODE), "-m", "0"),
         *("-L", shape.label, "-E", f"{extended},resize={_GROW_TO_BLOCKS}"),
