@@ -68,10 +68,20 @@ def missing_tool(tool: str) -> PreconditionFailed:
     )
 
 
+def search_path(environment: Mapping[str, str]) -> str:
+    """PATH, and after it where Debian keeps tools that an ordinary user's PATH leaves out."""
+    return f"{environment.get('PATH', os.defpath)}:/usr/sbin:/sbin"
+
+
 def which(tool: str) -> str | None:
-    """The path of a tool on PATH, also looking where Debian keeps administrators' tools."""
-    search = os.environ.get("PATH", os.defpath)
-    return shutil.which(tool, path=f"{search}:/usr/sbin:/sbin")
+    """The path of a tool that we would run by this name."""
+    return shutil.which(tool, path=search_path(os.environ))
+
+
+def _environment(given: Mapping[str, str] | None) -> dict[str, str]:
+    """A child's environment: a tool finds the same tools as we do."""
+    environment = dict(os.environ if given is None else given)
+    return environment | {"PATH": search_path(environment)}
 
 
 def _resolve(argv: Argv) -> list[str]:
@@ -107,7 +117,7 @@ async def run(
         stdin=asyncio.subprocess.DEVNULL if stdin is None else asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
-        env=None if env is None else dict(env),
+        env=_environment(env),
         cwd=cwd,
         start_new_session=True,
         pass_fds=tuple(pass_fds),
@@ -193,7 +203,7 @@ def spawn_detached(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=None if env is None else dict(env),
+            env=_environment(env),
             cwd=cwd,
             pass_fds=tuple(pass_fds),
             start_new_session=True,
@@ -233,7 +243,9 @@ def popen(
     cwd: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """A child of the synchronous CLI; stderr is the CLI's own."""
-    return subprocess.Popen(_resolve(argv), stdin=stdin, stdout=stdout, cwd=cwd)
+    return subprocess.Popen(
+        _resolve(argv), stdin=stdin, stdout=stdout, cwd=cwd, env=_environment(None)
+    )
 
 
 PIPE = subprocess.PIPE

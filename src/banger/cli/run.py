@@ -148,7 +148,8 @@ def run(
     if not remove and not quiet:
         note(
             f"vm {made.name} keeps running; a shell in it: banger vm shell {made.name};"
-            f" end it: banger vm delete --force {made.name}"
+            f" stop it: banger vm stop {made.name};"
+            f" end it for good: banger vm delete --force {made.name}"
         )
     return status
 
