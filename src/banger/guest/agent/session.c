@@ -226,7 +226,8 @@ static void watch_stream(struct session *session, struct stream *stream, struct 
         watch_add(watch, child->in, POLLOUT, stream, 'i');
     if (stream->connecting)
         return;
-    if (child->out >= 0 && can_send)
+    if (child->out >= 0 && can_send &&
+        (stream->quiet_until == 0 || stream->quiet_until <= now_ms()))
         watch_add(watch, child->out, POLLIN, stream, 'o');
     if (child->err >= 0 && can_send)
         watch_add(watch, child->err, POLLIN, stream, 'e');
@@ -234,14 +235,22 @@ static void watch_stream(struct session *session, struct stream *stream, struct 
         watch_add(watch, child->report, POLLIN, stream, 'r');
 }
 
+/* When a stream wants to be looked at although nothing happens, or -1. */
+static int64_t deadline_of(const struct stream *stream) {
+    if (stream->id == 0 || stream->child.detached)
+        return -1;
+    if (stream->reaped)
+        return stream->drain_limited ? -1 : stream->drain_deadline;
+    return stream->quiet_until > 0 && stream->quiet_until > now_ms() ? stream->quiet_until : -1;
+}
+
 /* The next time-out in ms for poll, or -1. */
 static int next_deadline(const struct session *session) {
     int64_t first = -1;
     for (size_t i = 0; i < STREAM_LIMIT; i++) {
-        const struct stream *stream = &session->streams[i];
-        if (stream->id != 0 && stream->reaped && !stream->child.detached &&
-            !stream->drain_limited && (first < 0 || stream->drain_deadline < first))
-            first = stream->drain_deadline;
+        int64_t deadline = deadline_of(&session->streams[i]);
+        if (deadline >= 0 && (first < 0 || deadline < first))
+            first = deadline;
     }
     if (first < 0)
         return -1;

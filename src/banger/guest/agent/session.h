@@ -27,6 +27,7 @@ struct stream {
     bool drain_limited;     /* the grace after its end is over: send `drain_left` more bytes */
     int64_t drain_deadline; /* when that begins, in ms of CLOCK_MONOTONIC */
     size_t drain_out, drain_err;
+    int64_t quiet_until;    /* a PTY that nobody has open: look again then, in ms */
     uint8_t *in; /* bytes for the child's stdin, at most one window */
     size_t in_start, in_end, in_room;
     bool in_eof;          /* the client has sent its EOF */

@@ -22,6 +22,7 @@ enum {
     FRAME_DATA_BYTES = 128 << 10,
     CREDIT_BATCH = WINDOW_BYTES / 4,
     PTY_DRAIN_BYTES = 64 << 10,
+    PTY_QUIET_MS = 50,
     EXIT_ROOM = 5 + sizeof((struct report){0}.message),
 };
 
@@ -166,6 +167,7 @@ void stream_reset(struct stream *stream) {
 
 void stream_reaped(struct stream *stream, int status) {
     stream->reaped = true;
+    stream->quiet_until = 0;
     stream->status = status;
     stream->drain_deadline = now_ms() + DRAIN_MS;
 }
@@ -242,6 +244,15 @@ void stream_connected(struct session *session, struct stream *stream) {
     report_connected(session, stream, error);
 }
 
+/* A PTY at its end is kept while its program lives: one that closes its standard streams just
+ * before it exits would be killed by the hang-up, and another may open /dev/tty again. */
+static void end_of_output(struct stream *stream, int *fd) {
+    if (stream->child.pty && !stream->reaped)
+        stream->quiet_until = now_ms() + PTY_QUIET_MS;
+    else
+        close_fd(fd);
+}
+
 void stream_read(struct session *session, struct stream *stream, bool is_err) {
     int *fd = is_err ? &stream->child.err : &stream->child.out;
     size_t *left = is_err ? &stream->drain_err : &stream->drain_out;
@@ -267,7 +278,7 @@ void stream_read(struct session *session, struct stream *stream, bool is_err) {
         return;
     }
     if (got <= 0) { /* the end; EIO is how a PTY says it */
-        close_fd(fd);
+        end_of_output(stream, fd);
         return;
     }
     outbox_add(session, is_err ? FRAME_STDERR : FRAME_DATA, stream->id, (size_t)got);
