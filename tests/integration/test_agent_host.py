@@ -529,6 +529,21 @@ async def test_bad_frames_end_the_session_but_not_the_agent(host_agent: HostAgen
     await channel.close()
 
 
+def test_a_daemon_past_its_credit_loses_its_session(host_agent: HostAgent) -> None:
+    frames = encode(FrameType.HELLO, 0, HELLO_MAGIC + b"1" * 16)
+    frames += encode(FrameType.OPEN, 1, Exec(["sleep", "100"]).encode())
+    frames += encode(FrameType.DATA, 1, b"x" * 65536) * 10
+    frames += encode(FrameType.OPEN, 2, Ping().encode())  # ignored: the session is over
+    frames += encode(FrameType.HELLO, 0, HELLO_MAGIC + b"2" * 16)
+    frames += encode(FrameType.OPEN, 3, Ping().encode())
+    host_agent.socket.sendall(frames)
+    got = b""
+    while encode(FrameType.EXIT, 3, bytes(5)) not in got:
+        got += host_agent.socket.recv(65536)
+    assert b"2" * 16 in got
+    assert encode(FrameType.EXIT, 2, bytes(5)) not in got
+
+
 async def test_streams_past_the_limit_are_refused_one_by_one(host_agent: HostAgent) -> None:
     frames = encode(FrameType.HELLO, 0, HELLO_MAGIC + bytes(16))
     for stream in range(1, 258):
