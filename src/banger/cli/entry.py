@@ -15,6 +15,7 @@ import sys
 def main() -> None:
     """Run the command line; the exit status says how it went."""
     gc.disable()
+    _complete_streams()
     # After that: the imports are where the time goes.
     from banger.cli.main import run
 
@@ -25,6 +26,17 @@ def main() -> None:
     except OSError:
         status = status or 1  # what was left to say has not arrived
     os._exit(status)
+
+
+def _complete_streams() -> None:
+    """Standard streams that were closed become /dev/null: no socket must get their numbers."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            setattr(sys, name, os.fdopen(number, mode))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,21 @@ _COMMANDS = {
 }
 
 
-@click.command(
-    cls=LazyGroup, table=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]}
-)
+class ReaderGone(Exception):
+    """Whoever read our stdout has gone."""
+
+
+class Top(LazyGroup):
+    """The whole command line. click gives a broken pipe status 1, like any failure: we do not."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise ReaderGone from None
+
+
+@click.command(cls=Top, table=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
 def cli() -> None:
     """One-command development sandboxes on microVMs.
 
@@ -62,8 +74,8 @@ def _run(arguments: list[str]) -> Any:
         return 130
     except BangerError as error:
         print_error(error)
-    except BrokenPipeError:
-        # The reader of our stdout has gone: end quietly, as if killed by SIGPIPE.
+    except ReaderGone:
+        # End quietly, as if killed by SIGPIPE.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
