@@ -76,7 +76,12 @@ def test_a_client_killed_during_creation_leaves_a_vm_that_it_meant_to_keep(
 def test_a_client_killed_during_its_command(
     banger: Banger, image: str, options: tuple[str, ...]
 ) -> None:
-    script = "exec 2>/dev/null; trap 'touch /root/hup; exit' HUP; echo ready; while :; do sleep 0.1; done"
+    script = """
+    exec 2>/dev/null
+    trap 'touch /root/hup; exit' HUP
+    echo ready
+    while :; do sleep 0.1; done
+    """
     process = banger.start("vm", "run", "-q", *options, "--image", image, "--name", "victim",
                            "--", "sh", "-c", script)  # fmt: skip
     assert process.stdout is not None

@@ -106,7 +106,12 @@ def test_ctrl_c_ends_the_foreground_process_only(
 def test_a_closed_terminal_hangs_up_what_runs_in_the_guest(
     banger: Banger, vm: str, terminal: Terminal
 ) -> None:
-    script = "exec 2>/dev/null; trap 'touch /root/hup; exit' HUP; echo ready; while :; do sleep 0.1; done"
+    script = """
+    exec 2>/dev/null
+    trap 'touch /root/hup; exit' HUP
+    echo ready
+    while :; do sleep 0.1; done
+    """
     command = terminal.start(banger, "vm", "exec", "-t", vm, "--", "sh", "-c", script)
     terminal.read_until("ready")
     terminal.close()
