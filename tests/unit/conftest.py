@@ -8,7 +8,9 @@ switched off.
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -49,3 +51,10 @@ def forbid_processes() -> Iterator[None]:
         yield
     finally:
         _forbidden = False
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """As `tmp_path`, but short enough for the sockets of a VM: those are limited to 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="bt-", dir="/tmp") as directory:
+        yield Path(directory)

@@ -1,0 +1,293 @@
+"""Processes, drivers and a guest agent in memory: what services are tested with.
+
+`Processes` stands in for the kernel's table: pids that no real process has, pidfds that are pipes.
+The agent speaks the real protocol on a real Unix socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from banger.base import procfs
+from banger.base.errors import PreconditionFailed, Unavailable
+from banger.drivers.base import (
+    Check,
+    DiskFormat,
+    GuestNetwork,
+    HypervisorFeatures,
+    Level,
+    Machine,
+    NetworkAttachment,
+)
+from banger.guest import requests
+from banger.guest.frames import (
+    FRAME_LIMIT_BYTES,
+    HEADER,
+    HELLO_MAGIC,
+    FrameType,
+    encode,
+)
+from banger.guest.frames import field as hello_field
+
+#: Above any pid_max: no real process can be hit by mistake.
+_FIRST_PID = 1 << 30
+
+EXIT_0 = bytes(5)
+
+
+class Processes:
+    """The kernel's process table, as `procfs` shows it."""
+
+    def __init__(self) -> None:
+        self.argv: dict[int, tuple[str, ...]] = {}
+        self.ticks: dict[int, int] = {}
+        self.killed: list[int] = []
+        self.immortal: set[int] = set()
+        #: What else happens when a process ends: its sockets close, its network helper ends.
+        self.on_end: dict[int, Callable[[], None]] = {}
+        self._pidfds: dict[int, tuple[int, int]] = {}
+        self._next = _FIRST_PID
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        patch.setattr(procfs, "start_ticks", lambda pid: self.ticks.get(pid, 0))
+        patch.setattr(procfs, "command_line", lambda pid: self.argv.get(pid, ()))
+        patch.setattr(procfs, "own_processes", lambda: iter(list(self.argv.items())))
+        patch.setattr(procfs, "open_pidfd", self._open)
+        patch.setattr(procfs, "kill", self._kill)
+
+    def start(self, *argv: str) -> int:
+        self._next += 1
+        self.argv[self._next] = argv
+        self.ticks[self._next] = self._next * 10
+        return self._next
+
+    def end(self, pid: int) -> None:
+        """The process ends: its pidfds become readable. Idempotent."""
+        self.argv.pop(pid, None)
+        self.ticks.pop(pid, None)
+        for readable, (writable, of) in list(self._pidfds.items()):
+            if of == pid:
+                os.close(writable)
+                del self._pidfds[readable]
+        if then := self.on_end.pop(pid, None):
+            then()
+
+    def alive(self, pid: int) -> bool:
+        return pid in self.argv
+
+    def close(self) -> None:
+        for pid in {pid for _, pid in self._pidfds.values()}:
+            self.end(pid)
+
+    def _open(self, pid: int, is_it: Callable[[tuple[str, ...]], bool]) -> int:
+        if pid not in self.argv or not is_it(self.argv[pid]):
+            return -1
+        readable, writable = os.pipe()
+        self._pidfds[readable] = (writable, pid)
+        return readable
+
+    async def _kill(self, pidfd: int, timeout_s: float = 5.0) -> bool:
+        if pidfd in self._pidfds:
+            _, pid = self._pidfds[pidfd]
+            self.killed.append(pid)
+            if pid in self.immortal:
+                return False
+            self.end(pid)
+        return True
+
+
+class Gate:
+    """A point that work passes, fails at, or stays at until it is cancelled."""
+
+    def __init__(self) -> None:
+        self.fail: BaseException | None = None
+        self.block = False
+        self.reached = asyncio.Event()
+
+    async def passed(self) -> None:
+        self.reached.set()
+        if self.fail is not None:
+            raise self.fail
+        if self.block:
+            await asyncio.Event().wait()
+
+
+Answer = Callable[[bytes], bytes | None]
+
+
+class Agent:
+    """A guest agent on a machine's agent socket. What it answers is by kind of OPEN."""
+
+    def __init__(self) -> None:
+        self.silent = False
+        self.opened: list[int] = []
+        #: kind -> payload of the EXIT; None never answers. Others are answered with EXIT 0.
+        self.exits: dict[int, bytes | None] = {}
+        self.stdout: dict[int, bytes] = {}
+        self.on_shutdown: Callable[[], None] = lambda: None
+        self._servers: dict[Path, asyncio.Server] = {}
+        self._tasks: dict[asyncio.Task[None], Path] = {}
+
+    async def listen(self, path: Path) -> None:
+        def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(self._serve(reader, writer))
+            self._tasks[task] = path
+            task.add_done_callback(self._tasks.pop)
+
+        self._servers[path] = await asyncio.start_unix_server(accept, path, limit=1 << 20)
+
+    def hang_up(self, path: Path) -> None:
+        """The machine behind this socket is gone."""
+        self._servers.pop(path).close()
+        for task, of in self._tasks.items():
+            if of == path:
+                task.cancel()
+
+    async def close(self) -> None:
+        for path in list(self._servers):
+            self.hang_up(path)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await reader.readexactly(FRAME_LIMIT_BYTES + HEADER.size)
+            while True:
+                kind, stream, length = HEADER.unpack(await reader.readexactly(HEADER.size))
+                self._answer(writer, kind, stream, await reader.readexactly(length))
+        except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
+            pass
+        finally:
+            writer.close()
+            with contextlib.suppress(ConnectionError):
+                await writer.wait_closed()
+
+    def _answer(self, writer: asyncio.StreamWriter, kind: int, stream: int, payload: bytes) -> None:
+        if kind == FrameType.HELLO and not self.silent:
+            fields = hello_field(1, b"9") + hello_field(2, b"6.1") + hello_field(3, b"boot")
+            nonce = payload[len(HELLO_MAGIC) :]
+            writer.write(encode(FrameType.HELLO, 0, HELLO_MAGIC + nonce + fields))
+        if kind == FrameType.OPEN:
+            self.opened.append(payload[0])
+            if out := self.stdout.get(payload[0]):
+                writer.write(encode(FrameType.DATA, stream, out))
+            exit_ = self.exits.get(payload[0], EXIT_0)
+            if exit_ is not None:
+                writer.write(encode(FrameType.EXIT, stream, exit_))
+            if payload[0] == requests.Shutdown.KIND and exit_ == EXIT_0:
+                self.on_shutdown()
+
+
+class Hypervisor:
+    """Machines are entries of `Processes`; ``machine SOCKET`` is their command line."""
+
+    name = "fake"
+    features = HypervisorFeatures(disk_formats=frozenset({DiskFormat.QCOW2}))
+
+    def __init__(self, processes: Processes, agent: Agent) -> None:
+        self.processes = processes
+        self.agent = agent
+        self.found: list[Check] = []
+        self.gate = Gate()
+        self.machines: list[Machine] = []
+        self.console = b""
+        self.boots = True
+        self.can_quit = True
+        self.pids: dict[Path, int] = {}
+
+    async def checks(self) -> list[Check]:
+        return self.found
+
+    async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:
+        helper = network.pid if network is not None else 0
+        try:
+            await self.gate.passed()
+        except BaseException:
+            self.processes.end(helper)  # as a real one: its end of the network is closed
+            raise
+        self.machines.append(machine)
+        machine.console_log.write_bytes(self.console)
+        await self.agent.listen(machine.agent_socket)
+        pid = self.processes.start("machine", str(machine.control_socket))
+        self.pids[machine.control_socket] = pid
+
+        def then() -> None:
+            self.processes.end(helper)
+            self.agent.hang_up(machine.agent_socket)
+
+        self.processes.on_end[pid] = then
+        self.agent.on_shutdown = lambda: self.processes.end(pid)
+        if not self.boots:
+            self.processes.end(pid)
+        return pid
+
+    async def quit(self, control_socket: Path) -> None:
+        if not self.can_quit:
+            raise Unavailable("no answer")
+        self.processes.end(self.pids.pop(control_socket, 0))
+
+    def owns(self, argv: tuple[str, ...], control_socket: Path) -> bool:
+        return argv == ("machine", str(control_socket))
+
+
+class Storage:
+    name = "fake"
+    format = DiskFormat.QCOW2
+
+    def __init__(self) -> None:
+        self.found: list[Check] = []
+        self.gate = Gate()
+        #: The second disk of a VM, made beside the first.
+        self.work_gate = Gate()
+
+    async def checks(self) -> list[Check]:
+        return self.found
+
+    async def create_overlay(self, base: Path, overlay: Path, size_mib: int) -> None:
+        await (self.work_gate if overlay.stem == "work" else self.gate).passed()
+        overlay.write_text(f"{base} {size_mib}")
+
+    def allocated_bytes(self, disk: Path) -> int:
+        return disk.stat().st_size if disk.exists() else 0
+
+
+class Network:
+    name = "fake"
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self.found: list[Check] = []
+        self.gate = Gate()
+
+    async def checks(self) -> list[Check]:
+        return self.found
+
+    async def attach(self, vm_id: str, log: Path) -> NetworkAttachment:
+        await self.gate.passed()
+        log.touch()
+        return NetworkAttachment(
+            guest=GuestNetwork("02:00:00:00:00:01", "172.16.0.2/24", "172.16.0.1", "172.16.0.3"),
+            pid=self.processes.start("network", vm_id),
+        )
+
+    def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
+        return argv == ("network", vm_id)
+
+
+def failed_check(name: str, hint: str = "") -> Check:
+    """What a driver's check says when something is missing."""
+    return Check(name, Level.FAIL, f"{name} is missing", hint)
+
+
+def failing(problem: str = "no") -> PreconditionFailed:
+    return PreconditionFailed(problem)
+
+
+def descriptors() -> int:
+    """How many descriptors this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))

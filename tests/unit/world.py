@@ -1,0 +1,182 @@
+"""A daemon's services over fake drivers, put together as the composition root does."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from banger.base.config import load_config
+from banger.base.model import Image, Kernel, Operation, Vm
+from banger.base.opid import current_op_id, new_op_id
+from banger.base.paths import Paths
+from banger.daemon.reconcile import Reconciler
+from banger.services import image as image_module
+from banger.services import kernel as kernel_module
+from banger.services.agents import Agents
+from banger.services.handles import HandleCache
+from banger.services.image import ImageService
+from banger.services.kernel import KernelService
+from banger.services.liveness import Liveness
+from banger.services.operations import Operations, Progress
+from banger.services.vm import VmService
+from banger.services.vm_create import CreateRequest, Drivers, VmCreator
+from banger.store.store import Store
+from fakes import Agent, Hypervisor, Network, Processes, Storage
+from records import a_kernel, an_image
+from test_ext4_check import _image as make_ext4
+from test_kernel_extract import make_elf
+
+
+class World:
+    """Everything a daemon is made of. `restarted` is the next daemon on the same files."""
+
+    def __init__(self, paths: Paths, processes: Processes, agent: Agent, store: Store) -> None:
+        self.paths = paths
+        self.processes = processes
+        self.agent = agent
+        self.store = store
+        self.hypervisor = Hypervisor(processes, agent)
+        self.storage = Storage()
+        self.network = Network(processes)
+        drivers = Drivers(self.hypervisor, self.storage, self.network)
+        self.drivers = drivers
+        self.operations = Operations()
+        self.agents = Agents()
+        self.handles = HandleCache(paths)
+        self.liveness = Liveness(self.hypervisor, self.network, self.handles)
+        self.kernels = KernelService(paths, store)
+        self.images = ImageService(paths, store, self.operations, self.kernels)
+        self.vms = VmService(paths, store, self.handles, self.liveness, self.agents)
+        self.creator = VmCreator(
+            paths=paths,
+            config=load_config(paths.config_file, {}),
+            store=store,
+            drivers=drivers,
+            images=self.images,
+            kernels=self.kernels,
+            vms=self.vms,
+            liveness=self.liveness,
+            agents=self.agents,
+        )
+
+    async def close(self) -> None:
+        await self.operations.close()
+        for vm in await self.store.vms():
+            self.liveness.unwatch(vm.id)
+        await self.vms.close()
+        await self.agents.close()
+
+    async def restarted(self) -> World:
+        """The next daemon, before it reconciles; this one is gone as if killed."""
+        await self.close()
+        return World(self.paths, self.processes, self.agent, self.store)
+
+    async def reconcile(self) -> None:
+        await Reconciler(
+            paths=self.paths,
+            store=self.store,
+            drivers=self.drivers,
+            vms=self.vms,
+            liveness=self.liveness,
+            images=self.images,
+            kernels=self.kernels,
+        ).run()
+
+    def begin(self, request: CreateRequest) -> Progress:
+        """Start a creation as a call of its own."""
+        token = current_op_id.set(new_op_id())
+        try:
+            return self.operations.begin(
+                "vm.create", request.name, lambda progress: self.creator.work(request, progress)
+            )
+        finally:
+            current_op_id.reset(token)
+
+    async def create(self, name: str = "box", **fields: object) -> Vm:
+        """Create a VM with success."""
+        done = await ended(self.begin(CreateRequest(name=name, image="base", **fields)))  # type: ignore[arg-type]
+        assert done.error is None, done.error
+        assert done.vm is not None
+        return done.vm
+
+    def files(self) -> list[str]:
+        """What lies in the directories of VMs."""
+        return sorted(
+            str(entry.relative_to(parent.parent))
+            for parent in (self.paths.vms_dir, self.paths.vms_runtime_dir)
+            if parent.is_dir()
+            for entry in parent.rglob("*")
+        )
+
+    async def assert_nothing_left(self) -> None:
+        """No record, no file, no process, no channel, no lock."""
+        assert await self.store.vms() == []
+        assert self.files() == []
+        assert self.processes.argv == {}
+        assert self.agents._channels == {}
+        assert self.handles._cache == {}
+        assert self.vms.locks._locks == {}
+
+
+async def ended(progress: Progress) -> Operation:
+    """The last state of an operation."""
+    async with asyncio.timeout(20):
+        async for state in progress.changes():
+            last = state
+    return last
+
+
+def write_image(paths: Paths, name: str = "base") -> tuple[Image, Kernel]:
+    """The files of an image and its kernel, as small as the checks let them be."""
+    images, kernels = paths.image_dir(f"id-{name}"), paths.kernel_dir("kernel")
+    for directory in (images, kernels, kernels / "boot"):
+        directory.mkdir(parents=True)
+    (kernels / "vmlinux").write_bytes(make_elf())
+    image = an_image(
+        name,
+        artifact_dir=str(images),
+        rootfs_path=str(make_ext4(images / "rootfs.ext4")),
+        work_seed_path=str(make_ext4(images / "work.ext4")),
+    )
+    kernel = a_kernel(
+        artifact_dir=str(kernels),
+        vmlinux_path=str(kernels / "vmlinux"),
+        boot_modules_path=str(kernels / "boot"),
+        modules_path=str(make_ext4(kernels / "modules.ext4")),
+    )
+    return image, kernel
+
+
+async def copy_seed(source: Path, copy: Path, size_mib: int) -> None:
+    """Growing a file system takes tools; here a copy will do."""
+    await asyncio.to_thread(shutil.copyfile, source, copy)
+
+
+@asynccontextmanager
+async def made_world(root: Path, patch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    """A world below `root`, with an image called ``base`` and its kernel."""
+    paths = Paths(root / "c", root / "d", root / "s", root / "r")
+    paths.state_dir.mkdir(parents=True)
+    processes, agent = Processes(), Agent()
+    processes.install(patch)
+    agent_file = root / "agent"
+    agent_file.write_bytes(b"agent")
+    patch.setattr(kernel_module, "agent_binary", lambda _: agent_file)
+    patch.setattr(image_module, "make_larger_copy", copy_seed)
+    store = await Store.open(paths.database)
+    image, kernel = write_image(paths)
+    await store.insert_kernel(kernel)
+    await store.insert_image(image)
+    world = World(paths, processes, agent, store)
+    try:
+        yield world
+    finally:
+        await world.close()
+        processes.close()
+        await agent.close()
+        await store.close()
