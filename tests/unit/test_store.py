@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -132,10 +133,16 @@ async def test_one_of_many_gets_a_name_that_all_want(store: Store) -> None:
 
 async def test_a_transaction_is_finished_even_when_its_caller_is_cancelled(store: Store) -> None:
     vm = a_vm("box")
+    free = threading.Event()
+    before = asyncio.create_task(store._run(lambda _: free.wait(10)))
     inserting = asyncio.create_task(store.insert_vm(vm))
+    await asyncio.sleep(0)
     await asyncio.sleep(0)
     inserting.cancel()
     await asyncio.gather(inserting, return_exceptions=True)
+    assert inserting.cancelled()
+    free.set()
+    await before
     assert await store.vms() == [vm]
 
 
