@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from datetime import UTC, datetime
 from enum import StrEnum
+from typing import Annotated
 
 import msgspec
 
@@ -107,14 +108,18 @@ class Vm(Record, frozen=True):
     started_at: datetime | None = None
 
 
+#: What the system calls take; a file that says otherwise is corrupt.
+Pid = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+
+
 class Handles(Record, frozen=True):
     """What is true of the running process. In memory and in the VM's ``handles.json`` only."""
 
-    pid: int = 0
+    pid: Pid = 0
     #: Field 22 of ``/proc/PID/stat``: with the pid it names one process of this boot.
     pid_start_ticks: int = 0
     boot_id: str = ""
-    network_pid: int = 0
+    network_pid: Pid = 0
     network_pid_start_ticks: int = 0
 
 
