@@ -1,0 +1,75 @@
+"""Locks by key: one holder at a time, nothing kept of keys nobody wants."""
+
+from __future__ import annotations
+
+import asyncio
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from banger.services.locks import Locks
+
+#: (key, steps before taking the lock, steps while holding it, whether it is cancelled)
+_plans = st.lists(
+    st.tuples(st.sampled_from("ab"), st.integers(0, 3), st.integers(0, 3), st.booleans()),
+    max_size=12,
+)
+
+
+@given(_plans, st.integers(0, 6))
+def test_whatever_the_order_one_holds_a_key_and_all_are_dropped(
+    plans: list[tuple[str, int, int, bool]], cancel_after: int
+) -> None:
+    async def run() -> None:
+        locks = Locks()
+        inside: dict[str, int] = {"a": 0, "b": 0}
+        finished = 0
+
+        async def user(key: str, before: int, within: int) -> None:
+            nonlocal finished
+            for _ in range(before):
+                await asyncio.sleep(0)
+            async with locks.hold(key):
+                inside[key] += 1
+                try:
+                    assert inside[key] == 1
+                    for _ in range(within):
+                        await asyncio.sleep(0)
+                    assert inside[key] == 1
+                finally:
+                    inside[key] -= 1
+            finished += 1
+
+        tasks = [asyncio.create_task(user(*plan[:3])) for plan in plans]
+        for _ in range(cancel_after):
+            await asyncio.sleep(0)
+        for task, plan in zip(tasks, plans, strict=True):
+            if plan[3]:
+                task.cancel()
+        results = await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5)
+        assert all(
+            result is None or isinstance(result, asyncio.CancelledError) for result in results
+        )
+        assert finished >= sum(not plan[3] for plan in plans)
+        assert locks._locks == {}
+        assert locks._users == {}
+
+    asyncio.run(run())
+
+
+async def test_other_keys_do_not_wait() -> None:
+    locks = Locks()
+    async with locks.hold("a"), asyncio.timeout(5), locks.hold("b"):
+        pass
+
+
+async def test_a_lock_is_given_back_after_a_failure() -> None:
+    locks = Locks()
+    try:
+        async with locks.hold("a"):
+            raise ZeroDivisionError
+    except ZeroDivisionError:
+        pass
+    async with asyncio.timeout(5), locks.hold("a"):
+        pass
+    assert locks._locks == {}
