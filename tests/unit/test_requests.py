@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from banger.base.errors import BadRequest
+from banger.base.opid import current_op_id
 from banger.guest.requests import (
+    OP_ID_TAG,
     Connect,
     Exec,
     FileStat,
@@ -126,3 +128,13 @@ def test_a_stat_answer_is_read_strictly() -> None:
     for bad in (b"", answer[:-1], answer + b"x", b"z" + answer[1:]):
         with pytest.raises(BadRequest):
             FileStat.decode(bad)
+
+
+def test_the_operations_id_goes_with_every_request() -> None:
+    assert fields_of(Ping().encode()) == []
+    token = current_op_id.set("op-0123456789ab")
+    try:
+        assert fields_of(Ping().encode()) == [(OP_ID_TAG, b"op-0123456789ab")]
+        assert fields_of(Stat("/x").encode())[0] == (OP_ID_TAG, b"op-0123456789ab")
+    finally:
+        current_op_id.reset(token)

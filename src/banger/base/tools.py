@@ -7,7 +7,7 @@ _PACKAGES = {
     "qemu-img": "qemu-utils",
     "passt": "passt",
     "mke2fs": "e2fsprogs",
-    "e2fsck": "e2fsprogs",
+    "resize2fs": "e2fsprogs",
     "debugfs": "e2fsprogs",
     "mmdebstrap": "mmdebstrap",
     "unshare": "util-linux",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import stat
 import sys
 import tempfile
@@ -17,7 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from types import FrameType
+from typing import IO, NoReturn
 
 import click
 import msgspec
@@ -66,7 +68,12 @@ def parse_side(text: str) -> Side:
 
 
 def copy(source: str, destination: str) -> None:
-    """Copy as `cp -r` does: into a destination that is a directory, else under its new name."""
+    """Copy as `cp -r` does: into a destination that is a directory, else under its new name.
+
+    The process is for this one copy: a signal that ends it takes what was not finished with it.
+    """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     src, dst = parse_side(source), parse_side(destination)
     if isinstance(src, str) and isinstance(dst, GuestSide):
         _copy_in(src, dst)
@@ -74,6 +81,10 @@ def copy(source: str, destination: str) -> None:
         _copy_out(src, dst)
     else:
         raise BadRequest("one side must be NAME:PATH, the other a path of this host or -")
+
+
+def _end(number: int, _: FrameType | None) -> NoReturn:
+    raise SystemExit(128 + number)
 
 
 def _copy_in(source: str, target: GuestSide) -> None:

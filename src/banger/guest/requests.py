@@ -15,9 +15,13 @@ from enum import IntFlag
 from typing import ClassVar, Protocol
 
 from banger.base.errors import BadRequest
+from banger.base.opid import current_op_id
 from banger.guest.frames import FRAME_LIMIT_BYTES, field
 
 ENTROPY_LIMIT_BYTES = 512
+
+#: Of every kind: the operation that the request is part of.
+OP_ID_TAG = 9
 
 
 class Request(Protocol):
@@ -33,7 +37,9 @@ class ExecFlag(IntFlag):
 
 
 def _payload(kind: int, *fields: bytes) -> bytes:
-    payload = bytes((kind,)) + b"".join(fields)
+    op_id = current_op_id.get()
+    operation = field(OP_ID_TAG, op_id.encode()) if op_id else b""
+    payload = bytes((kind,)) + operation + b"".join(fields)
     if len(payload) > FRAME_LIMIT_BYTES:
         raise BadRequest(
             f"the request is too large for the guest agent: {len(payload)} bytes",

@@ -102,6 +102,25 @@ async def make_home(image: Path) -> None:
         raise PreconditionFailed(f"cannot set up {image.name}: {'; '.join(complaints)}")
 
 
+async def make_larger_copy(source: Path, copy: Path, size_mib: int) -> None:
+    """Write `copy`, a sparse copy of the file system `source` that has grown to `size_mib`.
+
+    Some milliseconds here, where a guest takes a tenth of a second for the same. Atomic.
+    """
+    beside = copy.with_name(f"{copy.name}.new")
+    try:
+        await proc.run(["cp", "--sparse=always", source, beside], timeout_s=60)
+        await proc.run(["resize2fs", beside, f"{size_mib}M"], timeout_s=60)
+    except proc.ProcessFailed as error:
+        beside.unlink(missing_ok=True)
+        raise PreconditionFailed(
+            f"cannot grow {source.name} to {size_mib} MiB: {error.message}",
+            hint=f"see that {copy.parent} has free space",
+        ) from error
+    await asyncio.to_thread(sync_file, beside)
+    beside.replace(copy)
+
+
 def fitting_shape(tree: Path, label: str) -> Shape:
     """A file system without journal that just holds `tree`, for one that is only read."""
     blocks = inodes = 0

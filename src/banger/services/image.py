@@ -14,6 +14,7 @@ from banger.base.model import Image, InitMode, check_artifact_name, now
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.images.build import BUILDABLE, build_image
+from banger.images.ext4 import make_larger_copy
 from banger.services.artifacts import (
     allocated_bytes,
     kept_with_record,
@@ -36,6 +37,7 @@ class ImageService:
         self._operations = operations
         self._kernels = kernels
         self._builds: dict[str, Progress] = {}
+        self._growing = asyncio.Lock()
         #: Held while an image's set of users may grow or while it is deleted.
         self.locks = Locks()
 
@@ -125,6 +127,21 @@ class ImageService:
         progress.describe(**image_attributes(image))
         progress.result(image=image)
 
+    async def work_seed(self, image: Image, size_mib: int) -> Path:
+        """The image's work seed at this size: what a work disk of the size lies over.
+
+        Made on first use and kept with the image (a megabyte), so that no guest spends its boot
+        on growing a file system. A size below the seed's own gives the seed.
+        """
+        seed = Path(image.work_seed_path)
+        sized = seed.with_name(f"{seed.stem}-{size_mib}{seed.suffix}")
+        async with self._growing:
+            if await asyncio.to_thread(_size_of, seed) >= size_mib << 20:
+                return seed
+            if not await asyncio.to_thread(sized.exists):
+                await make_larger_copy(seed, sized, size_mib)
+        return sized
+
     async def delete(self, name: str) -> Image:
         """Delete an image; Conflict while a VM uses it."""
         image = await self.get(name)
@@ -144,3 +161,7 @@ class ImageService:
         """At start-up: what interrupted builds and deletions left."""
         known = {image.id for image in await self._store.images()}
         await remove_leftovers(self._paths.images_dir, known)
+
+
+def _size_of(path: Path) -> int:
+    return path.stat().st_size

@@ -98,3 +98,6 @@ def _make_initramfs(path: Path, agent: Path, kernel: Kernel) -> None:
             hint="delete the image and build it again",
         )
     build_initramfs(path, agent=agent, modules=modules)
+    for older in path.parent.glob("initramfs-*.cpio"):
+        if older != path:  # of another agent; a machine has read its own when it runs
+            older.unlink()

@@ -252,13 +252,12 @@ class VmCreator:
         paths = self._paths.vm(vm.id)
         for directory in (paths.directory, paths.runtime):
             prepare_private_dir(directory)
+        work_seed = await self._images.work_seed(image, vm.spec.disk_size_mib)
         made = await asyncio.gather(
             self._drivers.storage.create_overlay(
                 Path(image.rootfs_path), paths.system_overlay, vm.spec.system_overlay_size_mib
             ),
-            self._drivers.storage.create_overlay(
-                Path(image.work_seed_path), paths.work_disk, vm.spec.disk_size_mib
-            ),
+            self._drivers.storage.create_overlay(work_seed, paths.work_disk, vm.spec.disk_size_mib),
             return_exceptions=True,  # when one fails, the other must not go on behind our back
         )
         for failure in filter(None, made):

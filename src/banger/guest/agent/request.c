@@ -60,6 +60,9 @@ static bool is_repeated(uint8_t type) {
 }
 
 static const struct rule *rule_for(uint8_t kind, uint8_t tag) {
+    static const struct rule op_id = {0, OPEN_OP_ID, TEXT, false};
+    if (tag == OPEN_OP_ID)
+        return &op_id;
     for (size_t i = 0; i < RULE_COUNT; i++)
         if (rules[i].kind == kind && rules[i].tag == tag)
             return &rules[i];

@@ -21,6 +21,7 @@ enum {
 
 struct stream {
     uint32_t id; /* 0: free */
+    char op_id[OP_ID_ROOM]; /* empty when failures are not to be logged */
     struct launched child;
     bool reaped; /* the child has ended with `status` */
     int status;

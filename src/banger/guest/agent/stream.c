@@ -2,6 +2,7 @@
  * each within its credit, and then the EXIT. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -48,6 +49,19 @@ static void stream_free(struct stream *stream) {
     memset(stream, 0, sizeof *stream);
 }
 
+/* Failures of ours go to the kernel's log, and so to the console, under the operation's id. */
+static void log_failure(const struct session *session, const char *op_id, const char *message) {
+    if (!session->in_guest || op_id[0] == 0)
+        return;
+    char line[600];
+    int length = snprintf(line, sizeof line, "<4>banger: %s: %s\n", op_id, message);
+    int fd = open("/dev/kmsg", O_WRONLY | O_CLOEXEC | O_NONBLOCK);
+    /* Nothing depends on it: a log that cannot be written is done without. */
+    if (fd >= 0 && write(fd, line, (size_t)length < sizeof line ? (size_t)length : sizeof line) < 0)
+        errno = 0;
+    close_fd(&fd);
+}
+
 static bool start_socket(struct stream *stream, uint16_t port, struct failure *why) {
     stream->socket = true;
     stream->port = port;
@@ -89,12 +103,17 @@ void stream_open(struct session *session, const struct frame *frame) {
         started = start_socket(stream, (uint16_t)request.number[CONNECT_PORT], &why);
     else
         started = launch(&request, session->in_guest, &stream->child, &why);
+    /* That a STAT finds nothing is an answer, not a failure. */
+    bool told = request.text[OPEN_OP_ID] != NULL && request.kind != KIND_STAT;
+    const char *op_id = told ? request.text[OPEN_OP_ID] : "";
     if (started) {
         stream->id = frame->stream;
+        snprintf(stream->op_id, sizeof stream->op_id, "%s", op_id);
         stream->in_credit = stream->out_credit = WINDOW_BYTES;
     } else {
         if (stream != NULL)
             memset(stream, 0, sizeof *stream);
+        log_failure(session, op_id, why.message);
         outbox_exit(session, frame->stream, EXIT_FAILED, (uint32_t)why.error, why.message);
     }
     request_free(&request);
@@ -308,6 +327,8 @@ static void send_exit(struct session *session, struct stream *stream) {
     } else if (stream->reaped) {
         report.value = (uint32_t)WEXITSTATUS(stream->status);
     }
+    if (report.exit_kind == EXIT_FAILED)
+        log_failure(session, stream->op_id, report.message);
     outbox_exit(session, stream->id, report.exit_kind, report.value, report.message);
     stream_free(stream);
 }
