@@ -74,7 +74,9 @@ class World:
     async def restarted(self) -> World:
         """The next daemon, before it reconciles; this one is gone as if killed."""
         await self.close()
-        return World(self.paths, self.processes, self.agent, self.store)
+        following = World(self.paths, self.processes, self.agent, self.store)
+        following.hypervisor.pids = self.hypervisor.pids
+        return following
 
     async def reconcile(self) -> None:
         await Reconciler(

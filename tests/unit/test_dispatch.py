@@ -1,0 +1,365 @@
+"""From a request to a service and back, over the real socket and fake drivers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from banger import __version__
+from banger.base.errors import BadRequest, BangerError, Conflict, NotFound, UnknownMethod
+from banger.base.model import Operation, OperationState, Vm, VmState
+from banger.base.opid import is_op_id
+from banger.daemon.dispatch import Dispatch, Services
+from banger.guest import requests
+from banger.rpc.client import Client
+from banger.rpc.protocol import Exit, FrameType, decode_exit, encode_json
+from banger.rpc.server import Server
+from banger.services.doctor import Doctor
+from fakes import failing
+from world import World, ended, made_world
+
+_TIMEOUT_S = 20.0
+
+
+class Daemon:
+    """A world that is served."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.stopping = asyncio.Event()
+        self.server = Server(
+            world.paths.daemon_socket,
+            Dispatch(
+                Services(
+                    paths=world.paths,
+                    drivers=world.drivers,
+                    operations=world.operations,
+                    images=world.images,
+                    kernels=world.kernels,
+                    vms=world.vms,
+                    creator=world.creator,
+                    doctor=Doctor(world.paths, world.drivers, []),
+                    stop=self.stopping.set,
+                )
+            ),
+        )
+
+    async def use(self, work: Callable[[Client], Any]) -> Any:
+        """`work` with a client of its own, in a thread: the client is synchronous."""
+
+        def connected() -> Any:
+            with Client.connect(self.world.paths, start=False) as client:
+                return work(client)
+
+        return await asyncio.wait_for(asyncio.to_thread(connected), _TIMEOUT_S)
+
+    async def call(self, method: str, params: object = None, result: Any = Any) -> Any:
+        return await self.use(lambda client: client.call(method, params or {}, result))
+
+
+@pytest.fixture
+async def daemon(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Daemon]:
+    async with made_world(short_path, monkeypatch) as world:
+        world.paths.runtime_dir.mkdir()
+        made = Daemon(world)
+        await made.server.start()
+        yield made
+        await asyncio.wait_for(made.server.stop(), _TIMEOUT_S)
+
+
+CREATE = {"name": "box", "image": "base"}
+COMMAND = {"argv": ["true"]}
+
+
+async def test_an_unknown_method_is_named_with_what_to_do(daemon: Daemon) -> None:
+    with pytest.raises(UnknownMethod, match=r'unknown method "vm\.fly"') as caught:
+        await daemon.call("vm.fly")
+    assert "banger daemon restart" in caught.value.hint
+    assert is_op_id(caught.value.op_id)
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("vm.show", {}),
+        ("vm.show", {"vm": 7}),
+        ("vm.show", []),
+        ("vm.show", "box"),
+        ("vm.delete", {"vm": "box", "force": "yes"}),
+        ("vm.create.begin", {"vcpu_count": "many"}),
+        ("vm.create.begin", {"init": "upstart"}),
+        ("vm.exec", {"vm": "box", "command": {"rows": 70000}}),
+        ("vm.exec", {"vm": "box", "command": {"rows": -1}}),
+    ],
+)
+async def test_bad_parameters_are_bad_requests_that_name_the_method(
+    daemon: Daemon, method: str, params: object
+) -> None:
+    with pytest.raises(BadRequest, match=f"bad parameters for {method}: "):
+        await daemon.use(lambda client: client.call(method, params, Any))
+
+
+@pytest.mark.parametrize(
+    "params", [b'{"vm":"\xff"}', b'{"vm":' + b"[" * 5000 + b"]" * 5000 + b"}", b'{"vm":"\\ud800"}']
+)
+async def test_parameters_that_are_no_text_are_bad_requests(daemon: Daemon, params: bytes) -> None:
+    reader, writer = await asyncio.open_unix_connection(daemon.world.paths.daemon_socket)
+    writer.write(b'{"version":1,"method":"vm.show","params":' + params + b"}\n")
+    error = msgspec.json.decode(await asyncio.wait_for(reader.readline(), _TIMEOUT_S))["error"]
+    assert error["code"] == "bad_request"
+    writer.close()
+    await writer.wait_closed()
+
+
+async def test_unknown_parameters_are_ignored(daemon: Daemon) -> None:
+    with pytest.raises(NotFound):
+        await daemon.call("vm.show", {"vm": "box", "of_tomorrow": 1})
+
+
+async def test_the_status_tells_what_is_served(daemon: Daemon) -> None:
+    await daemon.world.create("box")
+    await daemon.world.create("other")
+    await daemon.world.vms.stop("other")
+    status = await daemon.call("daemon.status")
+    assert (status["version"], status["vms"], status["running_vms"]) == (__version__, 2, 1)
+    assert (status["hypervisor"], status["storage"], status["network"]) == ("fake",) * 3
+
+
+async def test_stopping_is_answered_and_then_done(daemon: Daemon) -> None:
+    assert await daemon.call("daemon.stop") == {}
+    await asyncio.wait_for(daemon.stopping.wait(), _TIMEOUT_S)
+
+
+async def test_a_creation_begins_is_watched_and_gives_the_vm(daemon: Daemon) -> None:
+    def work(client: Client) -> tuple[str, list[Operation], Operation, Operation]:
+        events: list[Operation] = []
+        begun = client.call("vm.create.begin", CREATE, dict[str, str])["operation_id"]
+        done = client.call(
+            "operations.watch",
+            {"id": begun},
+            Operation,
+            on_event=lambda raw: events.append(msgspec.json.decode(raw, type=Operation)),
+        )
+        return begun, events, done, client.call("vm.create.status", {"id": begun}, Operation)
+
+    begun, events, done, status = await daemon.use(work)
+    assert is_op_id(begun)
+    assert all(not event.done and event.id == begun for event in events)
+    assert done == status
+    assert done.state is OperationState.COMPLETED
+    assert done.vm.name == "box"
+    assert [each["id"] for each in await daemon.call("operations.list")] == [begun]
+    shown = await daemon.call("vm.show", {"vm": "box"}, Vm)
+    assert shown == done.vm
+    assert await daemon.call("vm.list", {}, list[Vm]) == [shown]
+
+
+async def test_a_creation_is_cancelled_from_another_connection(daemon: Daemon) -> None:
+    daemon.world.agent.silent = True
+    begun = (await daemon.call("vm.create.begin", CREATE))["operation_id"]
+    async for state in daemon.world.operations.get(begun).changes():
+        if state.stage == "boot":
+            break
+    state = await daemon.call("vm.create.cancel", {"id": begun}, Operation)
+    assert state.state is OperationState.CANCELLED
+    await daemon.world.assert_nothing_left()
+
+
+async def test_only_a_session_can_have_an_ephemeral_vm(daemon: Daemon) -> None:
+    with pytest.raises(BadRequest, match="ephemeral"):
+        await daemon.call("vm.create.begin", CREATE | {"ephemeral": True})
+    for command in (None, {"argv": ["x"], "detach": True}):
+        with pytest.raises(BadRequest, match="cannot be detached"):
+            await daemon.call(
+                "vm.run", {"create": CREATE | {"ephemeral": True}, "command": command}
+            )
+    await daemon.world.assert_nothing_left()
+
+
+async def test_vms_are_stopped_and_deleted(daemon: Daemon) -> None:
+    await daemon.world.create("box")
+    with pytest.raises(Conflict, match="is running"):
+        await daemon.call("vm.delete", {"vm": "box"})
+    assert (await daemon.call("vm.stop", {"vm": "box"}, Vm)).runtime.state is VmState.STOPPED
+    assert (await daemon.call("vm.delete", {"vm": "box"}, Vm)).name == "box"
+    await daemon.world.assert_nothing_left()
+
+
+async def test_images_and_kernels_are_shown_and_deleted(daemon: Daemon) -> None:
+    assert [each["name"] for each in await daemon.call("image.list")] == ["base"]
+    assert [each["name"] for each in await daemon.call("kernel.list")] == ["debian-cloud"]
+    assert (await daemon.call("image.show", {"image": "base"}))["name"] == "base"
+    assert (await daemon.call("image.delete", {"image": "base"}))["name"] == "base"
+    assert await daemon.call("image.list") == []
+
+
+Ran = tuple[Any, list[tuple[FrameType, bytes]]]
+
+
+def run_to_the_end(method: str, params: object, send: bytes = b"") -> Callable[[Client], Ran]:
+    """(result line, frames) of a switching method."""
+
+    def work(client: Client) -> Ran:
+        result = client.call(method, params, Any)
+        session = client.session()
+        if send:
+            session.send_some(bytearray(send))
+        frames: list[tuple[FrameType, bytes]] = []
+        arrived = session.pending()
+        while not frames or frames[-1][0] is not FrameType.EXIT:
+            frames += [(kind, bytes(payload)) for kind, payload in arrived]
+            if frames and frames[-1][0] is FrameType.EXIT:
+                break
+            arrived = session.receive()
+        return result, frames
+
+    return work
+
+
+def exit_of(ran: Ran) -> Exit:
+    return decode_exit(ran[1][-1][1])
+
+
+async def test_a_command_in_a_vm_gives_its_output_and_its_exit(daemon: Daemon) -> None:
+    await daemon.world.create("box")
+    daemon.world.agent.stdout[requests.Exec.KIND] = b"hello"
+    daemon.world.agent.exits[requests.Exec.KIND] = b"\0\0\0\0\x07"
+    ran = await daemon.use(run_to_the_end("vm.exec", {"vm": "box", "command": COMMAND}))
+    assert ran[0]["vm"]["name"] == "box"
+    assert ran[1][:-1] == [(FrameType.DATA, b"hello")]
+    assert exit_of(ran) == Exit(exit_code=7)
+
+
+async def test_a_command_in_a_vm_that_does_not_run_is_refused(daemon: Daemon) -> None:
+    await daemon.world.create("box")
+    await daemon.world.vms.stop("box")
+    with pytest.raises(BangerError, match='vm "box" is stopped'):
+        await daemon.call("vm.exec", {"vm": "box", "command": COMMAND})
+
+
+@pytest.mark.parametrize("env", ["NOEQUALS", "=x", ""])
+async def test_an_environment_that_is_none_is_refused(daemon: Daemon, env: str) -> None:
+    await daemon.world.create("box")
+    with pytest.raises(BadRequest, match="is not K=V"):
+        await daemon.call("vm.exec", {"vm": "box", "command": COMMAND | {"env": [env]}})
+
+
+@pytest.mark.parametrize("ephemeral", [False, True])
+async def test_a_run_creates_runs_and_deletes_only_what_is_its_sessions(
+    daemon: Daemon, ephemeral: bool
+) -> None:
+    daemon.world.agent.exits[requests.Exec.KIND] = b"\1\0\0\0\x09"
+    params = {"create": CREATE | {"ephemeral": ephemeral}, "command": COMMAND}
+    ran = await daemon.use(run_to_the_end("vm.run", params))
+    assert exit_of(ran) == Exit(signal=9)
+    if ephemeral:
+        await daemon.world.assert_nothing_left()
+    else:
+        assert (await daemon.world.vms.running("box")).name == "box"
+
+
+async def test_a_run_without_a_command_makes_the_vm_and_the_connection_goes_on(
+    daemon: Daemon,
+) -> None:
+    def work(client: Client) -> list[str]:
+        made = client.call("vm.run", {"create": CREATE}, dict[str, Vm])["vm"]
+        return [made.name, *(vm.name for vm in client.call("vm.list", {}, list[Vm]))]
+
+    assert await daemon.use(work) == ["box", "box"]
+
+
+async def test_a_detached_command_is_answered_without_a_session(daemon: Daemon) -> None:
+    params = {"create": CREATE, "command": COMMAND | {"detach": True}}
+    assert (await daemon.call("vm.run", params))["vm"]["name"] == "box"
+    daemon.world.agent.exits[requests.Exec.KIND] = b"\2\0\0\0\x02no such program"
+    with pytest.raises(NotFound, match="no such program"):
+        await daemon.call("vm.run", {**params, "create": CREATE | {"name": "two"}})
+
+
+async def test_a_run_that_cannot_create_tells_why_and_leaves_nothing(daemon: Daemon) -> None:
+    daemon.world.hypervisor.gate.fail = failing("no machine")
+    with pytest.raises(BangerError, match="no machine") as caught:
+        await daemon.call("vm.run", {"create": CREATE | {"ephemeral": True}, "command": COMMAND})
+    assert is_op_id(caught.value.op_id)
+    await daemon.world.assert_nothing_left()
+
+
+@pytest.mark.parametrize("ephemeral", [False, True])
+async def test_a_client_that_goes_while_its_vm_is_made_takes_only_its_sessions_vm_along(
+    daemon: Daemon, ephemeral: bool
+) -> None:
+    world = daemon.world
+    world.storage.gate.block = True
+    params = {"create": CREATE | {"ephemeral": ephemeral}, "command": COMMAND}
+    _, writer = await asyncio.open_unix_connection(world.paths.daemon_socket)
+    writer.write(encode_json({"version": 1, "method": "vm.run", "params": params}) + b"\n")
+    await asyncio.wait_for(world.storage.gate.reached.wait(), _TIMEOUT_S)
+    (operation,) = world.operations.all()
+    writer.close()
+    if ephemeral:
+        done = await ended(world.operations.get(operation.id))
+        assert done.state is OperationState.CANCELLED
+        await world.assert_nothing_left()
+    else:
+        await asyncio.sleep(0.05)
+        assert not world.operations.get(operation.id).record.done
+        await world.operations.cancel(operation.id)
+
+
+async def test_a_client_that_goes_while_its_command_runs_takes_its_sessions_vm_along(
+    daemon: Daemon,
+) -> None:
+    world = daemon.world
+    world.agent.exits[requests.Exec.KIND] = None
+    params = {"create": CREATE | {"ephemeral": True}, "command": COMMAND}
+    reader, writer = await asyncio.open_unix_connection(world.paths.daemon_socket)
+    writer.write(encode_json({"version": 1, "method": "vm.run", "params": params}) + b"\n")
+    while b'"result"' not in await asyncio.wait_for(reader.readline(), _TIMEOUT_S):
+        pass
+    writer.close()
+    async with asyncio.timeout(_TIMEOUT_S):
+        while await world.store.vms() or world.vms.locks._locks:
+            await asyncio.sleep(0.005)
+    await world.assert_nothing_left()
+
+
+async def test_the_console_is_sent_to_its_end(daemon: Daemon) -> None:
+    daemon.world.hypervisor.console = b"boot\n" * 100_000
+    await daemon.world.create("box")
+    ran = await daemon.use(run_to_the_end("vm.console", {"vm": "box"}))
+    assert b"".join(payload for _, payload in ran[1][:-1]) == b"boot\n" * 100_000
+    assert exit_of(ran) == Exit(exit_code=0)
+
+
+async def test_what_a_client_says_while_a_console_is_sent_does_not_end_it(daemon: Daemon) -> None:
+    daemon.world.hypervisor.console = b"boot\n"
+    vm = await daemon.world.create("box")
+
+    def work(client: Client) -> bytes:
+        client.call("vm.console", {"vm": "box", "follow": True}, Any)
+        session = client.session()
+        session.send_some(bytearray(b"\x03\0\0\0\0"))  # EOF: it has no input
+        seen = b""
+        while b"more" not in seen:
+            seen += b"".join(bytes(payload) for _, payload in session.receive())
+            if seen.endswith(b"boot\n"):
+                with Path(vm.runtime.log_path).open("ab") as file:
+                    file.write(b"more")
+        return seen
+
+    assert await daemon.use(work) == b"boot\nmore"
+
+
+async def test_what_lies_at_a_path_in_the_guest_is_told(daemon: Daemon) -> None:
+    await daemon.world.create("box")
+    daemon.world.agent.stdout[requests.Stat.KIND] = b"f\0\0\1\xa4" + bytes(7) + b"\x09"
+    found = await daemon.call("vm.stat", {"vm": "box", "path": "/x"})
+    assert found == {"exists": True, "kind": "file", "mode": 0o644, "size_bytes": 9}
+    daemon.world.agent.stdout.clear()
+    daemon.world.agent.exits[requests.Stat.KIND] = b"\2\0\0\0\x02no"
+    assert not (await daemon.call("vm.stat", {"vm": "box", "path": "/x"}))["exists"]

@@ -1,0 +1,202 @@
+"""The next daemon: what runs is kept, what is gone is said to be, what nobody owns is removed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from banger.base.model import VmState
+from records import a_vm
+from world import World, made_world
+
+
+@pytest.fixture
+async def world(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    async with made_world(short_path, monkeypatch) as made:
+        yield made
+
+
+async def next_daemon(world: World) -> World:
+    following = await world.restarted()
+    await following.reconcile()
+    return following
+
+
+async def test_a_vm_that_runs_is_kept_reachable_and_watched(world: World) -> None:
+    vm = await world.create()
+    pid = world.liveness.pid(vm)
+    following = await next_daemon(world)
+    (kept,) = await following.vms.all()
+    assert kept == vm
+    assert following.liveness.pid(vm) == pid
+    assert (await following.agents.channel(vm)).info.version == "9"
+    world.processes.end(pid)
+    async with asyncio.timeout(10):
+        while (await following.store.vms())[0].runtime.state is not VmState.STOPPED:
+            await asyncio.sleep(0.005)
+    await following.close()
+
+
+async def test_it_can_be_deleted_without_leaving_anything(world: World) -> None:
+    await world.create()
+    following = await next_daemon(world)
+    await following.vms.delete("box", force=True)
+    await following.assert_nothing_left()
+
+
+async def test_a_vm_whose_process_is_gone_is_stopped_with_a_reason(world: World) -> None:
+    vm = await world.create()
+    await world.close()
+    world.processes.end(world.liveness.pid(vm))
+    following = await next_daemon(world)
+    (stopped,) = await following.store.vms()
+    assert stopped.runtime.state is VmState.STOPPED
+    assert stopped.runtime.last_error == "its process was gone when bangerd started"
+    assert Path(vm.runtime.work_disk).exists()
+    assert not Path(vm.runtime.agent_socket).parent.exists()
+
+
+async def test_a_network_helper_that_outlived_its_machine_is_ended(world: World) -> None:
+    vm = await world.create()
+    handles = world.handles.get(vm.id)
+    await world.close()
+    world.processes.on_end.clear()
+    world.processes.end(handles.pid)
+    assert world.processes.alive(handles.network_pid)
+    await next_daemon(world)
+    assert world.processes.killed == [handles.network_pid]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"pid":-1}', b'{"pid":1e30}', None])
+async def test_handles_that_say_nothing_or_nonsense_stop_nothing(
+    world: World, content: bytes | None
+) -> None:
+    vm, gone = await world.create("runs"), await world.create("gone")
+    for each in (vm, gone):
+        file = world.paths.vm(each.id).handles
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(content)
+    await world.close()
+    world.processes.end(world.liveness.pid(gone))
+    following = await next_daemon(world)
+    assert [each.runtime.state for each in await following.vms.all()] == ["stopped", "running"]
+    await following.vms.delete("runs", force=True)
+    assert not world.processes.argv
+    await following.close()
+
+
+@pytest.mark.parametrize("launched", [False, True])
+async def test_a_half_made_vm_is_removed_with_its_process(world: World, launched: bool) -> None:
+    vm = await world.create()
+    creating = msgspec.structs.replace(
+        vm, runtime=msgspec.structs.replace(vm.runtime, state=VmState.CREATING)
+    )
+    await world.store.update_vm(creating)
+    if not launched:
+        world.processes.end(world.liveness.pid(vm))
+        world.handles.clear(vm.id)
+    following = await next_daemon(world)
+    await following.assert_nothing_left()
+
+
+async def test_a_vm_of_a_session_ends_with_the_daemon_of_that_session(world: World) -> None:
+    await world.create("session", ephemeral=True)
+    kept = await world.create("kept")
+    following = await next_daemon(world)
+    assert await following.store.vms() == [kept]
+    assert following.liveness.vm_alive(kept)
+    await following.close()
+
+
+async def test_a_guest_that_was_lost_is_kept_to_be_looked_into(world: World) -> None:
+    vm = a_vm("lost", state=VmState.ERROR, ephemeral=True, last_error="no answer")
+    await world.store.insert_vm(vm)
+    directory = world.paths.vm(vm.id).directory
+    directory.mkdir(parents=True)
+    following = await next_daemon(world)
+    assert await following.store.vms() == [vm]
+    assert directory.exists()
+
+
+async def test_stopped_vms_stay_as_they_are(world: World) -> None:
+    await world.create()
+    stopped = await world.vms.stop("box")
+    following = await next_daemon(world)
+    assert await following.store.vms() == [stopped]
+
+
+async def test_directories_without_a_record_are_removed_and_those_with_one_kept(
+    world: World,
+) -> None:
+    vm = await world.create()
+    strays = [world.paths.vms_dir / "stray", world.paths.vms_runtime_dir / "stray"]
+    for stray in strays:
+        (stray / "below").mkdir(parents=True)
+    images = [world.paths.images_dir / "stray", world.paths.images_dir / ".staging-x"]
+    kernels = [world.paths.kernels_dir / ".staging-x"]
+    for directory in (*images, *kernels):
+        (directory / "below").mkdir(parents=True)
+    following = await next_daemon(world)
+    assert not any(stray.exists() for stray in (*strays, *images, *kernels))
+    assert Path(vm.runtime.work_disk).exists()
+    assert Path(vm.runtime.agent_socket).exists()
+    assert (await following.images.get("base")).name == "base"
+    assert Path((await following.images.get("base")).rootfs_path).exists()
+    await following.close()
+
+
+async def test_a_link_among_the_directories_is_not_followed(world: World, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    world.paths.vms_dir.mkdir(parents=True)
+    (world.paths.vms_dir / "link").symlink_to(tmp_path / "mine")
+    await next_daemon(world)
+    assert (tmp_path / "mine" / "file").exists()
+
+
+async def test_a_machine_without_a_record_is_ended_and_others_are_not(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = world.paths.vms_runtime_dir / "stranger"
+    directory.mkdir(parents=True)
+    stranger = world.processes.start("machine", str(directory / "control.sock"))
+    elsewhere = world.processes.start("machine", "/another/daemons/control.sock")
+    await next_daemon(world)
+    assert world.processes.killed == [stranger]
+    assert world.processes.alive(elsewhere)
+    assert "ending a machine without a record" in capsys.readouterr().out
+    world.processes.end(elsewhere)
+
+
+@pytest.mark.parametrize("name", [".hidden", "with space", "-dash", "ä", "x" * 200])
+async def test_an_odd_name_in_the_runtime_directory_stops_nothing(world: World, name: str) -> None:
+    (world.paths.vms_runtime_dir / name).mkdir(parents=True)
+    await next_daemon(world)
+    assert not (world.paths.vms_runtime_dir / name).exists()
+
+
+async def test_a_vm_that_cannot_be_reconciled_stops_no_other(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = await world.create("a"), await world.create("b")
+    following = await world.restarted()
+    real = following.handles.set
+
+    def full(vm_id: str, handles: object) -> None:
+        if vm_id == first.id:
+            raise OSError(28, "No space left on device")
+        real(vm_id, handles)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(following.handles, "set", full)
+    for vm in (first, second):
+        world.paths.vm(vm.id).handles.unlink()
+    await following.reconcile()
+    assert "vm not reconciled" in capsys.readouterr().out
+    assert following.liveness.vm_alive(second)
+    await following.close()
