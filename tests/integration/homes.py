@@ -78,7 +78,7 @@ class Home:
 
     def machines(self) -> list[leftovers.Process]:
         """The hypervisors of this home."""
-        return [each for each in self.processes() if each.command.startswith("qemu-system")]
+        return [each for each in self.processes() if "qemu-system" in each.command.partition(" ")[0]]
 
     def processes(self) -> list[leftovers.Process]:
         return leftovers.processes_of(self.directory)

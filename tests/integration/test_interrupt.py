@@ -36,7 +36,7 @@ def _creating(banger: Banger, image: str, name: str, *options: str) -> subproces
 
 def _machines() -> list[leftovers.Process]:
     found = leftovers.processes_of(Path(os.environ["HOME"]))
-    return [each for each in found if each.command.startswith("qemu-system")]
+    return [each for each in found if "qemu-system" in each.command.partition(" ")[0]]
 
 
 @pytest.mark.parametrize("options", [(), ("--rm",)], ids=["kept", "rm"])
