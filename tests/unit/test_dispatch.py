@@ -17,7 +17,7 @@ from banger.base.opid import is_op_id
 from banger.daemon.dispatch import Dispatch, Services
 from banger.guest import requests
 from banger.rpc.client import Client
-from banger.rpc.protocol import Exit, FrameType, decode_exit, encode_json
+from banger.rpc.protocol import Exit, FrameType, decode_exit, encode_json, frame
 from banger.rpc.server import Server
 from banger.services.doctor import Doctor
 from fakes import failing
@@ -339,20 +339,18 @@ async def test_the_console_is_sent_to_its_end(daemon: Daemon) -> None:
 async def test_what_a_client_says_while_a_console_is_sent_does_not_end_it(daemon: Daemon) -> None:
     daemon.world.hypervisor.console = b"boot\n"
     vm = await daemon.world.create("box")
-
-    def work(client: Client) -> bytes:
-        client.call("vm.console", {"vm": "box", "follow": True}, Any)
-        session = client.session()
-        session.send_some(bytearray(b"\x03\0\0\0\0"))  # EOF: it has no input
-        seen = b""
-        while b"more" not in seen:
-            seen += b"".join(bytes(payload) for _, payload in session.receive())
-            if seen.endswith(b"boot\n"):
-                with Path(vm.runtime.log_path).open("ab") as file:
-                    file.write(b"more")
-        return seen
-
-    assert await daemon.use(work) == b"boot\nmore"
+    reader, writer = await asyncio.open_unix_connection(daemon.world.paths.daemon_socket)
+    params = {"vm": "box", "follow": True}
+    request = encode_json({"version": 1, "method": "vm.console", "params": params}) + b"\n"
+    writer.write(request + frame(FrameType.EOF))  # it has no input, and says so at once
+    async with asyncio.timeout(_TIMEOUT_S):
+        await reader.readline()
+        assert await reader.readexactly(10) == frame(FrameType.DATA, b"boot\n")
+        with Path(vm.runtime.log_path).open("ab") as file:
+            file.write(b"more")
+        assert await reader.readexactly(9) == frame(FrameType.DATA, b"more")
+    writer.close()
+    await writer.wait_closed()
 
 
 async def test_what_lies_at_a_path_in_the_guest_is_told(daemon: Daemon) -> None:
