@@ -504,8 +504,7 @@ async def test_the_reason_for_refusing_an_endless_request_reaches_the_caller(ser
 async def test_the_reason_for_refusing_a_peer_reaches_the_caller(
     server: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    uid = os.getuid()
-    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    monkeypatch.setattr(Connection, "peer_uid", lambda _: os.getuid() + 1)
     with pytest.raises(PermissionDenied, match="serves uid"):
         await in_thread(server, lambda client: client.call("echo", {}, str))
 

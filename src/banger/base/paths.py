@@ -174,8 +174,7 @@ def _fallback_runtime_dir(state_dir: Path) -> Path:
 def prepare_private_dir(directory: Path) -> None:
     """Make `directory` (0700) or check that it is a directory of ours that nobody else can enter.
 
-    Idempotent. Raises PermissionDenied for a link, another owner or a wider mode: in /tmp anybody
-    may have put it there first.
+    Idempotent. Raises PermissionDenied as `check_private_dir` does.
     """
     try:
         directory.mkdir(mode=0o700, parents=True)
@@ -183,6 +182,15 @@ def prepare_private_dir(directory: Path) -> None:
         pass
     except OSError as error:
         raise PreconditionFailed(f"cannot make {directory}: {error.strerror}") from error
+    check_private_dir(directory)
+
+
+def check_private_dir(directory: Path) -> None:
+    """Raise PermissionDenied for a link, another owner or a mode that lets others in.
+
+    In /tmp anybody may have put it there first, with a socket of his own in it. What is not there
+    is FileNotFoundError.
+    """
     info = directory.lstat()
     if stat.S_ISLNK(info.st_mode):
         problem = "it is a symbolic link"

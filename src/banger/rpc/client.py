@@ -25,7 +25,7 @@ from banger.base.errors import (
     Unavailable,
     from_wire,
 )
-from banger.base.paths import Paths, check_socket_path, prepare_private_dir
+from banger.base.paths import Paths, check_private_dir, check_socket_path, prepare_private_dir
 from banger.rpc.protocol import (
     FRAME_HEADER,
     LINE_MAX_BYTES,
@@ -191,7 +191,13 @@ def _lost(error: OSError | None) -> Unavailable:
 
 
 def _connect(paths: Paths) -> socket.socket | None:
+    """A connection to the daemon of this user; None when there is none."""
     check_socket_path(paths.daemon_socket)
+    try:
+        # Or somebody else's daemon would learn all that we ask ours to do.
+        check_private_dir(paths.runtime_dir)
+    except FileNotFoundError:
+        return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.connect(os.fspath(paths.daemon_socket))
