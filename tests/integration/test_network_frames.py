@@ -15,9 +15,9 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-import ethernet
 import pytest
 
+import ethernet
 from banger.base import procfs
 from banger.base.errors import Unavailable
 from banger.drivers.network.user import DNS, GATEWAY, GUEST_ADDRESS, PasstNetwork
