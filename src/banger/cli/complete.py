@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import ShellComplete, get_completion_class
 
 
 @click.command()
@@ -20,4 +20,5 @@ def completion(ctx: click.Context, shell: str) -> None:
     kind = get_completion_class(shell)
     assert kind is not None  # the choice above has only shells that click knows
     root = ctx.find_root().command
-    click.echo(kind(root, {}, "banger", "_BANGER_COMPLETE").source())
+    # The base's source(): that of bash starts a bash first, to ask it for its version.
+    click.echo(ShellComplete.source(kind(root, {}, "banger", "_BANGER_COMPLETE")))
