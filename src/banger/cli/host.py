@@ -111,6 +111,7 @@ def _stop() -> bool:
         try:
             client.call("daemon.stop", {}, dict[str, str])
             _wait_exit(pidfd)
+            client.daemon_version = ""  # no more news: it does not run
         finally:
             os.close(pidfd)
     return True
