@@ -1,0 +1,174 @@
+"""The whole way as an ordinary user made for it: build, run, look, and nothing is left.
+
+As an ordinary user all other tests are that test; this one is for when they run as root.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import secrets
+import select
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import banger as package
+from product import IMAGE, Banger
+
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(os.geteuid() != 0, reason="run the tests as root to make another user"),
+]
+
+
+@dataclass(frozen=True)
+class OtherUser(Banger):
+    """The command as another user has it: nothing of this process's environment."""
+
+    user: pwd.struct_passwd = pwd.getpwuid(0)
+    python: Path = Path(sys.executable)
+
+    def argv(self, *words: str | Path) -> list[str]:
+        identity = ["--reuid", self.user.pw_name, "--regid", str(self.user.pw_gid)]
+        home = Path(self.user.pw_dir)
+        environment = [f"HOME={home}", "PATH=/usr/local/bin:/usr/bin:/bin",
+                       f"LD_LIBRARY_PATH={home / 'python/lib'}", f"PYTHONPATH={home / 'lib'}"]  # fmt: skip
+        proxies = [
+            f"{name}={value}" for name, value in os.environ.items() if "proxy" in name.lower()
+        ]
+        return ["setpriv", *identity, "--init-groups", "env", "-i", "-C", str(home), *environment,
+                *proxies, str(self.python), "-m", "banger.cli.entry", *map(str, words)]  # fmt: skip
+
+    def processes(self) -> list[int]:
+        """The user's processes."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError):
+                if entry.name.isdigit() and entry.stat().st_uid == self.user.pw_uid:
+                    found.append(int(entry.name))
+        return found
+
+    @property
+    def runtime(self) -> Path:
+        """Where the daemon's socket is when there is no XDG_RUNTIME_DIR."""
+        return Path(f"/tmp/banger-runtime-{self.user.pw_uid}")
+
+
+def _copy_interpreter(home: Path) -> Path:
+    """This interpreter where the user can reach it: it may lie below root's own home."""
+    base = Path(sys.base_prefix)
+    version = f"python3.{sys.version_info.minor}"
+    ignore = shutil.ignore_patterns("test", "site-packages", "dist-packages", "__pycache__",
+                                    "config-*", "idlelib", "ensurepip")  # fmt: skip
+    shutil.copytree(base / "lib" / version, home / "python/lib" / version, ignore=ignore)
+    for library in (base / "lib").glob("libpython3*.so*"):
+        shutil.copy(library, home / "python/lib")
+    (home / "python/bin").mkdir()
+    return Path(shutil.copy(base / "bin" / version, home / "python/bin"))
+
+
+@pytest.fixture(scope="module")
+def user() -> Iterator[OtherUser]:
+    """A new user with a copy of banger; removed at the end, after a look at what it left."""
+    name = f"bt-{secrets.token_hex(4)}"
+    subprocess.run(["useradd", "--create-home", name], check=True)
+    entry = pwd.getpwnam(name)
+    home = Path(entry.pw_dir)
+    other = OtherUser(user=entry, python=_copy_interpreter(home))
+    site = Path(sysconfig.get_path("purelib"))
+    # The compiler is for building the agent, which is built.
+    shutil.copytree(site, home / "lib", ignore=shutil.ignore_patterns("ziglang*", "__pycache__"))
+    source = Path(package.__file__).parent
+    shutil.rmtree(home / "lib/banger", ignore_errors=True)
+    shutil.copytree(source, home / "lib/banger", ignore=shutil.ignore_patterns("__pycache__"))
+    subprocess.run(["chown", "-R", f"{name}:", home], check=True)
+    try:
+        yield other
+        other.ok("daemon", "stop")
+        left = [pid for pid in other.processes() if not _ends(pid)]
+        assert left == []
+        assert list((home / ".local/state/banger/vms").iterdir()) == []
+        assert sorted(path.name for path in (other.runtime / "vms").iterdir()) == []
+    finally:
+        for pid in other.processes():
+            with suppress(ProcessLookupError):
+                os.kill(pid, 9)
+            _ends(pid)
+        shutil.rmtree(other.runtime, ignore_errors=True)
+        subprocess.run(["userdel", "--remove", name], check=True, capture_output=True)
+
+
+def _ends(pid: int) -> bool:
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([descriptor], [], [], 10)[0])
+    finally:
+        os.close(descriptor)
+
+
+@pytest.fixture(scope="module")
+def built(user: OtherUser) -> OtherUser:
+    """The user, who has built the small image."""
+    done = user.run("image", "build", IMAGE, timeout_s=400)
+    assert done.returncode == 0, done.stderr
+    return user
+
+
+def test_the_doctor_finds_nothing_missing(user: OtherUser) -> None:
+    done = user.run("doctor")
+    assert done.returncode == 0, done.stdout
+    assert b"fail" not in done.stdout
+
+
+def test_a_user_builds_runs_and_is_root_only_in_the_guest(built: OtherUser) -> None:
+    answer = built.ok("vm", "run", "--rm", "-q", "--image", IMAGE, "--", "id")
+    assert answer == "uid=0(root) gid=0(root) groups=0(root)\n"
+    owners = {path.lstat().st_uid for path in Path(built.user.pw_dir, ".local").rglob("*")}
+    assert owners == {built.user.pw_uid}
+
+
+def test_the_network_and_copies_work_without_privileges(built: OtherUser, tmp_path: Path) -> None:
+    home = Path(built.user.pw_dir)
+    built.ok("vm", "run", "-d", "-q", "--image", IMAGE, "--name", "mine")
+    try:
+        assert "172.16.0.2" in built.guest("mine", "ip -4 addr show eth0")
+        script = "mkdir t; cp /bin/true t; chmod 4755 t/true; chown 1:1 t/true; chmod 500 t"
+        built.guest("mine", script)
+        built.ok("vm", "cp", "mine:/root/t", "out")
+        info = (home / "out/true").stat()
+        assert (info.st_uid, info.st_mode & 0o7777) == (built.user.pw_uid, 0o755)
+        built.ok("vm", "cp", "out", "mine:/tmp")
+        assert built.guest("mine", "stat -c '%u %a' /tmp/out/true") == "0 755\n"
+    finally:
+        built.ok("vm", "delete", "--force", "mine")
+
+
+def test_the_files_are_the_users_alone(built: OtherUser) -> None:
+    home = Path(built.user.pw_dir)
+    for directory in (home / ".local/state/banger", home / ".local/share/banger", built.runtime):
+        assert directory.stat().st_mode & 0o077 == 0, directory
+
+
+def test_the_machine_and_its_network_are_processes_of_the_user(built: OtherUser) -> None:
+    built.ok("vm", "run", "-d", "-q", "--image", IMAGE, "--name", "mine")
+    try:
+        names = {
+            Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].rpartition(b"/")[2]
+            for pid in built.processes()
+        }
+        assert b"qemu-system-x86_64" in names
+        assert any(name.startswith(b"passt") for name in names), names
+    finally:
+        built.ok("vm", "delete", "--force", "mine")
