@@ -15,7 +15,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -34,14 +34,18 @@ pytestmark = [
 class OtherUser(Banger):
     """The command as another user has it: nothing of this process's environment."""
 
-    user: pwd.struct_passwd = pwd.getpwuid(0)
-    python: Path = Path(sys.executable)
+    user: pwd.struct_passwd = field(kw_only=True)
+    python: Path = field(kw_only=True)
 
     def argv(self, *words: str | Path) -> list[str]:
         identity = ["--reuid", self.user.pw_name, "--regid", str(self.user.pw_gid)]
         home = Path(self.user.pw_dir)
-        environment = [f"HOME={home}", "PATH=/usr/local/bin:/usr/bin:/bin",
-                       f"LD_LIBRARY_PATH={home / 'python/lib'}", f"PYTHONPATH={home / 'lib'}"]  # fmt: skip
+        environment = [
+            f"HOME={home}",
+            "PATH=/usr/local/bin:/usr/bin:/bin",
+            f"PYTHONPATH={home / 'lib'}",
+            f"LD_LIBRARY_PATH={home / 'python/lib'}",
+        ]
         proxies = [
             f"{name}={value}" for name, value in os.environ.items() if "proxy" in name.lower()
         ]
