@@ -65,7 +65,7 @@ class Daemon:
 @pytest.fixture
 async def daemon(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Daemon]:
     async with made_world(short_path, monkeypatch) as world:
-        world.paths.runtime_dir.mkdir()
+        world.paths.runtime_dir.mkdir(mode=0o700)
         made = Daemon(world)
         await made.server.start()
         yield made

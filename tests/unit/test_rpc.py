@@ -509,6 +509,20 @@ async def test_the_reason_for_refusing_a_peer_reaches_the_caller(
         await in_thread(server, lambda client: client.call("echo", {}, str))
 
 
+async def test_a_socket_in_a_directory_that_others_can_enter_is_not_spoken_to(
+    tmp_path: Path, methods: Methods
+) -> None:
+    """Somebody else may listen there."""
+    directory = tmp_path / "open"
+    directory.mkdir()
+    directory.chmod(0o755)
+    theirs = Server(directory / "bangerd.sock", methods)
+    await theirs.start()
+    with pytest.raises(PermissionDenied, match="refusing to use"):
+        await in_thread(directory / "bangerd.sock", lambda client: client.call("echo", {}, str))
+    await theirs.stop()
+
+
 async def test_without_a_daemon_a_client_that_may_not_start_one_says_so(tmp_path: Path) -> None:
     with pytest.raises(Unavailable, match="bangerd is not running"):
         Client.connect(paths_of(tmp_path / "bangerd.sock"), start=False)
