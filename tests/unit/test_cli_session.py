@@ -147,6 +147,23 @@ def test_a_daemon_that_floods_while_it_reads_nothing_does_not_stop_us(
     assert len(capfdbinary.readouterr().out) == 10_000_000
 
 
+def test_input_that_nobody_takes_is_left_where_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "file").open("w+b", buffering=0) as file:
+        file.truncate(64 << 20)
+        monkeypatch.setattr(sys, "stdin", file)
+        waiting = threading.Event()
+
+        def half(connection: socket.socket) -> None:
+            waiting.wait(0.1)  # for nothing: that it reads on cannot be awaited
+            connection.sendall(exit_frame(Exit(exit_code=0)))
+
+        with against(half) as (session, _):
+            assert run_session(session, terminal=False, stdin=True) == 0
+        assert 0 < file.tell() < 4 << 20
+
+
 def test_a_command_that_ends_while_input_is_left_has_its_own_status(stdin: int) -> None:
     """`yes | banger vm exec NAME -- true`: the daemon closes with our input unread."""
 
