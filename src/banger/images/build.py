@@ -42,8 +42,8 @@ RECIPES = {
         packages=(
             *_SMALL,
             *("build-essential", "curl", "git", "jq", "less", "openssh-server", "python3", "sudo"),
-            # For --init systemd.
-            *("dbus", "libpam-systemd", "systemd-sysv"),
+            # For --init systemd; kmod, as several of its units load modules.
+            *("dbus", "kmod", "libpam-systemd", "systemd-sysv"),
             # What a developer misses at once.
             *("bzip2", "file", "iputils-ping", "nano", "netbase", "patch", "pkg-config"),
             *("python3-pip", "python3-venv", "rsync", "tar", "unzip", "vim-tiny", "xz-utils"),
@@ -129,6 +129,18 @@ _WRITE = {
 }
 
 
+#: Debian's unit takes for granted that the package's installation made host keys.
+_SSH_UNIT = "usr/lib/systemd/system/ssh.service"
+_SSH_HOST_KEYS = {
+    "etc/systemd/system/ssh.service.d/host-keys.conf": """\
+[Service]
+ExecStartPre=
+ExecStartPre=/usr/bin/ssh-keygen -A
+ExecStartPre=/usr/sbin/sshd -t
+""",
+}
+
+
 def depersonalise(tree: Path) -> None:
     """Take out of `tree` what belongs to one machine: the one that built it, or one that boots it.
 
@@ -146,9 +158,11 @@ def depersonalise(tree: Path) -> None:
         if log.is_file() and not log.is_symlink() and log.stat().st_size:
             _check_inside(tree, log)
             log.unlink()  # not those that are empty: login expects wtmp, btmp and lastlog
-    for name, content in _WRITE.items():
+    with_sshd = (tree / _SSH_UNIT).is_file()
+    for name, content in (_WRITE | (_SSH_HOST_KEYS if with_sshd else {})).items():
         path = tree / name
         _check_inside(tree, path)
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         path.write_text(content)
         path.chmod(0o644)

@@ -285,7 +285,7 @@ class VmCreator:
             memory_mib=vm.spec.memory_mib,
             kernel=Path(kernel.vmlinux_path),
             initramfs=initramfs,
-            kernel_parameters=(f"banger.init={vm.spec.init}",),
+            kernel_parameters=_kernel_parameters(vm.spec.init),
             disks=(
                 Disk("system", paths.system_overlay, disk_format),
                 Disk("work", paths.work_disk, disk_format),
@@ -349,6 +349,15 @@ class VmCreator:
             unix_time_ns=time.time_ns(),
         )
         await call(channel, request, timeout_s=_SETUP_TIMEOUT_S)
+
+
+def _kernel_parameters(init: InitMode) -> tuple[str, ...]:
+    mode = f"banger.init={init}"
+    if init is not InitMode.SYSTEMD:
+        return (mode,)
+    # A log is no terminal to log in at; and without udev, which tells systemd that a device is
+    # there, systemd 252 waits 90 s for it before its boot is complete.
+    return mode, "systemd.getty_auto=no"
 
 
 def _given(value: int | None, default: int) -> int:
