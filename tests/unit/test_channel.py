@@ -40,7 +40,7 @@ from banger.guest.frames import (
     encode,
     field,
 )
-from banger.guest.requests import Exec, Ping
+from banger.guest.requests import Connect, Exec, Ping, Request
 
 _EXIT_0 = bytes(5)
 _TIMEOUT_S = 10.0
@@ -114,11 +114,20 @@ async def channel(agent: FakeAgent) -> AsyncIterator[AgentChannel]:
     await made.close()
 
 
-async def opened(agent: FakeAgent, channel: AgentChannel) -> AgentStream:
-    stream = await channel.open(Exec(["x"]))
-    kind, stream_id, payload = await agent.frame()
-    assert (kind, stream_id, payload[0]) == (FrameType.OPEN, stream.id, Exec.KIND)
+async def opened(
+    agent: FakeAgent, channel: AgentChannel, request: Request | None = None
+) -> AgentStream:
+    stream = await channel.open(request or Exec(["x"]))
+    kind, stream_id, _ = await agent.frame()
+    assert (kind, stream_id) == (FrameType.OPEN, stream.id)
     return stream
+
+
+async def all_was_read(agent: FakeAgent, channel: AgentChannel) -> None:
+    """Until the channel has read all that the agent said before."""
+    marker = await opened(agent, channel)
+    agent.send(FrameType.EXIT, marker.id, _EXIT_0)
+    assert isinstance(await asyncio.wait_for(marker.receive(), _TIMEOUT_S), Exit)
 
 
 async def test_the_greeting_says_who_answers(channel: AgentChannel) -> None:
@@ -176,7 +185,7 @@ async def test_a_machine_that_ends_while_we_wait_is_unavailable(agent: FakeAgent
 async def test_events_come_in_order_and_end_with_the_exit(
     agent: FakeAgent, channel: AgentChannel
 ) -> None:
-    stream = await opened(agent, channel)
+    stream = await opened(agent, channel, Connect(80))
     agent.send(FrameType.DATA, stream.id, b"out")
     agent.send(FrameType.STDERR, stream.id, b"err")
     agent.send(FrameType.EOF, stream.id)
@@ -249,10 +258,75 @@ async def test_single_bytes_are_held_joined(agent: FakeAgent, channel: AgentChan
     stream = await opened(agent, channel)
     agent.say(encode(FrameType.DATA, stream.id, b"x") * 5000)
     agent.send(FrameType.EXIT, stream.id, _EXIT_0)
-    marker = await opened(agent, channel)
-    agent.send(FrameType.EXIT, marker.id, _EXIT_0)
-    await marker.receive()
+    await all_was_read(agent, channel)
     assert await stream.receive() == Data(b"x" * 5000)
+
+
+async def test_single_bytes_on_both_outputs_in_turn_are_held_joined(
+    agent: FakeAgent, channel: AgentChannel
+) -> None:
+    """A whole window of them, as from a program that writes so to a slow reader."""
+    stream = await opened(agent, channel)
+    out = bytes(i % 251 for i in range(WINDOW_BYTES // 2))
+    err = out[::-1]
+    for o, e in zip(out, err, strict=True):
+        agent.say(encode(FrameType.DATA, stream.id, bytes((o,))))
+        agent.say(encode(FrameType.STDERR, stream.id, bytes((e,))))
+    agent.send(FrameType.EXIT, stream.id, _EXIT_0)
+    await all_was_read(agent, channel)
+    got: dict[type, list[bytes]] = {Data: [], Stderr: []}
+    while not isinstance(event := await stream.receive(), Exit):
+        assert isinstance(event, Data | Stderr)
+        got[type(event)].append(event.data)
+    assert (b"".join(got[Data]), b"".join(got[Stderr])) == (out, err)
+    assert sum(map(len, got.values())) < 1000
+
+
+@given(
+    pieces=st.lists(
+        st.tuples(st.booleans(), st.sampled_from([1, 2, 3, 16_384, 16_385])),
+        min_size=1,
+        max_size=40,
+    ),
+    turns=st.integers(0, 400),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+async def test_however_output_is_cut_each_kind_keeps_its_order(
+    tmp_path_factory: pytest.TempPathFactory, pieces: list[tuple[bool, int]], turns: int
+) -> None:
+    agent = FakeAgent(tmp_path_factory.mktemp("agent"))
+    channel = await connected(agent)
+    stream = await opened(agent, channel)
+    sent, got = {False: b"", True: b""}, {False: b"", True: b""}
+    left = WINDOW_BYTES
+    for number, (is_stderr, size) in enumerate([(i % 2 == 0, 1) for i in range(turns)] + pieces):
+        if (size := min(size, left)) == 0:
+            break
+        left -= size
+        data = bytes((number % 256,)) * size
+        sent[is_stderr] += data
+        agent.send(FrameType.STDERR if is_stderr else FrameType.DATA, stream.id, data)
+    agent.send(FrameType.EXIT, stream.id, _EXIT_0)
+    await all_was_read(agent, channel)
+    while not isinstance(event := await stream.receive(), Exit):
+        assert isinstance(event, Data | Stderr)
+        got[isinstance(event, Stderr)] += event.data
+    assert got == sent
+    await channel.close()
+    await agent.close()
+
+
+async def test_credit_for_nothing_does_not_hold_up_the_daemon(
+    agent: FakeAgent, channel: AgentChannel
+) -> None:
+    stream = await opened(agent, channel)
+    sending = asyncio.create_task(stream.send(bytes(WINDOW_BYTES + 1)))
+    received = 0
+    while received < WINDOW_BYTES:
+        received += len((await agent.frame())[2])
+    agent.send(FrameType.WINDOW, stream.id, bytes(4))
+    with pytest.raises(ProtocolViolation, match="credit of 0"):
+        await asyncio.wait_for(sending, _TIMEOUT_S)
 
 
 @pytest.mark.parametrize(
@@ -262,13 +336,17 @@ async def test_single_bytes_are_held_joined(agent: FakeAgent, channel: AgentChan
         lambda i: encode(FrameType.DATA, i, bytes(WINDOW_BYTES)) + encode(FrameType.DATA, i, b"x"),
         lambda i: encode(FrameType.EXIT, i, _EXIT_0) + encode(FrameType.DATA, i, b"late"),
         lambda i: encode(FrameType.EXIT, i, b"\x03\0\0\0\0"),
-        lambda i: encode(FrameType.EOF, i) + encode(FrameType.DATA, i, b"after EOF"),
+        lambda i: encode(FrameType.EXIT, i, b"\0\0\0\x01\0"),
+        lambda i: encode(FrameType.EXIT, i, b"\x01\0\0\0\x41"),
+        lambda i: encode(FrameType.EXIT, i, b"\x02\0\0\x10\0"),
+        lambda i: encode(FrameType.EXIT, i, b"\x02\xff\xff\xff\xff"),
+        lambda i: encode(FrameType.EOF, i),
+        lambda i: encode(FrameType.WINDOW, i, bytes(4)),
         lambda i: encode(FrameType.WINDOW, i, b"\0\0\0\x01"),
         lambda i: encode(FrameType.WINDOW, i, b"\xff\xff\xff\xff"),
         lambda i: HEADER.pack(FrameType.DATA, i, 2**32 - 1),
         lambda i: HEADER.pack(FrameType.DATA, i, 0),
         lambda i: encode(FrameType.HELLO, 0, HELLO_MAGIC + bytes(16)),
-        lambda i: (encode(FrameType.DATA, i, b"o") + encode(FrameType.STDERR, i, b"e")) * 40_000,
     ],
 )
 async def test_a_breach_closes_the_channel_for_every_stream(
@@ -317,6 +395,38 @@ async def test_frames_on_their_way_to_a_reset_stream_are_ignored(
     other = await opened(agent, channel)
     agent.send(FrameType.EXIT, other.id, _EXIT_0)
     assert isinstance(await other.receive(), Exit)
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        lambda i: encode(FrameType.DATA, i, bytes(WINDOW_BYTES)) + encode(FrameType.DATA, i, b"x"),
+        lambda i: encode(FrameType.EOF, i),
+        lambda i: encode(FrameType.WINDOW, i, bytes(4)),
+        lambda i: encode(FrameType.EXIT, i, _EXIT_0) + encode(FrameType.EXIT, i, _EXIT_0),
+    ],
+)
+async def test_a_reset_stream_is_held_to_what_it_may_still_send(
+    agent: FakeAgent, channel: AgentChannel, attack: object
+) -> None:
+    assert callable(attack)
+    stream = await opened(agent, channel)
+    await stream.reset()
+    agent.say(attack(stream.id))
+    await asyncio.wait_for(channel.wait_closed(), _TIMEOUT_S)
+    assert isinstance(channel.error, ProtocolViolation)
+
+
+@pytest.mark.parametrize(("kind", "payload"), [(FrameType.DATA, b"late"), (FrameType.EOF, b"")])
+async def test_nothing_follows_the_end_of_a_connections_output(
+    agent: FakeAgent, channel: AgentChannel, kind: FrameType, payload: bytes
+) -> None:
+    stream = await opened(agent, channel, Connect(80))
+    agent.send(FrameType.EOF, stream.id)
+    assert await stream.receive() == Eof()
+    agent.send(kind, stream.id, payload)
+    with pytest.raises(ProtocolViolation):
+        await asyncio.wait_for(stream.receive(), _TIMEOUT_S)
 
 
 async def test_a_lost_connection_is_seen_by_streams(

@@ -120,13 +120,14 @@ async def done(task: asyncio.Task[Exit]) -> Exit:
 async def test_output_reaches_the_client_in_order_and_the_exit_ends_it(
     pair: Pair, stream: Stream
 ) -> None:
-    for event in (Data(b"out"), Stderr(b"err"), Eof(), Data(b"more"), _OVER):
+    for event in (Data(b"out"), Stderr(b"err"), Data(b"more"), Eof(), _OVER):
         stream.events.put_nowait(event)
     assert await done(start(pair, stream)) == Exit(exit_code=0)
-    assert [await pair.frame() for _ in range(3)] == [
+    assert [await pair.frame() for _ in range(4)] == [
         (FrameType.DATA, b"out"),
         (FrameType.STDERR, b"err"),
         (FrameType.DATA, b"more"),
+        (FrameType.EOF, b""),
     ]
     assert stream.was_reset
 

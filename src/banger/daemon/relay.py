@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from banger.base.errors import BadRequest, BangerError
-from banger.guest.channel import AgentStream, Data, ExitKind, Stderr, StreamEnded
+from banger.guest.channel import AgentStream, Data, Eof, ExitKind, Stderr, StreamEnded
 from banger.guest.channel import Exit as GuestExit
 from banger.rpc.protocol import FRAME_MAX_BYTES, NUMBER, WINDOW_SIZE, Exit, FrameType
 from banger.rpc.server import Connection, error_info
@@ -68,6 +68,8 @@ async def _to_client(connection: Connection, stream: AgentStream) -> Exit:
             await connection.send_frame(FrameType.DATA, event.data)
         elif isinstance(event, Stderr):
             await connection.send_frame(FrameType.STDERR, event.data)
+        elif isinstance(event, Eof):
+            await connection.send_frame(FrameType.EOF)
         elif isinstance(event, GuestExit):
             return _as_exit(event)
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -32,15 +31,15 @@ from banger.guest.frames import (
     parse_fields,
     resync_and_hello,
 )
-from banger.guest.requests import Request
+from banger.guest.requests import Connect, Request
 from banger.guest.stream import (
     AgentStream,
+    Allowance,
     Data,
     Eof,
     Event,
     Exit,
     ExitKind,
-    QueueBudget,
     Stderr,
     StreamEnded,
 )
@@ -94,8 +93,7 @@ class AgentChannel(asyncio.BufferedProtocol):
         self._buffer = bytearray(_READ_BYTES)
         self._parser = FrameParser()
         self._streams: dict[int, AgentStream] = {}
-        self._forgotten: deque[int] = deque(maxlen=_FORGOTTEN_LIMIT)
-        self._budget = QueueBudget()
+        self._forgotten: dict[int, Allowance] = {}  # the longest forgotten first
         self._last_id = 0
         self._error: BangerError | None = None
 
@@ -160,7 +158,7 @@ class AgentChannel(asyncio.BufferedProtocol):
         if len(self._streams) >= STREAM_LIMIT:
             raise Unavailable(f"{STREAM_LIMIT} streams to the guest are open already")
         self._last_id += 1
-        stream = AgentStream(self, self._last_id, self._budget)
+        stream = AgentStream(self, self._last_id, is_connection=isinstance(request, Connect))
         self._streams[stream.id] = stream
         self.write(encode(FrameType.OPEN, stream.id, payload))
         return stream
@@ -191,9 +189,12 @@ class AgentChannel(asyncio.BufferedProtocol):
         self.check_open()
 
     def forget(self, stream: AgentStream) -> None:
-        """A stream that was reset: what is still on its way for it is thrown away."""
-        if self._streams.pop(stream.id, None) is not None:
-            self._forgotten.append(stream.id)
+        """A stream that was reset: what is still on its way for it is counted and thrown away."""
+        if self._streams.pop(stream.id, None) is None:
+            return
+        self._forgotten[stream.id] = stream.allowance
+        if len(self._forgotten) > _FORGOTTEN_LIMIT:
+            del self._forgotten[next(iter(self._forgotten))]
 
     def abort(self, error: BangerError) -> None:
         """Close the connection at once, for this reason, unless it is closed already."""
@@ -258,12 +259,15 @@ class AgentChannel(asyncio.BufferedProtocol):
             self._dispatch(frame)
 
     def _dispatch(self, frame: Frame) -> None:
-        stream = self._streams.get(frame.stream)
-        if stream is not None:
+        if (stream := self._streams.get(frame.stream)) is not None:
             stream.handle(frame)
             if frame.type == FrameType.EXIT:
                 del self._streams[frame.stream]
-        elif frame.stream not in self._forgotten:
+        elif (allowance := self._forgotten.get(frame.stream)) is not None:
+            allowance.account(frame)
+            if frame.type == FrameType.EXIT:
+                del self._forgotten[frame.stream]
+        else:
             raise ProtocolViolation(
                 f"the guest agent sent a frame for stream {frame.stream}, which is not open"
             )

@@ -42,14 +42,23 @@ _CREDIT_BATCH_BYTES = WINDOW_BYTES // 4
 #: does not fill the daemon with objects.
 _JOIN_BYTES = 16_384
 _JOINED_BYTES = 65_536
-#: Pieces that all streams of a channel may hold: stdout and stderr in turn cannot be joined.
-_PIECES_LIMIT = 65_536
+#: Pieces of a stream after which their order gives way: single bytes on stdout and stderr in turn
+#: are then joined as well, with the last of their kind.
+_PIECES_LIMIT = 256
 
 
 class ExitKind(IntEnum):
     EXITED = 0
     KILLED = 1
     FAILED = 2
+
+
+#: The values that Linux has for each: a status, a signal, an errno (or 0, for none).
+_EXIT_VALUES = {
+    ExitKind.EXITED: range(256),
+    ExitKind.KILLED: range(1, 65),
+    ExitKind.FAILED: range(4096),
+}
 
 
 @dataclass(frozen=True)
@@ -108,16 +117,53 @@ class StreamEnded(Unavailable):
     """The stream is over: the process has ended, or the stream was reset on this side."""
 
 
-class QueueBudget:
-    """How many pieces the streams of a channel hold together."""
+class Allowance:
+    """What the two ends of a stream may still send.
 
-    def __init__(self) -> None:
-        self.pieces = 0
+    It outlives a stream that is reset, whose last frames are held to it on their way.
+    """
 
-    def add(self) -> None:
-        self.pieces += 1
-        if self.pieces > _PIECES_LIMIT:
-            raise ProtocolViolation("the guest agent sent too many small pieces of output")
+    __slots__ = ("_eof_allowed", "_eof_received", "receive_credit", "send_credit")
+
+    def __init__(self, *, eof_allowed: bool) -> None:
+        self.send_credit = WINDOW_BYTES
+        self.receive_credit = WINDOW_BYTES
+        self._eof_allowed = eof_allowed
+        self._eof_received = False
+
+    def account(self, frame: Frame) -> None:
+        """Enter a frame from the guest. Raises ProtocolViolation for one it may not send now."""
+        match frame.type:
+            case FrameType.DATA | FrameType.STDERR:
+                if len(frame.payload) > self.receive_credit or self._eof_received:
+                    raise ProtocolViolation(
+                        f"the guest agent sent more than stream {frame.stream} allows"
+                    )
+                self.receive_credit -= len(frame.payload)
+            case FrameType.WINDOW:
+                (credit,) = struct.unpack(">I", frame.payload)
+                # Without the lower bound a guest could wake a sender for ever, for nothing.
+                if not 0 < credit <= WINDOW_BYTES - self.send_credit:
+                    raise ProtocolViolation(f"the guest agent gave a credit of {credit} bytes")
+                self.send_credit += credit
+            case FrameType.EOF:
+                if self._eof_received or not self._eof_allowed:
+                    raise ProtocolViolation(
+                        f"the guest agent sent an EOF that stream {frame.stream} does not have"
+                    )
+                self._eof_received = True
+
+
+def _parse_exit(payload: bytes) -> Exit:
+    """The payload of an EXIT, of 5 bytes or more. Raises ProtocolViolation."""
+    number, value = struct.unpack_from(">BI", payload)
+    try:
+        kind = ExitKind(number)
+    except ValueError:
+        raise ProtocolViolation(f"the guest agent sent an EXIT of kind {number}") from None
+    if value not in _EXIT_VALUES[kind]:
+        raise ProtocolViolation(f"the guest agent sent {value} as the value of an EXIT")
+    return Exit(kind, value, payload[5:].decode(errors="replace"))
 
 
 class AgentStream:
@@ -126,21 +172,18 @@ class AgentStream:
     As a context manager it resets the stream on the way out, unless it is over.
     """
 
-    def __init__(self, channel: AgentChannel, stream_id: int, budget: QueueBudget) -> None:
+    def __init__(self, channel: AgentChannel, stream_id: int, *, is_connection: bool) -> None:
         self.id = stream_id
+        self.allowance = Allowance(eof_allowed=is_connection)
         self._channel = channel
-        self._budget = budget
         self._queue: deque[tuple[bool, bytearray | bytes]] = deque()
         self._exit: Exit | None = None
-        self._eof = False
+        self._eof = False  # came, and was not received yet
         self._over = False  # no frames go out any more
         self._eof_sent = False
-        self._send_credit = WINDOW_BYTES
-        self._receive_credit = WINDOW_BYTES
         self._consumed = 0
         self._arrived = asyncio.Event()
         self._credit = asyncio.Event()
-        self._credit.set()
 
     async def __aenter__(self) -> Self:
         return self
@@ -155,10 +198,8 @@ class AgentStream:
         at = 0
         while at < len(view):
             await self._wait_credit()
-            size = min(_SEND_BYTES, self._send_credit, len(view) - at)
-            self._send_credit -= size
-            if self._send_credit == 0:
-                self._credit.clear()
+            size = min(_SEND_BYTES, self.allowance.send_credit, len(view) - at)
+            self.allowance.send_credit -= size
             self._channel.write(encode(FrameType.DATA, self.id, view[at : at + size]))
             at += size
             await self._channel.drain()
@@ -168,8 +209,9 @@ class AgentStream:
             self._channel.check_open()
             if self._over or self._eof_sent:
                 raise StreamEnded("the process in the guest takes no more input")
-            if self._send_credit > 0:
+            if self.allowance.send_credit > 0:
                 return
+            self._credit.clear()
             await self._credit.wait()
 
     async def send_eof(self) -> None:
@@ -192,7 +234,7 @@ class AgentStream:
         if not self._over:
             self._channel.forget(self)
         self._over = True
-        self._drop_queue()
+        self._queue.clear()
         self._credit.set()
         self._arrived.set()
 
@@ -220,59 +262,49 @@ class AgentStream:
 
     def _take(self) -> Data | Stderr:
         is_stderr, piece = self._queue.popleft()
-        self._budget.pieces -= 1
         self._consumed += len(piece)
         if self._consumed >= _CREDIT_BATCH_BYTES and not self._over:
             self._control(FrameType.WINDOW, struct.pack(">I", self._consumed))
-            self._receive_credit += self._consumed
+            self.allowance.receive_credit += self._consumed
             self._consumed = 0
         return Stderr(bytes(piece)) if is_stderr else Data(bytes(piece))
-
-    def _drop_queue(self) -> None:
-        self._budget.pieces -= len(self._queue)
-        self._queue.clear()
 
     # For AgentChannel.
 
     def handle(self, frame: Frame) -> None:
         """A frame of this stream. Raises ProtocolViolation."""
+        self.allowance.account(frame)
         match frame.type:
             case FrameType.DATA | FrameType.STDERR:
                 self._store(frame.type == FrameType.STDERR, frame.payload)
             case FrameType.WINDOW:
-                (credit,) = struct.unpack(">I", frame.payload)
-                if credit > WINDOW_BYTES - self._send_credit:
-                    raise ProtocolViolation("the guest agent gave more credit than a window")
-                self._send_credit += credit
                 self._credit.set()
             case FrameType.EOF:
                 self._eof = True
             case _:
-                self._finish(frame.payload)
+                self._exit = _parse_exit(frame.payload)
+                self._over = True
+                self._credit.set()
         self._arrived.set()
 
     def _store(self, is_stderr: bool, data: bytes) -> None:
-        if len(data) > self._receive_credit or self._eof:
-            raise ProtocolViolation(f"the guest agent sent more than stream {self.id} allows")
-        self._receive_credit -= len(data)
-        if len(data) <= _JOIN_BYTES and self._queue and self._queue[-1][0] is is_stderr:
-            last = self._queue[-1][1]
-            if len(last) + len(data) <= _JOINED_BYTES:
-                if isinstance(last, bytes):
-                    last = bytearray(last)
-                    self._queue[-1] = (is_stderr, last)
-                last += data
-                return
-        self._budget.add()
-        self._queue.append((is_stderr, data))
+        if (at := self._joinable(is_stderr, len(data))) is None:
+            self._queue.append((is_stderr, data))
+            return
+        piece = self._queue[at][1]
+        if isinstance(piece, bytes):
+            piece = bytearray(piece)
+            self._queue[at] = (is_stderr, piece)
+        piece += data
 
-    def _finish(self, payload: bytes) -> None:
-        kind, value = struct.unpack_from(">BI", payload)
-        if kind not in ExitKind.__members__.values():
-            raise ProtocolViolation(f"the guest agent sent an EXIT of kind {kind}")
-        self._exit = Exit(ExitKind(kind), value, payload[5:].decode(errors="replace"))
-        self._over = True
-        self._credit.set()
+    def _joinable(self, is_stderr: bool, size: int) -> int | None:
+        """The place of the piece that `size` bytes may be joined with, if there is one."""
+        if len(self._queue) >= _PIECES_LIMIT:
+            # None of the last two is of this kind at most once: then it becomes the last itself.
+            return next((at for at in (-1, -2) if self._queue[at][0] is is_stderr), None)
+        if size <= _JOIN_BYTES and self._queue and self._queue[-1][0] is is_stderr:
+            return -1 if len(self._queue[-1][1]) + size <= _JOINED_BYTES else None
+        return None
 
     def channel_closed(self) -> None:
         self._over = True
