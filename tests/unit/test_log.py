@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -35,7 +36,9 @@ def log_file() -> Iterator[io.StringIO]:
     """Where the log goes in this test; as before afterwards."""
     before = structlog.get_config()
     token = current_op_id.set("")
+    handlers = list(logging.getLogger().handlers)
     yield io.StringIO()
+    logging.getLogger().handlers[:] = handlers
     current_op_id.reset(token)
     structlog.configure(**before)
 
@@ -167,6 +170,27 @@ def test_a_traceback_has_no_values_of_variables(log_file: io.StringIO, records: 
     except ValueError:
         get_logger().exception("request failed")
     assert secret not in log_file.getvalue()
+
+
+def test_what_libraries_warn_of_is_a_record_like_ours_and_said_once(
+    log_file: io.StringIO, records: Records
+) -> None:
+    configure(log_file, "info")  # again, as the daemon does when it has read its configuration
+    current_op_id.set("op-0123456789ab")
+    library = logging.getLogger("qemu.qmp.protocol")
+    library.warning("lost %d\nlines", 2)
+    library.info("not worth telling")
+    try:
+        raise ValueError("deep")
+    except ValueError:
+        library.exception("broke")
+    warning, error = records()
+    assert warning["message"] == "lost 2\nlines"
+    assert warning["level"] == "warning"
+    assert warning["logger"] == "qemu.qmp.protocol"
+    assert warning["op_id"] == "op-0123456789ab"
+    assert "exception" not in warning
+    assert error["exception"][0]["exc_value"] == "deep"
 
 
 def test_a_stage_is_a_place_to_be_killed_at(

@@ -33,8 +33,24 @@ def _add_op_id(
     return event
 
 
+class _LibraryHandler(logging.Handler):
+    """What libraries log (asyncio, qemu.qmp), among our own records."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Without an exception none is passed: structlog would render the None.
+        trace = {"exc_info": record.exc_info} if record.exc_info else {}
+        get_logger().log(record.levelno, record.getMessage(), logger=record.name, **trace)
+
+
+_library_handler = _LibraryHandler(logging.WARNING)
+
+
 def configure(file: TextIO, level: str) -> None:
-    """Send records of `level` and above to `file` as JSON, one a line."""
+    """Send records of `level` and above to `file` as JSON, one a line.
+
+    So are those of libraries, from warnings upwards. May be called again.
+    """
+    logging.getLogger().addHandler(_library_handler)
     structlog.configure(
         processors=[
             structlog.stdlib.add_log_level,

@@ -9,18 +9,21 @@ from __future__ import annotations
 import argparse
 import asyncio
 import fcntl
+import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import msgspec
 
 from banger import __version__
 from banger.base.config import Config, load_config
-from banger.base.errors import BangerError, Conflict, PreconditionFailed
+from banger.base.errors import BangerError, Cancelled, Conflict, Internal, PreconditionFailed
 from banger.base.log import configure, get_logger, open_log
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths, prepare_private_dir
@@ -40,6 +43,10 @@ from banger.services.vm import VmService
 from banger.services.vm_create import Drivers, VmCreator
 from banger.store.store import Store
 
+#: A daemon that stops takes back what it was doing: a build has gigabytes to remove.
+LOCK_TIMEOUT_S = 60.0
+_LOCK_INTERVAL_S = 0.05
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -50,49 +57,76 @@ def main() -> None:
     ready_fd: int = parser.parse_args().ready_fd
     os.umask(0o077)
     try:
-        _run_until_stopped(ready_fd)
+        _run_logged(Paths.from_environment(), ready_fd)
     except BangerError as error:
-        if ready_fd >= 0:
-            with suppress(OSError):
-                os.write(ready_fd, msgspec.json.encode(error_info(error)))
-        hint = f" ({error.hint})" if error.hint else ""
-        print(f"bangerd: {error.message}{hint}", file=sys.stderr)  # noqa: T201
+        _tell_starter(ready_fd, msgspec.json.encode(error_info(error)))
+        if ready_fd < 0:  # with a starter, stderr is the log, and all lines of that are JSON
+            hint = f" ({error.hint})" if error.hint else ""
+            print(f"bangerd: {error.message}{hint}", file=sys.stderr)  # noqa: T201
         sys.exit(1)
 
 
-def _run_until_stopped(ready_fd: int) -> None:
+def _run_logged(paths: Paths, ready_fd: int) -> None:
+    """Run to the end with the log open: asyncio has things to say on its way out, too."""
     try:
-        asyncio.run(_run(Paths.from_environment(), ready_fd))
+        for directory in (paths.state_dir, paths.data_dir):
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        log_file = open_log(paths.daemon_log)
     except OSError as error:
+        raise _failure(error) from error
+    with log_file:
+        configure(log_file, "info")  # until the configuration has been read
+        logging.captureWarnings(True)
+        current_op_id.set(new_op_id())
+        try:
+            asyncio.run(_run(paths, log_file, ready_fd))
+        except Exception as error:
+            # A supervisor's boundary: the traceback goes to the log, the starter gets a sentence.
+            failure = _failure(error)
+            trace = not isinstance(error, BangerError)
+            get_logger().error(
+                "bangerd failed", error=failure.message, hint=failure.hint, exc_info=trace
+            )
+            raise failure from None
+
+
+def _failure(error: Exception) -> BangerError:
+    """What is told of a failure to start or to run."""
+    if isinstance(error, BangerError):
+        return error
+    if isinstance(error, OSError):
         subject = f"{error.filename}: " if error.filename else ""
-        raise PreconditionFailed(f"bangerd failed: {subject}{error.strerror or error}") from error
+        return PreconditionFailed(f"bangerd failed: {subject}{error.strerror or error}")
+    return Internal(f"bangerd failed: {type(error).__name__}", hint="see: banger daemon logs")
 
 
-async def _run(paths: Paths, ready_fd: int) -> None:
+async def _run(paths: Paths, log_file: TextIO, ready_fd: int) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     prepare_private_dir(paths.runtime_dir)
-    lock = _lock(paths.daemon_lock)
+    lock = await _lock(paths, stopping)
     try:
-        for directory in (paths.state_dir, paths.data_dir):
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         config = load_config(paths.config_file)
-        with open_log(paths.daemon_log) as log_file:
-            configure(log_file, config.log_level)
-            current_op_id.set(new_op_id())
-            async with _composed(paths, config, stopping) as server:
-                await server.start()
-                get_logger().info("bangerd ready", version=__version__, pid=os.getpid())
-                if ready_fd >= 0:
-                    os.write(ready_fd, b"ready\n")
-                    os.close(ready_fd)
-                await stopping.wait()
-                get_logger().info("bangerd stopping")
-            get_logger().info("bangerd stopped")
+        configure(log_file, config.log_level)
+        async with _composed(paths, config, stopping) as server:
+            await server.start()
+            get_logger().info("bangerd ready", version=__version__, pid=os.getpid())
+            _tell_starter(ready_fd, b"ready\n")
+            await stopping.wait()
+            get_logger().info("bangerd stopping")
+        get_logger().info("bangerd stopped")
     finally:
         os.close(lock)
+
+
+def _tell_starter(ready_fd: int, message: bytes) -> None:
+    """Tell the client that started this daemon, if one did and is still there."""
+    if ready_fd >= 0:
+        with suppress(OSError):
+            os.write(ready_fd, message)
+        os.close(ready_fd)
 
 
 @asynccontextmanager
@@ -167,17 +201,43 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         await store.close()
 
 
-def _lock(path: Path) -> int:
-    """The daemon's lock, held while the descriptor is open. Conflict when another daemon has it."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+async def _lock(paths: Paths, stopping: asyncio.Event) -> int:
+    """The daemon's lock, held while the descriptor is open.
+
+    A daemon that is stopping has it until all its work is taken back: that is waited for. Raises
+    Conflict when another daemon answers, or keeps the lock; Cancelled when told to stop meanwhile.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+    descriptor = os.open(paths.daemon_lock, flags, 0o600)
+    deadline = asyncio.get_running_loop().time() + LOCK_TIMEOUT_S
+    try:
+        while not _locked(descriptor):
+            if asyncio.get_running_loop().time() > deadline or _answers(paths.daemon_socket):
+                raise Conflict(
+                    "another bangerd of this user is running", hint="see: banger daemon status"
+                )
+            # flock(2) cannot be awaited, and a thread that waits in it cannot be stopped.
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stopping.wait(), _LOCK_INTERVAL_S)
+                raise Cancelled("bangerd was told to stop before it had begun")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _locked(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        os.close(descriptor)
-        raise Conflict(
-            "another bangerd of this user is running", hint="see: banger daemon status"
-        ) from None
-    return descriptor
+        return False
+    return True
+
+
+def _answers(path: Path) -> bool:
+    """Whether a daemon accepts connections there; one that is stopping does not."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
+        return connection.connect_ex(os.fspath(path)) == 0
 
 
 if __name__ == "__main__":

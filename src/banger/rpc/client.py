@@ -39,8 +39,9 @@ from banger.rpc.protocol import (
 
 T = TypeVar("T")
 
-#: A daemon opens its database and looks at what runs before it answers.
-START_TIMEOUT_S = 60
+#: A daemon waits up to a minute for one that is stopping, then opens its database and looks at
+#: what runs before it answers.
+START_TIMEOUT_S = 120
 _READ_BYTES = 256 << 10
 
 OnEvent = Callable[[msgspec.Raw], None]
