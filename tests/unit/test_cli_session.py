@@ -20,7 +20,7 @@ from banger.base.model import ErrorInfo
 from banger.cli.session import run_session
 from banger.cli.transfer import receive_stream, send_stream
 from banger.rpc.client import Session
-from banger.rpc.protocol import NUMBER, Exit, FrameType, encode_json, frame
+from banger.rpc.protocol import CREDIT_BYTES, NUMBER, Exit, FrameType, encode_json, frame
 from cli_daemon import read_frame
 
 Half = Callable[[socket.socket], object]
@@ -55,6 +55,11 @@ def stdin(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
             os.close(writable)
 
 
+def taken(payload: bytes) -> bytes:
+    """The frame that gives a client the credit back for what was taken."""
+    return frame(FrameType.WINDOW, NUMBER.pack(len(payload)))
+
+
 def collect(connection: socket.socket, exit_: Exit) -> bytes:
     """All of the client's input; then `exit_`."""
     data = b""
@@ -63,8 +68,25 @@ def collect(connection: socket.socket, exit_: Exit) -> bytes:
         data += payload
         if kind is FrameType.EOF:
             break
+        connection.sendall(taken(payload))
     connection.sendall(exit_frame(exit_))
     return data
+
+
+def spend(connection: socket.socket, number: signal.Signals) -> tuple[int, list[int]]:
+    """Take input and give no credit; once it is spent, send ourselves a signal: (bytes, signals)
+    received."""
+    count, signals = 0, list[int]()
+    while not signals and (received := read_frame(connection)):
+        kind, payload = received
+        if kind is FrameType.DATA:
+            count += len(payload)
+            if count == CREDIT_BYTES:
+                os.kill(os.getpid(), number)
+        else:
+            signals.append(NUMBER.unpack(payload)[0])
+    connection.sendall(exit_frame(Exit(signal=number)))
+    return count, signals
 
 
 def test_input_goes_out_output_comes_in_and_each_stays_binary(
@@ -97,7 +119,7 @@ def test_two_full_pipes_do_not_wait_for_each_other(
             kind, payload = received
             if kind is FrameType.EOF:
                 break
-            connection.sendall(frame(FrameType.DATA, payload))
+            connection.sendall(frame(FrameType.DATA, payload) + taken(payload))
             echoed += len(payload)
         connection.sendall(exit_frame(Exit(exit_code=0)))
         return echoed
@@ -162,6 +184,18 @@ def test_input_that_nobody_takes_is_left_where_it_is(
         with against(half) as (session, _):
             assert run_session(session, terminal=False, stdin=True) == 0
         assert 0 < file.tell() < 4 << 20
+
+
+def test_no_more_input_is_sent_than_there_is_credit_for_and_a_signal_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`yes | banger vm exec NAME -- sleep 1000`, and Ctrl-C."""
+    with (tmp_path / "file").open("w+b", buffering=0) as file:
+        file.truncate(4 << 20)
+        monkeypatch.setattr(sys, "stdin", file)
+        with against(lambda connection: spend(connection, signal.SIGINT)) as (session, done):
+            assert run_session(session, terminal=False, stdin=True) == 130
+            assert done.result(10) == (CREDIT_BYTES, [signal.SIGINT])
 
 
 def test_a_command_that_ends_while_input_is_left_has_its_own_status(stdin: int) -> None:
@@ -330,6 +364,23 @@ def test_a_stream_is_sent_whole_then_its_end_then_the_exit_is_awaited(tmp_path: 
     ):
         assert send_stream(session, file, title="x") == Exit(exit_code=0)
         assert done.result(10) == content
+
+
+def test_a_stream_is_not_sent_beyond_its_credit(tmp_path: Path) -> None:
+    def half(connection: socket.socket) -> int:
+        count = 0
+        while count < CREDIT_BYTES and (received := read_frame(connection)):
+            count += len(received[1])
+        connection.sendall(exit_frame(Exit(exit_code=1)))
+        while received := read_frame(connection):
+            count += len(received[1])
+        return count
+
+    (tmp_path / "file").write_bytes(bytes(2_000_000))
+    with (tmp_path / "file").open("rb") as file, against(half) as (session, done):
+        assert send_stream(session, file, title="x") == Exit(exit_code=1)
+        session._socket.close()
+        assert done.result(10) == CREDIT_BYTES
 
 
 def test_a_receiver_that_gives_up_early_says_why(

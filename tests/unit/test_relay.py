@@ -15,6 +15,7 @@ from banger.daemon.relay import follow_file, relay
 from banger.guest.channel import Data, Eof, Event, ExitKind, Stderr, StreamEnded
 from banger.guest.channel import Exit as GuestExit
 from banger.rpc.protocol import (
+    CREDIT_BYTES,
     FRAME_HEADER,
     NUMBER,
     WINDOW_SIZE,
@@ -35,6 +36,9 @@ class Stream:
         self.events: asyncio.Queue[Event | BangerError] = asyncio.Queue()
         self.said: list[tuple[object, ...]] = []
         self.spoken = asyncio.Event()
+        #: Cleared while the process in the guest reads nothing.
+        self.reads = asyncio.Event()
+        self.reads.set()
         self.ended = False
         self.was_reset = False
 
@@ -45,7 +49,10 @@ class Stream:
         return event
 
     async def send(self, data: bytes) -> None:
+        await self.reads.wait()
         self._say("data", data)
+        if self.ended:
+            raise StreamEnded("over")
 
     async def send_eof(self) -> None:
         self._say("eof")
@@ -59,11 +66,20 @@ class Stream:
     async def reset(self) -> None:
         self.was_reset = True
 
+    async def heard(self, *what: object) -> None:
+        """Return when this was said."""
+        async with asyncio.timeout(_TIMEOUT_S):
+            while what not in self.said:
+                self.spoken.clear()
+                await self.spoken.wait()
+
+    def input(self) -> bytes:
+        """All of stdin."""
+        return b"".join(each[-1] for each in self.said if isinstance(each[-1], bytes))
+
     def _say(self, *what: object) -> None:
         self.said.append(what)
         self.spoken.set()
-        if self.ended:
-            raise StreamEnded("over")
 
 
 class Pair:
@@ -132,16 +148,19 @@ async def test_output_reaches_the_client_in_order_and_the_exit_ends_it(
     assert stream.was_reset
 
 
-async def test_what_the_client_says_reaches_the_guest_in_order(pair: Pair, stream: Stream) -> None:
+async def test_what_the_client_says_reaches_the_guest(pair: Pair, stream: Stream) -> None:
     task = start(pair, stream)
     pair.say(FrameType.DATA, b"in")
     pair.say(FrameType.RESIZE, WINDOW_SIZE.pack(40, 120))
     pair.say(FrameType.SIGNAL, NUMBER.pack(2))
+    await stream.heard("data", b"in")
+    await stream.heard("signal", 2)
     pair.say(FrameType.EOF)
-    while len(stream.said) < 4:
-        stream.spoken.clear()
-        await asyncio.wait_for(stream.spoken.wait(), _TIMEOUT_S)
-    assert stream.said == [("data", b"in"), ("resize", 40, 120), ("signal", 2), ("eof",)]
+    await stream.heard("eof")
+    assert [each for each in stream.said if each[0] in ("resize", "signal")] == [
+        ("resize", 40, 120),
+        ("signal", 2),
+    ]
     stream.events.put_nowait(_OVER)
     assert await done(task) == Exit(exit_code=0)
 
@@ -177,12 +196,72 @@ async def test_a_client_that_still_sends_gets_the_exit_of_a_process_that_has_end
     task = start(pair, stream)
     for _ in range(5):
         pair.say(FrameType.DATA, b"y\n")
-    while len(stream.said) < 5:
-        stream.spoken.clear()
-        await asyncio.wait_for(stream.spoken.wait(), _TIMEOUT_S)
+    pair.say(FrameType.RESIZE, WINDOW_SIZE.pack(1, 2))
+    await stream.heard("resize", 1, 2)
     assert not task.done()
     stream.events.put_nowait(_OVER)
     assert await done(task) == Exit(exit_code=0)
+
+
+async def test_a_signal_passes_input_that_the_process_does_not_read(
+    pair: Pair, stream: Stream
+) -> None:
+    """`yes | banger vm exec NAME -- sleep 1000`, and Ctrl-C."""
+    stream.reads.clear()
+    task = start(pair, stream)
+    pair.say(FrameType.DATA, bytes(CREDIT_BYTES))
+    pair.say(FrameType.SIGNAL, NUMBER.pack(2))
+    await stream.heard("signal", 2)
+    assert stream.input() == b""
+    stream.events.put_nowait(GuestExit(ExitKind.KILLED, 2, ""))
+    assert await done(task) == Exit(signal=2)
+
+
+async def test_a_client_that_goes_is_seen_behind_input_that_the_process_does_not_read(
+    pair: Pair, stream: Stream
+) -> None:
+    stream.reads.clear()
+    task = start(pair, stream)
+    pair.say(FrameType.DATA, bytes(CREDIT_BYTES))
+    pair.writer.close()
+    with pytest.raises(ConnectionError):
+        await done(task)
+    assert stream.was_reset
+
+
+async def test_the_client_gets_credit_for_what_the_guest_has_taken(
+    pair: Pair, stream: Stream
+) -> None:
+    stream.reads.clear()
+    task = start(pair, stream)
+    pair.say(FrameType.DATA, bytes(CREDIT_BYTES))
+    stream.reads.set()
+    credit = 0
+    while credit < CREDIT_BYTES:
+        kind, payload = await pair.frame()
+        assert kind is FrameType.WINDOW
+        credit += NUMBER.unpack(payload)[0]
+    assert credit == CREDIT_BYTES
+    stream.reads.clear()
+    pair.say(FrameType.DATA, bytes(CREDIT_BYTES))  # it is a credit for as much again
+    stream.reads.set()
+    while len(stream.input()) < 2 * CREDIT_BYTES:
+        await pair.frame()
+    stream.events.put_nowait(_OVER)
+    assert await done(task) == Exit(exit_code=0)
+
+
+async def test_a_client_that_sends_more_than_its_credit_ends_its_session(
+    pair: Pair, stream: Stream
+) -> None:
+    """Or the daemon would hold whatever a client sends to a process that reads nothing."""
+    stream.reads.clear()
+    task = start(pair, stream)
+    pair.say(FrameType.DATA, bytes(CREDIT_BYTES))
+    pair.say(FrameType.DATA, b"x")
+    with pytest.raises(BadRequest, match="credit"):
+        await done(task)
+    assert stream.was_reset
 
 
 async def test_a_client_that_goes_takes_the_process_along(pair: Pair, stream: Stream) -> None:
@@ -208,6 +287,7 @@ async def test_a_lost_agent_is_an_error(pair: Pair, stream: Stream) -> None:
         (FrameType.RESIZE, b"\0\1"),
         (FrameType.STDERR, b"x"),
         (FrameType.EXIT, b"{}"),
+        (FrameType.WINDOW, b"\0\0\0\2"),
     ],
 )
 async def test_a_frame_that_no_client_sends_ends_the_session(
@@ -249,15 +329,14 @@ def test_any_bytes_pass_both_ways_unchanged(
             pair.say(FrameType.DATA, data)
         pair.say(FrameType.EOF)
         received = b""
-        for _ in outward:
-            received += (await pair.frame())[1]
-        while ("eof",) not in stream.said:
-            stream.spoken.clear()
-            await asyncio.wait_for(stream.spoken.wait(), _TIMEOUT_S)
+        while len(received) < sum(map(len, outward)):
+            kind, payload = await pair.frame()
+            received += payload if kind is FrameType.DATA else b""
+        await stream.heard("eof")
         stream.events.put_nowait(_OVER)
         await done(task)
         assert received == b"".join(outward)
-        assert [what[1] for what in stream.said if what[0] == "data"] == inward
+        assert stream.input() == b"".join(inward)
         await pair.close()
 
     asyncio.run(run())

@@ -18,7 +18,15 @@ from contextlib import contextmanager, suppress
 from banger.base.errors import from_wire
 from banger.cli.app import OUR_FAILURE, note, print_error
 from banger.rpc.client import Session
-from banger.rpc.protocol import NUMBER, WINDOW_SIZE, Exit, FrameType, decode_exit, frame
+from banger.rpc.protocol import (
+    CREDIT_BYTES,
+    NUMBER,
+    WINDOW_SIZE,
+    Exit,
+    FrameType,
+    decode_exit,
+    frame,
+)
 
 _READ_BYTES = 128 << 10
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
@@ -57,6 +65,7 @@ class _Loop:
         self._session = session
         self._terminal = terminal
         self._out = bytearray()
+        self._credit = CREDIT_BYTES
         self._signalled = False
         self._stdin = sys.stdin.fileno() if stdin else -1
         if not stdin:
@@ -84,7 +93,7 @@ class _Loop:
         poll.register(wakeup, select.POLLIN)
         waiting = select.POLLOUT if self._out else 0
         poll.register(self._session.fileno(), select.POLLIN | waiting)
-        if self._stdin >= 0 and not self._out:
+        if self._stdin >= 0 and self._credit and not self._out:
             poll.register(self._stdin, select.POLLIN)
         return dict(poll.poll())
 
@@ -94,13 +103,16 @@ class _Loop:
                 _write_all(sys.stdout.fileno(), payload)
             elif kind is FrameType.STDERR:
                 _write_all(sys.stderr.fileno(), payload)
+            elif kind is FrameType.WINDOW:
+                self._credit += NUMBER.unpack(payload)[0]
             elif kind is FrameType.EXIT:
                 return decode_exit(payload)
         return None
 
     def _read_stdin(self) -> None:
-        data = os.read(self._stdin, _READ_BYTES)
+        data = os.read(self._stdin, min(_READ_BYTES, self._credit))
         if data:
+            self._credit -= len(data)
             self._send(FrameType.DATA, data)
         else:
             self._stdin = -1

@@ -13,7 +13,7 @@ import click
 from banger.base.units import format_size
 from banger.cli.render import printable
 from banger.rpc.client import Session
-from banger.rpc.protocol import Exit, FrameType, decode_exit, frame
+from banger.rpc.protocol import CREDIT_BYTES, NUMBER, Exit, FrameType, decode_exit, frame
 
 _READ_BYTES = 128 << 10
 _SHOW_EVERY_S = 0.5
@@ -51,6 +51,7 @@ def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:
     """
     counter = _Counter(title)
     out = bytearray()
+    credit = CREDIT_BYTES
     open_ = True
     frames = session.pending()
     try:
@@ -58,11 +59,13 @@ def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:
             for kind, payload in frames:
                 if kind is FrameType.STDERR:
                     os.write(sys.stderr.fileno(), payload)
+                elif kind is FrameType.WINDOW:
+                    credit += NUMBER.unpack(payload)[0]
                 elif kind is FrameType.EXIT:
                     return decode_exit(payload)
             poll = select.poll()
             poll.register(session.fileno(), select.POLLIN | (select.POLLOUT if out else 0))
-            if open_ and not out:
+            if open_ and credit and not out:
                 poll.register(data.fileno(), select.POLLIN)
             ready = dict(poll.poll())
             if ready.get(session.fileno(), 0) & select.POLLOUT:
@@ -70,7 +73,8 @@ def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:
             readable = ready.get(session.fileno(), 0) & ~select.POLLOUT
             frames = session.receive() if readable else iter(())
             if data.fileno() in ready:
-                chunk = os.read(data.fileno(), _READ_BYTES)
+                chunk = os.read(data.fileno(), min(_READ_BYTES, credit))
+                credit -= len(chunk)
                 counter.add(len(chunk))
                 open_ = bool(chunk)
                 out += frame(FrameType.DATA, chunk) if chunk else frame(FrameType.EOF)

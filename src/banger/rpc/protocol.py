@@ -4,6 +4,9 @@ A request is one JSON object a line; so is each reply: any number of ``{"event":
 ``{"result": …}`` or ``{"error": …}``. Unknown fields are ignored in both directions. After the
 result of a switching method the connection carries frames: ``type u8 · length u32 · payload``,
 big-endian.
+
+A client's DATA is held to a credit, so that the daemon can read on, and see a signal or the
+client's end, while a guest takes no input: CREDIT_BYTES to begin with, and more by WINDOW frames.
 """
 
 from __future__ import annotations
@@ -29,6 +32,8 @@ MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 FRAME_HEADER = struct.Struct(">BI")
 FRAME_MAX_BYTES = 256 << 10
+#: DATA that a client may send before the first WINDOW, and that the daemon holds for a session.
+CREDIT_BYTES = 256 << 10
 WINDOW_SIZE = struct.Struct(">HH")
 NUMBER = struct.Struct(">I")
 
@@ -42,6 +47,7 @@ class FrameType(IntEnum):
     SIGNAL = 4  # NUMBER: the signal
     RESIZE = 5  # WINDOW_SIZE: rows, columns
     EXIT = 6  # JSON of Exit; always the last frame
+    WINDOW = 7  # NUMBER, to the client only: so many bytes more of DATA may come
 
 
 class Request(msgspec.Struct, kw_only=True):
