@@ -278,6 +278,8 @@ static void fill_member(struct tar_reader *reader, struct tar_member *member) {
     member->size = reader->has_size ? reader->size : get_size(header->size, sizeof header->size);
     if (type == '2' || type == '3' || type == '4' || type == '6')
         member->size = 0; /* some writers put the length of a link's target there */
+    if (type == '1' && !reader->has_size)
+        member->size = 0; /* as GNU tar reads it: only pax keeps data with a hard link */
     member->mode = (mode_t)get_number(header->mode, sizeof header->mode) & 07777;
     if ((reader->has_uid && reader->uid >= UINT32_MAX) ||
         (reader->has_gid && reader->gid >= UINT32_MAX))

@@ -22,12 +22,15 @@ struct later {
     uid_t uid;
     gid_t gid;
     struct timespec mtime;
+    size_t order;  /* in the archive: the last word on a path holds */
+    bool removed;  /* something else took its place */
 };
 
 struct unpacker {
     struct tar_reader reader;
     int root;
     const char *name; /* replaces the first component, or NULL */
+    char *first;      /* which it replaces: all members must have the same */
     int parent;       /* the directory of the last member, and its path */
     char *parent_path;
     struct later *later;
@@ -35,9 +38,20 @@ struct unpacker {
     char copy[COPY_BYTES];
 };
 
+/* The archive's only top: with a new name for it, a second one would come to lie over the first. */
+static void must_be_first(struct unpacker *unpacker, const char *part, size_t size) {
+    if (unpacker->first == NULL) {
+        unpacker->first = must_alloc(size + 1);
+        memcpy(unpacker->first, part, size);
+    } else if (strlen(unpacker->first) != size || memcmp(unpacker->first, part, size) != 0) {
+        fail(EINVAL, "the archive has more than one file or directory at its top: %.255s and %.*s",
+             unpacker->first, (int)size, part);
+    }
+}
+
 /* Clean a member's name: no absolute path, no "..", no empty or "." component, and its first
- * component replaced. Empty for the top itself. */
-static char *clean_path(const struct unpacker *unpacker, const char *path) {
+ * component replaced. Empty for the top itself, which cannot be when it gets a name. */
+static char *clean_path(struct unpacker *unpacker, const char *path) {
     if (path[0] == '/')
         fail(EINVAL, "the archive has an absolute path: %.200s", path);
     const char *name = unpacker->name ? unpacker->name : "";
@@ -52,6 +66,8 @@ static char *clean_path(const struct unpacker *unpacker, const char *path) {
             fail(ENAMETOOLONG, "the archive has a name of more than 255 bytes: %.200s", path);
         if (part > 0 && !(part == 1 && at[0] == '.')) {
             bool replace = first && unpacker->name != NULL;
+            if (replace)
+                must_be_first(unpacker, at, part);
             const char *from = replace ? name : at;
             size_t size = replace ? strlen(name) : part;
             if (length > 0)
@@ -64,6 +80,8 @@ static char *clean_path(const struct unpacker *unpacker, const char *path) {
         at += strspn(at, "/");
     }
     clean[length] = 0;
+    if (first && unpacker->name != NULL)
+        fail(EINVAL, "the archive's top has no name that could be replaced: %.200s", path);
     return clean;
 }
 
@@ -113,22 +131,33 @@ static int enter_parent(struct unpacker *unpacker, char *path, const char **base
     return unpacker->parent;
 }
 
-/* Remove what a member is about to replace, unless it is a directory. */
-static void clear_way(int parent, const char *base, const char *path) {
-    if (unlinkat(parent, base, 0) < 0 && errno != ENOENT)
-        fail_errno(path);
+static void add_later(struct unpacker *unpacker, struct later later) {
+    if (unpacker->later_count == unpacker->later_room) {
+        unpacker->later_room = unpacker->later_room ? unpacker->later_room * 2 : 64;
+        unpacker->later =
+            realloc(unpacker->later, unpacker->later_room * sizeof *unpacker->later);
+        if (unpacker->later == NULL)
+            out_of_memory();
+    }
+    later.order = unpacker->later_count;
+    unpacker->later[unpacker->later_count++] = later;
 }
 
-static void set_attributes(int parent, const char *base, const struct tar_member *member,
-                           int fd) {
+/* Remove what a member that is not a directory is about to replace, if it is there: of
+ * directories, empty ones. */
+static void clear_way(struct unpacker *unpacker, int parent, const char *base, const char *path) {
+    if (unlinkat(parent, base, 0) == 0 || errno == ENOENT)
+        return;
+    if (errno != EISDIR || unlinkat(parent, base, AT_REMOVEDIR) < 0)
+        fail_errno(path);
+    add_later(unpacker, (struct later){.path = must_copy(path), .removed = true});
+}
+
+static void set_attributes(int fd, const struct tar_member *member) {
     struct timespec times[2] = {{.tv_nsec = UTIME_NOW}, member->mtime};
-    bool failed = false;
-    if (geteuid() == 0)
-        failed = fchownat(parent, base, member->uid, member->gid, AT_SYMLINK_NOFOLLOW) < 0;
-    /* After chown, which clears the set-user-id bits. A link has no mode of its own. */
-    if (!failed && member->type != '2')
-        failed = (fd >= 0 ? fchmod(fd, member->mode) : fchmodat(parent, base, member->mode, 0)) < 0;
-    if (failed || utimensat(parent, base, times, AT_SYMLINK_NOFOLLOW) < 0)
+    /* chown before chmod: it clears the set-user-id bits */
+    if ((geteuid() == 0 && fchown(fd, member->uid, member->gid) < 0) ||
+        fchmod(fd, member->mode) < 0 || futimens(fd, times) < 0)
         fail_errno(member->path);
 }
 
@@ -150,9 +179,9 @@ static void write_piece(struct unpacker *unpacker, int fd, const char *path, uin
     }
 }
 
-static void make_file(struct unpacker *unpacker, int parent, const char *base,
+static void make_file(struct unpacker *unpacker, int parent, const char *base, const char *path,
                       const struct tar_member *member) {
-    clear_way(parent, base, member->path);
+    clear_way(unpacker, parent, base, path);
     int fd = openat(parent, base, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd < 0)
         fail_errno(member->path);
@@ -166,7 +195,7 @@ static void make_file(struct unpacker *unpacker, int parent, const char *base,
         write_piece(unpacker, fd, member->path, 0, member->size);
     }
     tar_skip_padding(&unpacker->reader, member->size);
-    set_attributes(parent, base, member, fd);
+    set_attributes(fd, member);
     if (close(fd) < 0)
         fail_errno(member->path);
 }
@@ -179,25 +208,21 @@ static void make_directory(struct unpacker *unpacker, char *path,
         struct stat info;
         bool exists = fstatat(parent, base, &info, AT_SYMLINK_NOFOLLOW) == 0;
         if (exists && !S_ISDIR(info.st_mode)) {
-            clear_way(parent, base, member->path);
+            clear_way(unpacker, parent, base, path);
             exists = false;
         }
         if (!exists && mkdirat(parent, base, 0700) < 0)
             fail_errno(member->path);
     }
-    if (unpacker->later_count == unpacker->later_room) {
-        unpacker->later_room = unpacker->later_room ? unpacker->later_room * 2 : 64;
-        unpacker->later =
-            realloc(unpacker->later, unpacker->later_room * sizeof *unpacker->later);
-        if (unpacker->later == NULL)
-            out_of_memory();
-    }
-    unpacker->later[unpacker->later_count++] = (struct later){
-        must_copy(path), member->mode, member->uid, member->gid, member->mtime};
+    add_later(unpacker, (struct later){.path = must_copy(path),
+                                       .mode = member->mode,
+                                       .uid = member->uid,
+                                       .gid = member->gid,
+                                       .mtime = member->mtime});
 }
 
 static void make_hard_link(struct unpacker *unpacker, int parent, const char *base,
-                           const struct tar_member *member) {
+                           const char *path, const struct tar_member *member) {
     char *target = clean_path(unpacker, member->link);
     char *slash = strrchr(target, '/');
     if (slash)
@@ -209,7 +234,7 @@ static void make_hard_link(struct unpacker *unpacker, int parent, const char *ba
                 fstatat(parent, base, &new, AT_SYMLINK_NOFOLLOW) == 0 &&
                 old.st_dev == new.st_dev && old.st_ino == new.st_ino;
     if (!same) {
-        clear_way(parent, base, member->path);
+        clear_way(unpacker, parent, base, path);
         if (linkat(from, from_base, parent, base, 0) < 0)
             fail_errno(member->path);
     }
@@ -217,15 +242,20 @@ static void make_hard_link(struct unpacker *unpacker, int parent, const char *ba
     free(target);
 }
 
-static void make_special(int parent, const char *base, const struct tar_member *member) {
-    clear_way(parent, base, member->path);
+/* A link, fifo or device: not opened, so all is done by its name, and its mode comes with it, since
+ * chmod would follow a link put in its place. */
+static void make_special(struct unpacker *unpacker, int parent, const char *base,
+                         const char *path, const struct tar_member *member) {
+    clear_way(unpacker, parent, base, path);
     mode_t kind = member->type == '3' ? S_IFCHR : member->type == '4' ? S_IFBLK : S_IFIFO;
-    int failed = member->type == '2'
-                     ? symlinkat(member->link, parent, base)
-                     : mknodat(parent, base, kind | 0600, makedev(member->major, member->minor));
-    if (failed)
+    dev_t device = makedev(member->major, member->minor);
+    struct timespec times[2] = {{.tv_nsec = UTIME_NOW}, member->mtime};
+    int failed = member->type == '2' ? symlinkat(member->link, parent, base)
+                                     : mknodat(parent, base, kind | member->mode, device);
+    if (!failed && geteuid() == 0)
+        failed = fchownat(parent, base, member->uid, member->gid, AT_SYMLINK_NOFOLLOW);
+    if (failed || utimensat(parent, base, times, AT_SYMLINK_NOFOLLOW) < 0)
         fail_errno(member->path);
-    set_attributes(parent, base, member, -1);
 }
 
 static void unpack_member(struct unpacker *unpacker, const struct tar_member *member) {
@@ -241,29 +271,44 @@ static void unpack_member(struct unpacker *unpacker, const struct tar_member *me
     const char *base;
     int parent = enter_parent(unpacker, path, &base);
     if (member->type == '0' || member->type == 'S') {
-        make_file(unpacker, parent, base, member);
+        make_file(unpacker, parent, base, path, member);
     } else {
         if (member->type == '1')
-            make_hard_link(unpacker, parent, base, member);
+            make_hard_link(unpacker, parent, base, path, member);
         else
-            make_special(parent, base, member);
+            make_special(unpacker, parent, base, path, member);
         tar_skip(&unpacker->reader, member->size);
     }
     free(path);
 }
 
-/* Deepest first, so that a directory without permissions does not bar the way. */
+/* What lies deeper sorts after its parents, and a later word on a path after an earlier one. */
+static int by_path(const void *left, const void *right) {
+    const struct later *a = left, *b = right;
+    int order = strcmp(a->path, b->path);
+    return order != 0 ? order : a->order < b->order ? -1 : 1;
+}
+
+/* Deepest first, so that a directory without permissions does not bar the way; once for each. */
 static void finish_directories(struct unpacker *unpacker) {
-    while (unpacker->later_count > 0) {
-        struct later *later = &unpacker->later[--unpacker->later_count];
+    if (unpacker->later_count > 0)
+        qsort(unpacker->later, unpacker->later_count, sizeof *unpacker->later, by_path);
+    const char *done = NULL; /* an entry's path, freed with all others at the end */
+    for (size_t i = unpacker->later_count; i > 0; i--) {
+        struct later *later = &unpacker->later[i - 1];
+        bool is_old = done != NULL && strcmp(done, later->path) == 0;
+        done = later->path;
+        if (is_old || later->removed)
+            continue;
         int fd = walk(unpacker, later->path, false);
         struct timespec times[2] = {{.tv_nsec = UTIME_NOW}, later->mtime};
         if ((geteuid() == 0 && fchown(fd, later->uid, later->gid) < 0) ||
             fchmod(fd, later->mode) < 0 || futimens(fd, times) < 0)
             fail_errno(later->path);
         close(fd);
-        free(later->path);
     }
+    for (size_t i = 0; i < unpacker->later_count; i++)
+        free(unpacker->later[i].path);
     free(unpacker->later);
 }
 
@@ -281,6 +326,7 @@ void tar_unpack(int in, const char *directory, const char *name) {
         fail_errno(directory);
     unpacker->name = name;
     unpacker->parent = -1;
+    umask(0); /* modes are as the archive says */
     tar_reader_init(&unpacker->reader, in);
     struct tar_member member;
     while (tar_next(&unpacker->reader, &member))
@@ -290,6 +336,7 @@ void tar_unpack(int in, const char *directory, const char *name) {
     if (unpacker->parent >= 0)
         close(unpacker->parent);
     free(unpacker->parent_path);
+    free(unpacker->first);
     close(unpacker->root);
     free(unpacker);
 }
