@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
@@ -221,23 +222,63 @@ static void copy_beside(int fd, const char *beside) {
     }
 }
 
-void job_write(const char *path, const uint64_t *mode, const uint64_t *uid, const uint64_t *gid) {
-    must_be_absolute(path);
-    if (!make_parents(path))
+static char *unfinished; /* what a job that is ended by a signal removes */
+
+static void remove_unfinished(int number) {
+    unlink(unfinished);
+    raise(number); /* it ends us as we return: SA_RESETHAND */
+}
+
+/* A new file beside `path`, which does not outlive us when the client goes; its name in `beside`. */
+static int make_beside(const char *path, char **beside) {
+    const char *slash = strrchr(path, '/');
+    size_t room = (size_t)(slash - path) + 32;
+    sigset_t ends, before;
+    struct sigaction action = {.sa_handler = remove_unfinished, .sa_flags = (int)SA_RESETHAND};
+    const int numbers[] = {SIGHUP, SIGINT, SIGTERM};
+    sigemptyset(&ends);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        sigaddset(&ends, numbers[i]);
+    *beside = must_alloc(room);
+    snprintf(*beside, room, "%.*s/.banger-XXXXXX", (int)(slash - path), path);
+    sigprocmask(SIG_BLOCK, &ends, &before);
+    int fd = mkostemp(*beside, O_CLOEXEC);
+    if (fd < 0)
         fail_errno(path);
+    unfinished = *beside;
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        sigaction(numbers[i], &action, NULL);
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    return fd;
+}
+
+/* The file that a path stands for: a link stays, and what it leads to is replaced. */
+static char *resolve(const char *path) {
+    struct stat info;
+    if (lstat(path, &info) < 0 || !S_ISLNK(info.st_mode))
+        return must_copy(path);
+    char *resolved = realpath(path, NULL);
+    if (resolved == NULL) {
+        int error = errno;
+        fail(error, "%s: cannot follow the link: %s", path, strerror(error));
+    }
+    return resolved;
+}
+
+void job_write(const char *named, const uint64_t *mode, const uint64_t *uid, const uint64_t *gid) {
+    must_be_absolute(named);
+    if (!make_parents(named))
+        fail_errno(named);
+    char *path = resolve(named), *beside;
     struct stat old;
-    bool exists = stat(path, &old) == 0;
+    bool exists = lstat(path, &old) == 0;
     if (exists && S_ISDIR(old.st_mode)) {
         errno = EISDIR;
         fail_errno(path);
     }
-    const char *slash = strrchr(path, '/');
-    size_t room = (size_t)(slash - path) + 32;
-    char *beside = must_alloc(room);
-    snprintf(beside, room, "%.*s/.banger-XXXXXX", (int)(slash - path), path);
-    int fd = mkostemp(beside, O_CLOEXEC);
-    if (fd < 0)
-        fail_errno(path);
+    if (exists && !S_ISREG(old.st_mode))
+        fail(EINVAL, "%s: is not a regular file", path);
+    int fd = make_beside(path, &beside);
     copy_beside(fd, beside);
     mode_t wanted = mode ? (mode_t)*mode & 07777 : exists ? old.st_mode & 07777 : 0644;
     uid_t owner = uid ? (uid_t)*uid : exists ? old.st_uid : geteuid();
@@ -251,6 +292,7 @@ void job_write(const char *path, const uint64_t *mode, const uint64_t *uid, cons
         fail_errno(path);
     }
     free(beside);
+    free(path);
 }
 
 void job_stat(const char *path) {
