@@ -16,7 +16,12 @@
 #include "init.h"
 #include "session.h"
 
-enum { GRACE_MS = 2000, INIT_MS = 60000 };
+enum {
+    GRACE_MS = 2000,
+    INIT_MS = 60000,
+    /* What systemd calls SIGRTMIN, as it is built with glibc; musl's own is 35. */
+    SYSTEMD_RTMIN = 34,
+};
 
 _Noreturn void power_cut(bool reboot_instead) {
     sync();
@@ -27,7 +32,8 @@ _Noreturn void power_cut(bool reboot_instead) {
 }
 
 /* Reap until nobody is left, or the time is over. For PID 1, to have no children means that there
- * are no processes: orphans become its children. (Asking kill(-1, 0) would count kernel threads.) */
+ * are no processes: orphans become its children. (Asking kill(-1, 0) would count kernel threads.)
+ * Beside another init it means nothing, and the whole time is given. */
 static void wait_for_all(int64_t limit_ms) {
     int64_t end = now_ms() + limit_ms;
     sigset_t children;
@@ -38,7 +44,7 @@ static void wait_for_all(int64_t limit_ms) {
         while ((pid = waitpid(-1, NULL, WNOHANG)) > 0)
             ;
         int64_t left = end - now_ms();
-        if (pid < 0 || left <= 0)
+        if ((pid < 0 && init_is_ours()) || left <= 0)
             return;
         struct timespec wait = {.tv_sec = left / 1000, .tv_nsec = left % 1000 * 1000000};
         sigtimedwait(&children, NULL, &wait);
@@ -61,7 +67,7 @@ static void go_down(bool reboot_instead) {
 _Noreturn void power_off(bool reboot_instead) {
     char init[32];
     /* systemd's own signals for poweroff.target and reboot.target: systemd(1), "Signals". */
-    int number = SIGRTMIN + (reboot_instead ? 5 : 4);
+    int number = SYSTEMD_RTMIN + (reboot_instead ? 5 : 4);
     if (!init_is_ours() && read_line("/proc/1/comm", init, sizeof init) &&
         strcmp(init, "systemd") == 0 && kill(1, number) == 0) {
         /* Its last step ends us by SIGTERM: to hold out would only make it wait. */
