@@ -72,6 +72,21 @@ static bool make_pty(struct plan *plan, struct launched *launched) {
     return launched->in >= 0 && plan->child[0] >= 0 && plan->child[1] >= 0 && plan->child[2] >= 0;
 }
 
+/* Opened in the agent's own loop, where a guest's root may have put a FIFO in a device's place: that
+ * must not block. */
+static int open_device(const char *path, int flags) {
+    struct stat info;
+    int fd = open(path, flags | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    if (fd < 0)
+        return -1;
+    if (fstat(fd, &info) < 0 || !S_ISCHR(info.st_mode) || fcntl(fd, F_SETFL, flags) < 0) {
+        close(fd);
+        errno = ENODEV;
+        return -1;
+    }
+    return fd;
+}
+
 static bool make_ends(struct plan *plan, struct launched *launched) {
     if (!make_pipe(&launched->report, &plan->child[REPORT_FD], true))
         return false;
@@ -79,8 +94,8 @@ static bool make_ends(struct plan *plan, struct launched *launched) {
         return make_pty(plan, launched);
     if (plan->detached) {
         const char *console = plan->in_guest ? "/dev/console" : "/dev/null";
-        plan->child[0] = open("/dev/null", O_RDONLY | O_CLOEXEC);
-        plan->child[1] = open(console, O_WRONLY | O_NOCTTY | O_CLOEXEC);
+        plan->child[0] = open_device("/dev/null", O_RDONLY);
+        plan->child[1] = open_device(console, O_WRONLY);
         plan->child[2] = fcntl(plan->child[1], F_DUPFD_CLOEXEC, 0);
         return plan->child[0] >= 0 && plan->child[1] >= 0 && plan->child[2] >= 0;
     }
@@ -154,6 +169,19 @@ static struct account find_account(const char *wanted) {
         fail(ENOENT, "there is no user %s in the guest", wanted);
     }
     return account;
+}
+
+/* Programs open their own streams by path as well (`> /dev/stderr`): the user must be allowed to.
+ * A terminal is as login(1) leaves it, for write(1) and its like. */
+static void give_streams(const struct plan *plan, const struct account *account) {
+    enum { TTY_GROUP = 5 }; /* of devpts in every distribution */
+    if (plan->detached || geteuid() != 0) /* the console and /dev/null are everyone's */
+        return;
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fchown(fd, account->uid, plan->pty ? TTY_GROUP : (gid_t)-1) < 0)
+            fail_errno("standard streams");
+    if (plan->pty && fchmod(STDIN_FILENO, 0620) < 0)
+        fail_errno("terminal");
 }
 
 static void become(const struct account *account) {
@@ -232,6 +260,7 @@ static _Noreturn void run_program(const struct plan *plan) {
     char login[PATH_MAX];
     char *login_arguments[] = {login, NULL};
     char **arguments = request->arguments.items;
+    give_streams(plan, &account);
     become(&account);
     set_environment(request, &account, plan->pty);
     enter_directory(request->text[EXEC_DIRECTORY], &account);

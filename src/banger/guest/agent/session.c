@@ -120,7 +120,7 @@ static bool handle(struct session *session, const struct frame *frame) {
     uint32_t value = frame->length == 4 ? get_be32(frame->payload) : 0;
     switch (frame->type) {
     case FRAME_DATA:
-        return stream_data(stream, frame->payload, frame->length);
+        return stream_data(session, stream, frame->payload, frame->length);
     case FRAME_EOF:
         stream->in_eof = true;
         return true;
@@ -163,9 +163,12 @@ static void reap(struct session *session) {
         pid_t pid = waitpid(-1, &status, WNOHANG);
         if (pid <= 0)
             return;
-        for (size_t i = 0; i < STREAM_LIMIT; i++)
-            if (session->streams[i].id != 0 && session->streams[i].child.pid == pid)
-                stream_reaped(&session->streams[i], status);
+        for (size_t i = 0; i < STREAM_LIMIT; i++) {
+            struct stream *stream = &session->streams[i];
+            /* One that has ended already may still be sending, and its number be another's. */
+            if (stream->id != 0 && stream->child.pid == pid && !stream->reaped)
+                stream_reaped(stream, status);
+        }
     }
 }
 

@@ -32,6 +32,8 @@ struct stream {
     uint8_t *in; /* bytes for the child's stdin, at most one window */
     size_t in_start, in_end, in_room;
     bool in_eof;          /* the client has sent its EOF */
+    uint8_t in_last;      /* the last byte written to the child */
+    uint8_t eofs_typed;   /* to a PTY, after all of its input */
     uint32_t in_credit;   /* what the client may still send */
     uint32_t in_passed;   /* passed on, and not yet given back as credit */
     uint32_t out_credit;  /* what we may still send */
@@ -81,7 +83,8 @@ int64_t now_ms(void);
 struct stream *stream_find(struct session *session, uint32_t id);
 void stream_open(struct session *session, const struct frame *frame);
 /* False when the daemon broke the protocol (sent more than its credit). */
-bool stream_data(struct stream *stream, const uint8_t *data, uint32_t size);
+bool stream_data(struct session *session, struct stream *stream, const uint8_t *data,
+                 uint32_t size);
 void stream_signal(struct stream *stream, uint32_t number);
 void stream_resize(struct stream *stream, uint16_t rows, uint16_t columns);
 void stream_reset(struct stream *stream);

@@ -3,6 +3,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -110,6 +111,7 @@ void stream_open(struct session *session, const struct frame *frame) {
         stream->id = frame->stream;
         snprintf(stream->op_id, sizeof stream->op_id, "%s", op_id);
         stream->in_credit = stream->out_credit = WINDOW_BYTES;
+        stream->in_last = '\n'; /* a terminal begins at the start of a line */
     } else {
         if (stream != NULL)
             memset(stream, 0, sizeof *stream);
@@ -141,7 +143,16 @@ static bool make_room(struct stream *stream, size_t size) {
     return true;
 }
 
-bool stream_data(struct stream *stream, const uint8_t *data, uint32_t size) {
+/* No memory for the input: better without one stream than without the agent. */
+static void give_up(struct session *session, struct stream *stream) {
+    const char *message = "the guest is out of memory";
+    log_failure(session, stream->op_id, message);
+    outbox_exit(session, stream->id, EXIT_FAILED, ENOMEM, message); /* answers always fit */
+    stream_reset(stream);
+}
+
+bool stream_data(struct session *session, struct stream *stream, const uint8_t *data,
+                 uint32_t size) {
     if (size > stream->in_credit || stream->in_eof)
         return false;
     stream->in_credit -= size;
@@ -150,7 +161,7 @@ bool stream_data(struct stream *stream, const uint8_t *data, uint32_t size) {
         return true;
     }
     if (!make_room(stream, size)) {
-        stream_reset(stream); /* no memory for it: better one stream than the agent */
+        give_up(session, stream);
         return true;
     }
     memcpy(stream->in + stream->in_end, data, size);
@@ -158,11 +169,19 @@ bool stream_data(struct stream *stream, const uint8_t *data, uint32_t size) {
     return true;
 }
 
-/* To the process group; a child that has not made its session yet is alone and gets it itself. */
+/* To the process group; a child that has not made its session yet is alone and gets it itself.
+ * The group may outlive its leader. While it has a member its number is not given to a new process:
+ * so one of that number after the leader's end means that the group was gone before. */
 static void signal_group(const struct stream *stream, int number) {
     pid_t pid = stream->child.pid;
-    if (pid > 0 && !stream->reaped && kill(-pid, number) < 0)
-        kill(pid, number);
+    if (pid <= 0)
+        return;
+    if (!stream->reaped) {
+        if (kill(-pid, number) < 0)
+            kill(pid, number);
+    } else if (kill(pid, 0) < 0 && errno == ESRCH) {
+        kill(-pid, number);
+    }
 }
 
 void stream_signal(struct stream *stream, uint32_t number) {
@@ -211,6 +230,25 @@ static void give_credit(struct session *session, struct stream *stream) {
     stream->in_passed = 0;
 }
 
+/* A terminal has no end of file of its own: its line discipline makes one of the character VEOF
+ * at the start of a line. After a part of a line the first only hands that part over. False when
+ * the terminal is full. */
+static bool type_eof(struct stream *stream) {
+    struct termios mode;
+    uint8_t character = 'D' - '@';
+    int count = 1;
+    if (tcgetattr(stream->child.in, &mode) == 0 && (mode.c_lflag & ICANON)) {
+        bool at_start = stream->in_last == '\n' ||
+                        (stream->in_last == '\r' && (mode.c_iflag & ICRNL));
+        character = mode.c_cc[VEOF];
+        count = at_start ? 1 : 2;
+    }
+    for (; stream->eofs_typed < count; stream->eofs_typed++)
+        if (write(stream->child.in, &character, 1) < 0)
+            return errno != EAGAIN;
+    return true;
+}
+
 void stream_write(struct session *session, struct stream *stream) {
     if (stream->connecting)
         return;
@@ -225,10 +263,11 @@ void stream_write(struct session *session, struct stream *stream) {
         }
         stream->in_start += (size_t)put;
         stream->in_passed += (uint32_t)put;
+        if (put > 0)
+            stream->in_last = stream->in[stream->in_start - 1];
     }
     if (stream->in_eof && stream->child.in >= 0 && stream->in_start == stream->in_end) {
-        /* A terminal has no end of file of its own: its line discipline makes one of ^D. */
-        if (stream->child.pty && write(stream->child.in, "\004", 1) < 0 && errno == EAGAIN)
+        if (stream->child.pty && !type_eof(stream))
             return;
         close_stdin(stream);
     }
@@ -237,7 +276,7 @@ void stream_write(struct session *session, struct stream *stream) {
 
 static void report_connected(struct session *session, struct stream *stream, int error) {
     if (error == 0) {
-        stream->child.out = dup(stream->child.in);
+        stream->child.out = fcntl(stream->child.in, F_DUPFD_CLOEXEC, 0);
         stream->connecting = false;
         if (stream->child.out >= 0)
             return;
@@ -313,6 +352,13 @@ static size_t readable_bytes(const struct stream *stream, int fd) {
     return ioctl(fd, FIONREAD, &count) == 0 && count > 0 ? (size_t)count : 0;
 }
 
+/* A PTY does not hang up while somebody the child left behind holds it, and says nothing then. */
+static bool has_gone_quiet(const struct stream *stream) {
+    struct pollfd state = {stream->child.out, POLLIN, 0};
+    return stream->child.pty && stream->child.out >= 0 && poll(&state, 1, 0) >= 0 &&
+           (state.revents & POLLIN) == 0;
+}
+
 /* Send the EXIT that the report pipe or else the status calls for; there must be room. */
 static void send_exit(struct session *session, struct stream *stream) {
     struct report report = {.exit_kind = EXIT_EXITED};
@@ -366,7 +412,7 @@ void stream_settle(struct session *session, struct stream *stream) {
         stream->drain_err = readable_bytes(stream, child->err);
     }
     if (stream->drain_limited) {
-        if (stream->drain_out == 0)
+        if (stream->drain_out == 0 || has_gone_quiet(stream))
             close_fd(&child->out);
         if (stream->drain_err == 0)
             close_fd(&child->err);
