@@ -153,6 +153,15 @@ async def test_many_at_once_all_get_a_name_and_run(world: World) -> None:
     assert all(world.liveness.vm_alive(vm) for vm in vms)
 
 
+async def test_a_name_that_another_drew_at_the_same_time_is_drawn_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = iter(["calm-owl", "calm-owl", "calm-owl", "bold-fox"])
+    monkeypatch.setattr(vm_create, "generate_name", lambda _: next(names))
+    done = [await create(world, CreateRequest(image="base")) for _ in range(2)]
+    assert [operation.vm.name for operation in done if operation.vm] == ["calm-owl", "bold-fox"]
+
+
 def gates(world: World) -> dict[str, Gate]:
     return {
         "system disk": world.storage.gate,

@@ -17,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from banger.base.config import VCPU_MAX, Config
-from banger.base.errors import BadRequest, BangerError, OperationTimeout, Unavailable
+from banger.base.errors import BadRequest, BangerError, Conflict, OperationTimeout, Unavailable
 from banger.base.log import OperationLog, vm_attributes
 from banger.base.model import (
     Image,
@@ -210,17 +210,26 @@ class VmCreator:
         require(checks)
 
     async def _insert(self, request: CreateRequest, image: Image) -> Vm:
+        while True:
+            taken = {vm.name for vm in await self._store.vms()}
+            try:
+                return await self._insert_as(request.name or generate_name(taken), request, image)
+            except Conflict:
+                # Others draw names at the same time; only one that was asked for is insisted on.
+                if request.name:
+                    raise
+
+    async def _insert_as(self, name: str, request: CreateRequest, image: Image) -> Vm:
         vm_id = secrets.token_hex(6)
         paths = self._paths.vm(vm_id)
         check_socket_path(paths.control_socket)
         spec = self._spec(request)
         if spec.init is InitMode.AUTO:
             spec = msgspec.structs.replace(spec, init=image.init)
-        taken = {vm.name for vm in await self._store.vms()}
         moment = now()
         vm = Vm(
             id=vm_id,
-            name=request.name or generate_name(taken),
+            name=name,
             image_id=image.id,
             image_name=image.name,
             kernel_id=image.kernel_id,
