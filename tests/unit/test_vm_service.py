@@ -21,6 +21,7 @@ from banger.base.errors import (
     Unavailable,
 )
 from banger.base.model import Vm, VmState
+from banger.base.opid import current_op_id, is_op_id
 from banger.guest import requests
 from banger.services import vm as module
 from banger.services.agents import Agents
@@ -209,6 +210,27 @@ async def test_a_machine_that_ends_by_itself_is_recorded_as_stopped(world: World
         await world.vms.running("box")
 
 
+async def test_that_it_ended_is_an_event_of_its_own_not_one_of_its_creation(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    update = world.store.update_vm
+
+    async def recording(vm: Vm) -> None:
+        seen.append(current_op_id.get())
+        await update(vm)
+
+    vm = await world.create()
+    current_op_id.set("op-0123456789ab")
+    world.vms.watch(vm)
+    monkeypatch.setattr(world.store, "update_vm", recording)
+    world.processes.end(world.liveness.pid(vm))
+    await state_becomes(world, VmState.STOPPED)
+    (op_id,) = seen
+    assert is_op_id(op_id)
+    assert op_id != "op-0123456789ab"
+
+
 async def test_a_guest_that_is_stopped_is_not_said_to_have_ended_by_itself(world: World) -> None:
     await world.create()
     await world.vms.stop("box")
@@ -228,6 +250,36 @@ async def test_an_agent_that_is_gone_is_told_with_where_to_look(
         await world.vms.open_stream(vm, requests.Ping())
     assert 'the agent of vm "box" does not answer' in caught.value.message
     assert vm.runtime.log_path in caught.value.hint
+
+
+async def test_who_connects_to_a_machine_that_goes_is_told_at_once_and_leaves_no_channel(
+    world: World,
+) -> None:
+    vm = await world.create()
+    await world.agents.drop(vm.id)
+    world.agent.silent = True
+    waiting = [asyncio.create_task(world.agents.connect(vm, 60)) for _ in range(3)]
+    while not world.agents._attempts:
+        await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await asyncio.gather(world.agents.drop(vm.id), world.agents.drop(vm.id))
+        ended = await asyncio.gather(*waiting, return_exceptions=True)
+    assert {(type(each), str(each)) for each in ended} == {
+        (Unavailable, "its machine is being stopped")
+    }
+    assert world.agents._channels == world.agents._attempts == {}
+    world.agent.silent = False
+    assert not (await world.agents.connect(vm, 5)).closed
+
+
+async def test_a_channel_made_while_the_machine_goes_is_closed(world: World) -> None:
+    vm = await world.create()
+    await world.agents.drop(vm.id)
+    connecting = asyncio.create_task(world.agents.connect(vm, 60))
+    await asyncio.sleep(0)
+    await world.agents.drop(vm.id)
+    await asyncio.gather(connecting, return_exceptions=True)
+    assert world.agents._channels == {}
 
 
 async def test_a_channel_that_broke_is_made_again_once_for_all_who_ask(

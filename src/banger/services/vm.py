@@ -16,6 +16,7 @@ import msgspec
 from banger.base.errors import Ambiguous, BadRequest, BangerError, Conflict, NotFound, NotRunning
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState, now
+from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.guest.channel import AgentStream, call
 from banger.guest.requests import FileStat, Request, Shutdown, Stat
@@ -200,6 +201,7 @@ class VmService:
         await asyncio.gather(*self._ending, return_exceptions=True)
 
     async def _process_ended(self, vm_id: str) -> None:
+        current_op_id.set(new_op_id())  # not that of the operation which began to watch it
         try:
             async with self.locked(vm_id) as vm:
                 if vm.runtime.state is VmState.RUNNING and not self._liveness.vm_alive(vm):
