@@ -236,7 +236,7 @@ def test_an_interrupted_copy_out_leaves_nothing(
     destination = tmp_path / "destination"
     destination.mkdir()
     process = banger.start("vm", "cp", place, destination)
-    until(lambda: list(destination.glob(".banger-cp-*/place/*")), "the copy is on its way")
+    until(lambda: list(destination.glob(".banger-cp-*/tree/place/*")), "the copy is on its way")
     process.send_signal(number)
     status, _, err = finish(process)
     assert status == 128 + number

@@ -83,6 +83,7 @@ def running(name: str = "box") -> Vm:
         (["run", "--rm", "--", "true"], "vm.run", 125),
         (["vm", "stop", "box"], "vm.stop", 1),
         (["vm", "show", "exec"], "vm.show", 1),
+        (["vm", "cp", "box:/a", "b"], "vm.stat", 1),
         (["ps"], "vm.list", 1),
         (["image", "list"], "image.list", 1),
         (["doctor"], "doctor.run", 1),
@@ -95,7 +96,9 @@ def test_our_failures_are_125_beside_a_guests_command_and_1_elsewhere(
     method: str,
     status: int,
     code: ErrorCode,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # cp takes them for the whole process
     daemon.answers[method] = raising(from_wire(code, "what failed", "what to do"))
     assert run(arguments) == status
     out, err = capfd.readouterr()

@@ -9,11 +9,12 @@ import stat
 from pathlib import Path
 from typing import Any, Self
 
+import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from banger.base.errors import BadRequest, Conflict, NotFound
+from banger.base.errors import Conflict, NotFound
 from banger.cli import copy as module
 from banger.cli.copy import (
     FileKind,
@@ -51,7 +52,7 @@ def test_a_side_is_the_guests_when_a_name_and_a_colon_come_first(
 
 @pytest.mark.parametrize("text", ["", "box:"])
 def test_a_side_without_a_path_is_refused(text: str) -> None:
-    with pytest.raises(BadRequest):
+    with pytest.raises(click.UsageError):
         parse_side(text)
 
 
@@ -76,7 +77,7 @@ def test_exactly_one_side_is_a_guests(
     source: str, destination: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # this process is not for one copy
-    with pytest.raises(BadRequest, match="one side must be NAME:PATH"):
+    with pytest.raises(click.UsageError, match="one side must be NAME:PATH"):
         module.copy(source, destination)
 
 
@@ -99,7 +100,7 @@ def test_a_copy_out_goes_into_a_directory_or_gets_the_new_name(tmp_path: Path) -
 @pytest.mark.parametrize("path", ["/root/..", "/root/a/..", "/.."])
 def test_a_guest_path_without_a_name_of_its_own_is_refused(tmp_path: Path, path: str) -> None:
     """Its copy would be moved out of the directory it was unpacked in."""
-    with pytest.raises(BadRequest, match="name the directory itself"):
+    with pytest.raises(match="name the directory itself"):
         _host_target(GuestSide("box", path), str(tmp_path))
 
 
@@ -107,7 +108,7 @@ def test_a_guest_path_without_a_name_of_its_own_is_refused(tmp_path: Path, path:
 def test_a_copy_out_always_has_one_plain_name(path: str) -> None:
     try:
         target, name = _host_target(GuestSide("box", f"/{path}"), "/tmp")
-    except BadRequest:
+    except click.UsageError:
         return
     assert name not in ("", ".", "..")
     assert "/" not in name
@@ -219,6 +220,22 @@ def test_a_tree_is_merged_and_files_replace_files(unpacked: Path, tmp_path: Path
     assert (target / "dir" / "both").read_text() == "new"
 
 
+def test_a_directory_that_is_there_keeps_its_mode_and_a_new_one_gets_its_own(
+    unpacked: Path, tmp_path: Path
+) -> None:
+    """A guest must not open one of ours to everybody."""
+    target = tmp_path / "target"
+    (target / "dir").mkdir(parents=True)
+    for mine in (target, target / "dir"):
+        mine.chmod(0o700)
+    (unpacked / "dir" / "new").mkdir(parents=True)
+    for theirs in (unpacked, unpacked / "dir", unpacked / "dir" / "new"):
+        theirs.chmod(0o777)
+    _move(unpacked, target)
+    assert mode_of(target) == mode_of(target / "dir") == 0o700
+    assert mode_of(target / "dir" / "new") == 0o777
+
+
 def test_nothing_is_written_through_a_link_on_the_host(unpacked: Path, tmp_path: Path) -> None:
     target, elsewhere = tmp_path / "target", tmp_path / "elsewhere"
     target.mkdir()
@@ -298,7 +315,9 @@ def test_the_private_directory_is_ours_alone_and_goes_whatever_is_in_it(tmp_path
     outside.mkdir(mode=0o755)
     with _private_directory(tmp_path) as directory:
         assert mode_of(directory) == 0o700
-        assert directory.parent == tmp_path
+        directory.chmod(0o777)  # as an archive may
+        assert mode_of(directory.parent) == 0o700
+        assert directory.parent.parent == tmp_path
         (directory / "a" / "b").mkdir(parents=True)
         (directory / "a" / "b" / "file").touch()
         (directory / "a" / "out").symlink_to(outside)

@@ -24,7 +24,7 @@ from typing import IO, NoReturn
 import click
 import msgspec
 
-from banger.base.errors import BadRequest, Conflict, NotFound, Unavailable, from_wire
+from banger.base.errors import Conflict, NotFound, Unavailable, from_wire
 from banger.base.model import Vm
 from banger.base.proc import PIPE, popen
 from banger.cli.app import complete_vm, connect
@@ -55,15 +55,18 @@ Side = GuestSide | str
 
 
 def parse_side(text: str) -> Side:
-    """A guest's path, a host's path, or ``-``. A host path with a colon is written ``./a:b``."""
+    """A guest's path, a host's path, or ``-``. A host path with a colon is written ``./a:b``.
+
+    Raises click.UsageError for a side without a path.
+    """
     name, colon, path = text.partition(":")
     if colon and name and "/" not in name:
         if not path:
-            raise BadRequest(f'"{text}" names no path in the guest: write {name}:/path')
+            raise click.UsageError(f'"{text}" names no path in the guest: write {name}:/path')
         # As for ssh: a relative path begins at the home of root.
         return GuestSide(name, path if path.startswith("/") else f"/root/{path}")
     if not text:
-        raise BadRequest("a path is missing")
+        raise click.UsageError("a path is missing")
     return text
 
 
@@ -80,7 +83,7 @@ def copy(source: str, destination: str) -> None:
     elif isinstance(src, GuestSide) and isinstance(dst, str):
         _copy_out(src, dst)
     else:
-        raise BadRequest("one side must be NAME:PATH, the other a path of this host or -")
+        raise click.UsageError("one side must be NAME:PATH, the other a path of this host or -")
 
 
 def _end(number: int, _: FrameType | None) -> NoReturn:
@@ -98,7 +101,7 @@ def _copy_in(source: str, target: GuestSide) -> None:
         raise NotFound(f"{source} does not exist")
     full = Path(os.path.abspath(path))  # noqa: PTH100 - not resolved: a link is copied as a link
     if full == Path("/"):
-        raise BadRequest("the root directory cannot be copied as a whole")
+        raise click.UsageError("the root directory cannot be copied as a whole")
     directory, name = _guest_target(target, full.name, is_tree=path.is_dir())
     argv = ["tar", "--create", "--file=-", "--format=gnu", "--sparse", "--owner=root:0",
             "--group=root:0", f"--directory={full.parent}", "--", full.name]  # fmt: skip
@@ -176,6 +179,7 @@ def _copy_out(source: GuestSide, destination: str) -> None:
                 with suppress(BrokenPipeError):
                     process.stdin.close()
                 status = process.wait()
+            staging.chmod(0o700)  # or what the archive gave it might hide what is in it
             if status != 0:
                 raise Unavailable("tar refused what the guest sent: nothing was copied")
             if not os.path.lexists(staging / name):
@@ -193,7 +197,7 @@ def _host_target(source: GuestSide, destination: str) -> tuple[Path, str]:
     path = Path(destination)
     name = PurePosixPath(source.path).name or source.vm
     if name == "..":
-        raise BadRequest(f"{source.path} ends with ..: name the directory itself")
+        raise click.UsageError(f"{source.path} ends with ..: name the directory itself")
     if path.is_dir():
         return path / name, name
     if destination.endswith("/"):
@@ -205,10 +209,16 @@ def _host_target(source: GuestSide, destination: str) -> tuple[Path, str]:
 
 @contextmanager
 def _private_directory(parent: Path) -> Iterator[Path]:
-    """A directory on the same file system as the target, removed at the end, whatever is in it."""
+    """A directory on the same file system as the target, removed at the end, whatever is in it.
+
+    It lies in one of ours alone, for an archive may say what mode the directory has in which it
+    is unpacked: others could then run a set-uid file in it.
+    """
     directory = Path(tempfile.mkdtemp(prefix=".banger-cp-", dir=parent))
     try:
-        yield directory
+        inner = directory / "tree"
+        inner.mkdir(mode=0o700)
+        yield inner
     finally:
         # A tree may hold directories without write permission.
         for root, folders, _ in os.walk(directory):
@@ -222,20 +232,26 @@ def _private_directory(parent: Path) -> Iterator[Path]:
 def _move(source: Path, target: Path) -> None:
     """Move an unpacked tree to its place, into directories that are there already.
 
-    Files replace files. A link or a file where a directory must be is refused with Conflict, and
-    so is a directory where a file must be; devices and the like are refused too.
+    Files replace files; directories that are there keep their modes. A link or a file where a
+    directory must be is refused with Conflict, and so is a directory where a file must be; devices
+    and the like are refused too.
     """
     info = source.lstat()
     mode = info.st_mode
     if stat.S_ISDIR(mode):
-        if target.is_symlink() or (target.exists() and not target.is_dir()):
-            raise Conflict(f"{target} is there and is not a directory")
+        try:
+            target.mkdir(mode=0o700)
+            is_new = True
+        except FileExistsError:
+            if target.is_symlink() or not target.is_dir():
+                raise Conflict(f"{target} is there and is not a directory") from None
+            is_new = False
         source.chmod(0o700)
-        target.mkdir(exist_ok=True, mode=0o700)
         for entry in sorted(source.iterdir()):
             _move(entry, target / entry.name)
-        target.chmod(stat.S_IMODE(mode) & _MODE_MASK)
-        os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))
+        if is_new:
+            target.chmod(stat.S_IMODE(mode) & _MODE_MASK)
+            os.utime(target, ns=(info.st_atime_ns, info.st_mtime_ns))
         return
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISFIFO(mode)):
         raise Conflict(f"{target.name} is a device or a socket in the guest: not copied")
@@ -266,7 +282,4 @@ class _Opened(msgspec.Struct):
 @click.argument("destination", metavar="DST", shell_complete=complete_vm)
 def cp(*, source: str, destination: str) -> None:
     """Copy files and folders: either side may be NAME:PATH, or - for a tar stream."""
-    try:
-        copy(source, destination)
-    except BadRequest as error:
-        raise click.UsageError(error.message) from error
+    copy(source, destination)
