@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -93,6 +94,46 @@ async def test_a_vcpu_that_hangs_is_not_usable(
     monkeypatch.setattr("banger.base.proc.run", run)
     answer = await kvm.probe(tmp_path / "probes.json", device)
     assert answer == kvm.KvmProbe(False, "a vCPU did not get anywhere within 10 s")
+
+
+async def test_a_time_out_is_asked_again_ever_more_rarely(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+    clock = 0.0
+
+    async def run(argv: list[str], **_: object) -> Completed:
+        asked.append(clock)
+        if clock < 1200:
+            raise OperationTimeout("too late")
+        return Completed(tuple(argv), kvm.PROBE_PASSED, b"", b"")
+
+    monkeypatch.setattr("banger.base.proc.run", run)
+    monkeypatch.setattr(kvm, "_since_boot_s", lambda: clock)
+    usable = []
+    for minute in range(60):
+        clock = minute * 60.0
+        usable.append((await kvm.probe(tmp_path / "probes.json", device)).usable)
+    assert [moment / 60 for moment in asked] == [0, 5, 15, 35]
+    assert usable == [False] * 35 + [True] * 25
+
+
+async def test_those_who_ask_at_once_share_one_probe(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[list[str]] = []
+
+    async def run(argv: list[str], **_: object) -> Completed:
+        runs.append(argv)
+        await asyncio.sleep(0.01)
+        raise OperationTimeout("too late")
+
+    monkeypatch.setattr("banger.base.proc.run", run)
+    monkeypatch.setattr(kvm.probe, "__defaults__", (device,))
+    driver = QemuHypervisor("auto", tmp_path / "probes.json")
+    chosen = await asyncio.gather(*(driver.choose_accelerator() for _ in range(5)))
+    assert {accelerator for accelerator, _ in chosen} == {Accelerator.TCG}
+    assert len(runs) == 1
 
 
 async def test_without_the_device_nothing_is_tried(tmp_path: Path) -> None:

@@ -8,7 +8,9 @@ one who emulates single instructions minutes. (Without the loop the program ends
 that kind.) It ends by writing to a port that ends QEMU with a
 status nothing else gives.
 
-The answer is kept for as long as the host is up and QEMU and the device stay as they are.
+The answer is kept for as long as the host is up and QEMU and the device stay as they are. That
+nothing came within the time may only mean a busy host: this is asked again after a while, which
+doubles each time, for on a host where it never comes each question costs the whole time.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +33,9 @@ DEVICE = Path("/dev/kvm")
 
 #: A healthy host needs 0.2 s; one whose KVM is itself emulated (nested in TCG), several seconds.
 _TIMEOUT_S = 10.0
+
+#: How long the first time-out is believed.
+_TIMEOUT_HOLDS_S = 300.0
 
 # isa-debug-exit makes status (value << 1) | 1 of what the guest writes.
 _EXIT_PORT = 0xF4
@@ -53,12 +59,19 @@ class _Cached(msgspec.Struct, frozen=True):
     key: list[str]
     usable: bool
     detail: str
+    #: A time-out: how long it is believed, and until when, by the clock that begins at boot.
+    holds_s: float = 0
+    until_s: float = 0
+
+    def stands(self) -> bool:
+        return not self.holds_s or _since_boot_s() < self.until_s
 
 
 async def probe(cache: Path, device: Path = DEVICE) -> KvmProbe:
     """Whether a vCPU runs, from `cache` when the question was answered since the host booted.
 
-    Takes 10 s at most. Never raises; a cache that cannot be read or written is done without.
+    Takes 10 s at most. Never raises; a cache that cannot be read or written is done without. Not
+    to be called again while it runs: who waits finds the answer in the cache.
     """
     obstacle = _obstacle(device)
     if obstacle:
@@ -66,12 +79,27 @@ async def probe(cache: Path, device: Path = DEVICE) -> KvmProbe:
         return KvmProbe(False, obstacle)
     key = _key(device)
     cached = _read(cache)
-    if cached is not None and cached.key == key:
+    if cached is not None and cached.key != key:
+        cached = None
+    if cached is not None and cached.stands():
         return KvmProbe(cached.usable, cached.detail)
-    answer, final = await _run()
-    if final:
+    try:
+        answer = await _run()
+    except OperationTimeout:
+        answer = KvmProbe(False, f"a vCPU did not get anywhere within {_TIMEOUT_S:g} s")
+        holds_s = 2 * cached.holds_s if cached is not None else _TIMEOUT_HOLDS_S
+        until_s = _since_boot_s() + holds_s
+        _write(cache, _Cached(key, False, answer.detail, holds_s, until_s))
+    except BangerError as error:
+        # QEMU did not start: that says nothing of KVM, and is not kept.
+        return KvmProbe(False, error.message)
+    else:
         _write(cache, _Cached(key, answer.usable, answer.detail))
     return answer
+
+
+def _since_boot_s() -> float:
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _obstacle(device: Path) -> str:
@@ -98,25 +126,21 @@ def _key(device: Path) -> list[str]:
     ]
 
 
-async def _run() -> tuple[KvmProbe, bool]:
-    """The answer, and whether it will be the same the next time."""
+async def _run() -> KvmProbe:
+    """Raises OperationTimeout, and what keeps QEMU from being started."""
     program = os.memfd_create("kvm-probe")
     try:
         os.write(program, probe_program())
         completed = await proc.run(
             probe_argv(program), timeout_s=_TIMEOUT_S, check=False, pass_fds=(program,)
         )
-    except OperationTimeout:
-        return KvmProbe(False, f"a vCPU did not get anywhere within {_TIMEOUT_S:g} s"), True
-    except BangerError as error:
-        return KvmProbe(False, error.message), False
     finally:
         os.close(program)
     if completed.returncode == PROBE_PASSED:
-        return KvmProbe(True, "a vCPU ran a program"), True
+        return KvmProbe(True, "a vCPU ran a program")
     lines = completed.stderr.decode(errors="replace").strip().splitlines()
     reason = lines[0].removeprefix(f"{QEMU}: ") if lines else f"status {completed.returncode}"
-    return KvmProbe(False, f"QEMU cannot run a vCPU: {reason}"), True
+    return KvmProbe(False, f"QEMU cannot run a vCPU: {reason}")
 
 
 def probe_argv(program_fd: int, accelerator: str = "kvm", cpu: str = KVM_CPU) -> list[str]:

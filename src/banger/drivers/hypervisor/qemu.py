@@ -55,6 +55,7 @@ class QemuHypervisor:
         """`accelerator` is the setting: ``auto``, ``kvm`` or ``tcg``."""
         self._setting = accelerator
         self._probe_cache = probe_cache
+        self._probing = asyncio.Lock()
 
     async def checks(self) -> list[Check]:
         """QEMU itself, and the accelerator: which one, and why."""
@@ -72,7 +73,8 @@ class QemuHypervisor:
         name = "accelerator"
         if self._setting == Accelerator.TCG:
             return Accelerator.TCG, Check(name, Level.OK, "tcg, as configured")
-        answer = await kvm.probe(self._probe_cache)
+        async with self._probing:  # one probe: beside others it would take longer
+            answer = await kvm.probe(self._probe_cache)
         if answer.usable:
             return Accelerator.KVM, Check(name, Level.OK, f"kvm: {answer.detail}")
         if self._setting == Accelerator.KVM:
@@ -98,6 +100,7 @@ class QemuHypervisor:
                     qemu_argv(machine, HostFacts(accelerator, tsc_khz()), inherited, mac),
                     log=machine.hypervisor_log,
                     pass_fds=[fd for fd in (theirs.fileno(), network_fd) if fd >= 0],
+                    env=proc.BARE_ENVIRONMENT,
                 )
         except BaseException:
             ours.close()
