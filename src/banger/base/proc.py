@@ -29,6 +29,10 @@ _GRACE_S = 3.0
 _TAIL_BYTES = 2000
 _READ_BYTES = 65536
 
+#: For programs that a guest might take over: nothing of the user's, who may keep keys in his.
+#: (They are started by their full path, and get the PATH of an empty environment.)
+BARE_ENVIRONMENT: Mapping[str, str] = {"HOME": "/", "LC_ALL": "C.UTF-8"}
+
 Argv = Sequence[str | Path]
 
 

@@ -70,10 +70,13 @@ class PasstNetwork:
             with outer, inner:
                 with passt:
                     argv = passt_argv(passt.fileno(), log, uplink=has_default_route(_ROUTES))
-                    proc.watch(proc.spawn_detached(argv, log=log, pass_fds=[passt.fileno()]))
+                    fds = [passt.fileno()]
+                    env = proc.BARE_ENVIRONMENT
+                    proc.watch(proc.spawn_detached(argv, log=log, pass_fds=fds, env=env))
                 await _serves(inner, mac, log)
-                fds = (outer.fileno(), inner.fileno())
-                sifter = proc.spawn_detached(filter_argv(vm_id, *fds), log=log, pass_fds=fds)
+                fds = [outer.fileno(), inner.fileno()]
+                argv = filter_argv(vm_id, *fds)
+                sifter = proc.spawn_detached(argv, log=log, pass_fds=fds, env=env)
         except BaseException:
             hypervisor.close()
             raise
