@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import os
 import platform
 import random
@@ -288,6 +289,21 @@ async def test_a_reset_hangs_up_the_group(channel: AgentChannel, tmp_path: Path)
     assert await asyncio.wait_for(reading, _TIMEOUT_S) == "hangup\n"
 
 
+async def test_a_reset_hangs_up_a_group_whose_leader_has_ended(
+    channel: AgentChannel, tmp_path: Path
+) -> None:
+    note = tmp_path / "note"
+    os.mkfifo(note)
+    reading = asyncio.create_task(asyncio.to_thread(note.read_text))
+    # Nobody receives what fills the window and a part of the pipe: the stream stays open.
+    full = "exec head -c 400000 /dev/zero"
+    waiting = "trap '' PIPE; trap 'echo hangup >&3; exit' HUP; while :; do sleep 0.05; done"
+    stream = await channel.open(Exec(["sh", "-c", f"exec 3> {note}; ({waiting}) & {full}"]))
+    await asyncio.sleep(0.5)  # nothing tells from here that the leader is gone
+    await stream.reset()
+    assert await asyncio.wait_for(reading, _TIMEOUT_S) == "hangup\n"
+
+
 async def test_a_pty_is_a_terminal_of_its_own(channel: AgentChannel) -> None:
     script = "tty; stty size; echo $TERM; read line; echo got-$line; trap : WINCH; "
     script += "echo ready; read again; stty size; exit 5"
@@ -318,6 +334,43 @@ async def test_ctrl_c_and_the_end_of_input_work_on_a_pty(channel: AgentChannel) 
     async with await channel.open(Exec(["cat"], pty=True)) as stream:
         await stream.send_eof()
         _, exit_ = await until_exit(stream)
+    assert exit_.status == 0
+
+
+async def test_the_end_of_input_comes_after_half_a_line_on_a_pty(channel: AgentChannel) -> None:
+    script = "stty eof ^E; echo ready; cat"
+    async with await channel.open(Exec(["sh", "-c", script], pty=True)) as stream:
+        assert await stream.receive() == Data(b"ready\r\n")
+        await stream.send(b"half a line")
+        await stream.send_eof()
+        output, exit_ = await until_exit(stream)
+    assert (output.count(b"half a line"), exit_.status) == (2, 0)
+
+
+async def test_a_terminal_that_was_given_up_but_is_held_does_not_hold_the_end(
+    channel: AgentChannel,
+) -> None:
+    leave = "import fcntl, os, sys, termios, time; sys.stdout.write('x'); sys.stdout.flush(); "
+    leave += "fcntl.ioctl(0, termios.TIOCNOTTY); pid = os.fork(); "
+    leave += "print(pid, flush=True) if pid else time.sleep(100)"
+    # TIOCNOTTY hangs the group up.
+    argv = ["sh", "-c", 'trap "" HUP CONT; exec "$0" -c "$1"', sys.executable, leave]
+    async with await channel.open(Exec(argv, pty=True)) as stream:
+        output, exit_ = await until_exit(stream)
+    os.kill(int(output.strip(b"x\r\n")), signal.SIGKILL)
+    assert exit_.status == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="root alone can run a program as somebody else")
+@pytest.mark.parametrize("pty", [False, True])
+async def test_another_users_program_can_open_its_streams_by_path(
+    channel: AgentChannel, pty: bool
+) -> None:
+    script = "echo out > /dev/stdout && echo err > /dev/stderr && : < /dev/stdin"
+    request = Exec(["sh", "-c", script], user="65534", pty=pty)
+    async with await channel.open(request) as stream:
+        output, exit_ = await until_exit(stream)
+    assert sorted(output.split()) == [b"err", b"out"], output
     assert exit_.status == 0
 
 
@@ -365,6 +418,39 @@ async def test_files_are_written_whole_or_not_at_all(channel: AgentChannel, tmp_
     assert answer.stdout == b"new"
     shape = await call(channel, Stat(str(path)), timeout_s=_TIMEOUT_S)
     assert FileStat.decode(shape.stdout) == FileStat("f", 0o640, 3)
+
+
+async def test_a_file_that_is_not_finished_is_removed(
+    channel: AgentChannel, tmp_path: Path
+) -> None:
+    stream = await channel.open(Write(str(tmp_path / "file")))
+    await stream.send(b"half")
+    while not list(tmp_path.glob(".banger-*")):
+        await asyncio.sleep(0.01)
+    await stream.reset()
+    for _ in range(500):
+        if not list(tmp_path.glob(".banger-*")):
+            break
+        await asyncio.sleep(0.01)
+    # Of the directory there is the agent's socket as well.
+    assert [path.name for path in tmp_path.iterdir()] == ["agent.sock"]
+
+
+async def test_what_a_link_leads_to_is_written(channel: AgentChannel, tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "real").chmod(0o600)
+    (tmp_path / "link").symlink_to("real")
+    await call(channel, Write(str(tmp_path / "link")), stdin=b"new", timeout_s=_TIMEOUT_S)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    assert stat.S_IMODE((tmp_path / "real").stat().st_mode) == 0o600
+
+
+async def test_a_device_is_not_replaced_by_a_file(channel: AgentChannel, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(BadRequest, match="not a regular file"):
+        await call(channel, Write(str(tmp_path / "fifo")), stdin=b"x", timeout_s=_TIMEOUT_S)
+    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
 
 
 async def test_stats_and_sockets_are_json(channel: AgentChannel) -> None:
@@ -504,6 +590,78 @@ async def test_nothing_is_written_through_a_link_below_the_directory(
     with pytest.raises(NotFound, match="a link or a file"):
         await call(channel, Unpack(str(tmp_path / "in")), stdin=data, timeout_s=_TIMEOUT_S)
     assert not list((tmp_path / "outside").iterdir())
+
+
+def make_tar(*members: tuple[str, bytes, int, str | bytes]) -> bytes:
+    """Members are (name, type, mode, content or link target)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        for name, kind, mode, content in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.mode = kind, mode
+            if isinstance(content, bytes):
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+            else:
+                member.linkname = content
+                archive.addfile(member)
+    return out.getvalue()
+
+
+async def test_a_file_takes_the_place_of_an_empty_directory(
+    channel: AgentChannel, tmp_path: Path
+) -> None:
+    (tmp_path / "in/old").mkdir(parents=True)
+    data = make_tar(
+        ("old", tarfile.REGTYPE, 0o644, b"file"),
+        ("both", tarfile.DIRTYPE, 0o700, ""),
+        ("both", tarfile.SYMTYPE, 0o777, "old"),
+    )
+    await call(channel, Unpack(str(tmp_path / "in")), stdin=data, timeout_s=_TIMEOUT_S)
+    assert (tmp_path / "in/old").read_text() == "file"
+    assert (tmp_path / "in/both").readlink() == Path("old")
+
+
+async def test_the_last_word_on_a_directory_holds(channel: AgentChannel, tmp_path: Path) -> None:
+    data = make_tar(
+        ("top", tarfile.DIRTYPE, 0o700, ""),
+        ("top/sub", tarfile.DIRTYPE, 0o500, ""),
+        ("top/", tarfile.DIRTYPE, 0o755, ""),
+        ("top/fifo", tarfile.FIFOTYPE, 0o666, ""),
+    )
+    await call(channel, Unpack(str(tmp_path / "in")), stdin=data, timeout_s=_TIMEOUT_S)
+    modes = [stat.S_IMODE((tmp_path / "in/top" / n).stat().st_mode) for n in (".", "sub", "fifo")]
+    assert modes == [0o755, 0o500, 0o666]
+
+
+async def test_a_hard_link_has_no_data_whatever_size_it_claims(
+    channel: AgentChannel, tmp_path: Path
+) -> None:
+    data = bytearray(
+        make_tar(
+            ("a", tarfile.REGTYPE, 0o644, b"data"),
+            ("b", tarfile.LNKTYPE, 0o644, "a"),
+            ("c", tarfile.REGTYPE, 0o644, b"more"),
+        )
+    )
+    header = tarfile.TarInfo("b")
+    header.type, header.linkname, header.size = tarfile.LNKTYPE, "a", 4
+    data[1024:1536] = header.tobuf(tarfile.GNU_FORMAT)
+    await call(channel, Unpack(str(tmp_path / "in")), stdin=bytes(data), timeout_s=_TIMEOUT_S)
+    assert {path.name: path.read_text() for path in (tmp_path / "in").iterdir()} == {
+        "a": "data",
+        "b": "data",
+        "c": "more",
+    }
+
+
+@pytest.mark.parametrize("names", [("./a", "./b"), ("./",)])
+async def test_one_new_name_is_for_one_top_alone(
+    channel: AgentChannel, tmp_path: Path, names: Sequence[str]
+) -> None:
+    data = make_tar(*((name, tarfile.DIRTYPE, 0o700, "") for name in names))
+    with pytest.raises(BadRequest, match="top"):
+        await call(channel, Unpack(str(tmp_path), name="n"), stdin=data, timeout_s=_TIMEOUT_S)
 
 
 async def test_the_agent_comes_back_from_a_daemon_that_died_in_a_frame(
