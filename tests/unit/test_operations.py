@@ -175,6 +175,25 @@ async def test_one_who_cancels_and_goes_does_not_interrupt_the_clean_up(
     assert progress.record.state is OperationState.CANCELLED
 
 
+async def test_the_last_one_who_wants_it_and_leaves_cancels_it(operations: Operations) -> None:
+    progress = begin(operations, for_ever)
+    assert operations.join(OP_ID)
+    assert not (await operations.leave(OP_ID)).done
+    assert (await operations.leave(OP_ID)).state is OperationState.CANCELLED
+    assert (await operations.leave(OP_ID)) == progress.record
+
+
+async def test_what_is_being_cancelled_or_has_ended_cannot_be_joined(
+    operations: Operations,
+) -> None:
+    begin(operations, for_ever)
+    cancelling = asyncio.create_task(operations.cancel(OP_ID))
+    await asyncio.sleep(0)
+    assert not operations.join(OP_ID)
+    await cancelling
+    assert not operations.join(OP_ID)
+
+
 async def test_what_has_ended_cannot_be_cancelled(operations: Operations) -> None:
     done = await ended(begin(operations, nothing))
     assert await operations.cancel(OP_ID) == done

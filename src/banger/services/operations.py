@@ -27,6 +27,8 @@ class Progress:
     def __init__(self, log: OperationLog, record: Operation) -> None:
         self._log = log
         self.record = record
+        #: How many want what it makes: who began it, and who joined and has not left.
+        self.wanted_by = 1
         self._changed = asyncio.Event()
 
     def stage(self, stage: str, detail: str = "", percent: float = -1) -> None:
@@ -129,6 +131,20 @@ class Operations:
         """Every operation that is known, oldest first."""
         self._prune()
         return [progress.record for progress in self._progress.values()]
+
+    def join(self, op_id: str) -> bool:
+        """Want it, too. False when it has ended or is being cancelled."""
+        progress, task = self.get(op_id), self._tasks.get(op_id)
+        if progress.record.done or task is None or task.cancelling():
+            return False
+        progress.wanted_by += 1
+        return True
+
+    async def leave(self, op_id: str) -> Operation:
+        """Want it no more. It goes on for others; the last one to leave cancels it (`cancel`)."""
+        progress = self.get(op_id)
+        progress.wanted_by -= 1
+        return progress.record if progress.wanted_by > 0 else await self.cancel(op_id)
 
     async def cancel(self, op_id: str) -> Operation:
         """Stop it, wait until it has cleaned up, and return how it ended. Idempotent."""
