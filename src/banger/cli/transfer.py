@@ -11,11 +11,14 @@ from typing import IO
 import click
 
 from banger.base.units import format_size
+from banger.cli.app import note
 from banger.cli.render import printable
 from banger.rpc.client import Session
 from banger.rpc.protocol import CREDIT_BYTES, NUMBER, Exit, FrameType, decode_exit, frame
 
 _READ_BYTES = 128 << 10
+#: A longer line of a guest's is cut.
+_LINE_BYTES = 8 << 10
 _SHOW_EVERY_S = 0.5
 _QUIET_FOR_S = 1.0
 
@@ -44,12 +47,32 @@ class _Counter:
             click.echo("\r\x1b[K", err=True, nl=False)
 
 
+class _Said:
+    """What the guest says on its stderr, passed on to ours line by line, without what could
+    command a terminal: unlike a command's, it is not asked for."""
+
+    def __init__(self) -> None:
+        self._begun = b""
+
+    def add(self, data: bytes | memoryview) -> None:
+        *lines, self._begun = (self._begun + data).split(b"\n")
+        if len(self._begun) > _LINE_BYTES:
+            lines, self._begun = [*lines, self._begun], b""
+        for line in lines:
+            note(printable(line.decode(errors="replace")))
+
+    def end(self) -> None:
+        if self._begun:
+            self.add(b"\n")
+
+
 def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:
     """Send all of `data` as DATA and then EOF; how the other side ended.
 
     What the guest says on its stderr goes to ours.
     """
     counter = _Counter(title)
+    said = _Said()
     out = bytearray()
     credit = CREDIT_BYTES
     open_ = True
@@ -58,7 +81,7 @@ def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:
         while True:
             for kind, payload in frames:
                 if kind is FrameType.STDERR:
-                    os.write(sys.stderr.fileno(), payload)
+                    said.add(payload)
                 elif kind is FrameType.WINDOW:
                     credit += NUMBER.unpack(payload)[0]
                 elif kind is FrameType.EXIT:
@@ -81,11 +104,13 @@ def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:
                 session.send_some(out)
     finally:
         counter.clear()
+        said.end()
 
 
 def receive_stream(session: Session, out: IO[bytes], *, title: str) -> Exit:
     """Write the DATA that comes to `out`; how the other side ended."""
     counter = _Counter(title)
+    said = _Said()
     frames = session.pending()
     try:
         while True:
@@ -95,9 +120,10 @@ def receive_stream(session: Session, out: IO[bytes], *, title: str) -> Exit:
                     out.flush()
                     counter.add(len(payload))
                 elif kind is FrameType.STDERR:
-                    os.write(sys.stderr.fileno(), payload)
+                    said.add(payload)
                 elif kind is FrameType.EXIT:
                     return decode_exit(payload)
             frames = session.receive()
     finally:
         counter.clear()
+        said.end()
