@@ -18,7 +18,7 @@ import pytest
 from banger.base.errors import Unavailable
 from banger.base.model import ErrorInfo
 from banger.cli.session import run_session
-from banger.cli.transfer import receive_stream, send_stream
+from banger.cli.transfer import _Said, receive_stream, send_stream
 from banger.rpc.client import Session
 from banger.rpc.protocol import CREDIT_BYTES, NUMBER, Exit, FrameType, encode_json, frame
 from cli_daemon import read_frame
@@ -352,6 +352,31 @@ def test_on_a_terminal_ctrl_c_is_a_byte_and_the_terminal_is_as_before_afterwards
     os.close(master)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_session_that_is_ended_leaves_the_terminal_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    master, slave = os.openpty()
+    with os.fdopen(slave, "r+b", buffering=0) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        before = termios.tcgetattr(slave)
+
+        def half(connection: socket.socket) -> None:
+            while termios.tcgetattr(slave)[3] & termios.ICANON:
+                waiting.wait(0.005)
+            os.kill(os.getpid(), number)
+            assert read_frame(connection) is None
+
+        waiting = threading.Event()
+        with against(half) as (session, done):
+            assert run_session(session, terminal=True, stdin=True) == 128 + number
+            session._socket.close()
+            done.result(10)
+        assert termios.tcgetattr(slave) == before
+        assert signal.getsignal(number) == signal.SIG_DFL
+    os.close(master)
+
+
 # Streams of vm cp
 
 
@@ -418,6 +443,30 @@ def test_what_is_received_is_written_and_the_exit_returned(tmp_path: Path) -> No
     with (tmp_path / "file").open("wb") as file, against(half) as (session, _):
         assert receive_stream(session, file, title="x") == Exit(exit_code=0)
     assert (tmp_path / "file").read_bytes() == content
+
+
+@pytest.mark.parametrize("send", [True, False])
+def test_what_a_guest_says_of_a_copy_cannot_command_the_terminal(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], send: bool
+) -> None:
+    def half(connection: socket.socket) -> None:
+        for part in (b"one\x1b]0;ti", b"tle\x07\ncaf\xc3", b"\xa9\n", b"\xff", b"\x9b31mend"):
+            connection.sendall(frame(FrameType.STDERR, part))
+        connection.sendall(exit_frame(Exit(exit_code=0)))
+
+    with (tmp_path / "file").open("w+b") as file, against(half) as (session, _):
+        transfer = send_stream if send else receive_stream
+        assert transfer(session, file, title="x") == Exit(exit_code=0)
+    assert capfd.readouterr().err == "one?]0;title?\ncafé\n\ufffd\ufffd31mend\n"
+
+
+def test_a_guest_that_never_ends_its_line_does_not_fill_our_memory(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    said = _Said()
+    for _ in range(10):
+        said.add(b"x" * 10_000)
+        assert len(capfd.readouterr().err) == 10_001
 
 
 def test_a_stream_that_breaks_off_is_an_error_and_not_an_end(tmp_path: Path) -> None:

@@ -35,8 +35,9 @@ def connect(*, start: bool = True) -> Client:
 
 
 def note(text: str) -> None:
-    """Tell the user something beside the output: on stderr."""
-    click.echo(text, err=True)
+    """Tell the user something beside the output: on stderr, if there is somebody to hear it."""
+    with suppress(OSError):  # a terminal that was hung up
+        click.echo(text, err=True)
 
 
 def print_error(error: BangerError) -> None:

@@ -6,6 +6,7 @@ direction moves on, or two full pipes would wait for each other for ever.
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import signal
@@ -30,6 +31,16 @@ from banger.rpc.protocol import (
 
 _READ_BYTES = 128 << 10
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
+#: On a terminal these are ours, and end the session once the terminal is as it was.
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
+
+class _Abandoned(Exception):
+    """The command is left to itself because of this signal."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.status = 128 + number
 
 
 def window_size() -> tuple[int, int]:
@@ -43,16 +54,18 @@ def window_size() -> tuple[int, int]:
 def run_session(session: Session, *, terminal: bool, stdin: bool) -> int:
     """Carry a guest's command until it ends; its exit status.
 
-    `terminal`: stdin is put into raw mode, so Ctrl-C is a byte like others. Without it the first
-    Ctrl-C is sent to the command as a signal and the second one abandons it (status 130).
+    `terminal`: stdin is put into raw mode, so Ctrl-C is a byte like others; SIGTERM and SIGHUP
+    abandon the command (status 128+n). Without it the first Ctrl-C is sent to the command as a
+    signal and the second one abandons it (status 130).
     `stdin`: whether the command gets our standard input.
     """
     loop = _Loop(session, terminal=terminal, stdin=stdin)
-    with _signals(terminal) as wakeup, _raw(terminal):
-        exit_ = loop.run(wakeup)
-    if exit_ is None:
+    try:
+        with _signals(terminal) as wakeup, _raw(terminal):
+            exit_ = loop.run(wakeup)
+    except _Abandoned as abandoned:
         note("abandoned: the command in the guest gets SIGHUP")
-        return 130
+        return abandoned.status
     if exit_.error is not None:
         error = exit_.error
         print_error(from_wire(error.code, error.message, error.hint, error.op_id))
@@ -71,14 +84,14 @@ class _Loop:
         if not stdin:
             self._send(FrameType.EOF)
 
-    def run(self, wakeup: int) -> Exit | None:
-        """The exit of the command; None when it was abandoned."""
+    def run(self, wakeup: int) -> Exit:
+        """The exit of the command. Raises _Abandoned."""
         if (exit_ := self._frames(self._session.pending())) is not None:
             return exit_
         while True:
             ready = self._poll(wakeup)
-            if wakeup in ready and not self._take_signals(wakeup):
-                return None
+            if wakeup in ready:
+                self._take_signals(wakeup)
             if ready.get(self._session.fileno(), 0) & select.POLLOUT:
                 self._session.send_some(self._out)
             if ready.get(self._session.fileno(), 0) & ~select.POLLOUT:
@@ -110,7 +123,12 @@ class _Loop:
         return None
 
     def _read_stdin(self) -> None:
-        data = os.read(self._stdin, min(_READ_BYTES, self._credit))
+        try:
+            data = os.read(self._stdin, min(_READ_BYTES, self._credit))
+        except OSError as error:
+            if self._terminal and error.errno == errno.EIO:
+                raise _Abandoned(signal.SIGHUP) from None  # it was hung up
+            raise
         if data:
             self._credit -= len(data)
             self._send(FrameType.DATA, data)
@@ -118,18 +136,19 @@ class _Loop:
             self._stdin = -1
             self._send(FrameType.EOF)
 
-    def _take_signals(self, wakeup: int) -> bool:
-        """Act on the signals that came; False to abandon the command."""
+    def _take_signals(self, wakeup: int) -> None:
+        """Act on the signals that came. Raises _Abandoned."""
         for number in os.read(wakeup, 64):
             if number == signal.SIGWINCH:
                 if self._terminal:
                     self._send(FrameType.RESIZE, WINDOW_SIZE.pack(*window_size()))
+            elif self._terminal:
+                raise _Abandoned(number)
             elif self._signalled:
-                return False
+                raise _Abandoned(signal.SIGINT)
             else:
                 self._signalled = True
                 self._send(FrameType.SIGNAL, NUMBER.pack(number))
-        return True
 
     def _send(self, kind: FrameType, payload: bytes = b"") -> None:
         self._out += frame(kind, payload)
@@ -145,7 +164,7 @@ def _write_all(descriptor: int, data: memoryview) -> None:
 def _signals(terminal: bool) -> Iterator[int]:
     """A descriptor from which the numbers of the signals that come can be read."""
     readable, writable = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    numbers = [signal.SIGWINCH] if terminal else [signal.SIGWINCH, *_FORWARDED]
+    numbers = [signal.SIGWINCH, *(_ENDING if terminal else _FORWARDED)]
     before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     previous = signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
     try:
@@ -169,4 +188,5 @@ def _raw(terminal: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
+        with suppress(termios.error):  # of a terminal that has gone
+            termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
