@@ -24,6 +24,7 @@ from banger.drivers.network.user import DNS, GATEWAY, GUEST_ADDRESS, PasstNetwor
 
 VM_ID = "vm-0123456789ab"
 LOOPBACKS = ("127.0.0.1", "127.9.8.7")
+BURSTS = 150
 
 
 class Guest:
@@ -186,6 +187,56 @@ async def test_no_frame_of_a_guest_reaches_the_hosts_loopback(tmp_path: Path) ->
             first = [await visits.queue.get() for _ in range(2)]
         assert sorted(first) == [("tcp", lan), ("udp", lan)]
         assert visits.queue.empty()
+
+
+def carrier(size: int, port: int) -> bytes:
+    """A frame of `size` bytes, its length among them, that passt must never look into.
+
+    Read from its fifth byte on, after a length that was lost, its destination is the length of
+    a frame that ends where its payload begins. There a frame for the host's loopback waits.
+    """
+    packet = ethernet.udp(GUEST_ADDRESS, LOOPBACKS[0], (41000, port), b"hostile")
+    hidden = ethernet.ethernet(bytes.fromhex("026267000001"), ethernet.IPV4, packet)
+    payload = (struct.pack("!I", len(hidden)) + hidden).ljust(size - 4 - 34, b"\0")
+    outside = ethernet.ip(GUEST_ADDRESS, "198.51.100.1", 253, payload)
+    frame = ethernet.ethernet(struct.pack("!I", 30) + bytes(2), ethernet.IPV4, outside)
+    assert 4 + len(frame) == size
+    return frame
+
+
+@pytest.mark.parametrize("size", [1260, 1218, 1044])
+async def test_what_is_inside_a_packet_never_becomes_a_frame(tmp_path: Path, size: int) -> None:
+    """passt 2023-03-09 loses track when a read of it ends within a length; a guest may not do that.
+
+    With these sizes a filter that joins frames lets it happen, by chance: once in some hundred
+    thousand frames. What makes it impossible is tested without chance in `test_frame_filter.py`.
+    """
+    visits = Visits()
+    async with AsyncExitStack() as stack:
+        await visits.serve(stack, LOOPBACKS[0])
+        guest = await stack.enter_async_context(attached(tmp_path / "network.log"))
+        frames = [carrier(size, visits.port)] * 1000
+        async with asyncio.timeout(60):
+            for _ in range(BURSTS):
+                await guest.send(*frames)
+            # It still answers, so it is still in step; and takes frames in order.
+            assert len(await guest.gateway_mac()) == 6
+        assert visits.queue.empty()
+
+
+async def test_network_processes_know_nothing_of_the_users_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("API_TOKEN", "a secret")
+    log = tmp_path / "network.log"
+    async with attached(log) as guest:
+        assert await guest.gateway_mac()
+        found = processes(log)
+        assert set(found) == {"filter", "passt"}
+        for pid in found.values():
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            names = {line.partition(b"=")[0] for line in environment if line}
+            assert names <= {b"PATH", b"HOME", b"LC_ALL"}
 
 
 @pytest.mark.parametrize("victim", ["filter", "passt"])
