@@ -140,6 +140,10 @@ def test_the_status_is_the_commands_own(
         ["vm", "run", "--"],
         ["vm", "run", "--rm", "-d", "--", "true"],
         ["vm", "run", "-t", "--", "true"],
+        ["vm", "run", "-d", "-i", "--", "true"],
+        ["vm", "run", "-d", "-t", "--", "true"],
+        ["vm", "run", "-d", "-t"],
+        ["vm", "run", "-d", "-e", "A=1"],
         ["vm", "run", "--memory", "much", "--", "true"],
         ["vm", "run", "--vcpu", "0", "--", "true"],
         ["vm", "run", "--name", "Bad Name", "--", "true"],
@@ -290,6 +294,39 @@ def test_a_vm_that_is_left_running_is_told_of_on_stderr(daemon: Daemon, capfd: C
     assert out == ""
     assert "vm box keeps running" in err
     assert "banger vm delete --force box" in err
+
+
+@pytest.mark.parametrize("method", ["stop", "delete"])
+def test_one_machine_that_fails_does_not_keep_the_others_from_their_turn(
+    daemon: Daemon, capfd: Captured, method: str
+) -> None:
+    def answer(params: dict[str, Any]) -> Vm:
+        if params["vm"].startswith("no"):
+            raise NotFound(f"vm {params['vm']} not found")
+        return running(params["vm"])
+
+    daemon.answers[f"vm.{method}"] = answer
+    assert run(["vm", method, "no1", "one", "no2", "two"]) == 1
+    out, err = capfd.readouterr()
+    assert out == "one\ntwo\n"
+    assert [line.split(" (")[0] for line in err.splitlines()] == [
+        "error: vm no1 not found",
+        "error: vm no2 not found",
+    ]
+
+
+def test_a_shell_gets_a_terminal_where_there_is_one_for_it(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(
+        "banger.cli.run.run_session", lambda _, **how: asked.append(how["terminal"])
+    )
+    daemon.answers["vm.run"] = lambda _: {"vm": running()}
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    run(["run", "-q"])
+    run(["run", "-q", "-t"])
+    assert asked == [sys.stdout.isatty(), True]
 
 
 def test_a_detached_run_prints_the_name(daemon: Daemon, capfd: Captured) -> None:
@@ -622,6 +659,31 @@ def test_an_image_that_was_built_is_named_and_a_failure_is_1(
     )
     assert run(["image", "build", "debian"]) == 1
     assert capfd.readouterr().err == "error: no network (op-1)\n"
+
+
+@pytest.mark.parametrize("wanted_by_others", [True, False])
+def test_ctrl_c_takes_a_build_back_unless_others_wait_for_it(
+    daemon: Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Captured,
+    wanted_by_others: bool,
+) -> None:
+    def interrupted(view: ProgressView, raw: msgspec.Raw) -> None:
+        raise KeyboardInterrupt
+
+    running = an_operation("install")
+    daemon.answers["image.build.begin"] = lambda _: {"operation_id": "op-0123456789ab"}
+    daemon.events["operations.watch"] = [running]
+    daemon.answers["operations.watch"] = lambda _: running
+    daemon.answers["image.build.cancel"] = lambda _: (
+        running if wanted_by_others else an_operation("install", state=OperationState.CANCELLED)
+    )
+    monkeypatch.setattr(ProgressView, "event", interrupted)
+    assert run(["image", "build", "debian"]) == 130
+    assert daemon.calls[-1] == ("image.build.cancel", {"id": "op-0123456789ab"})
+    said = capfd.readouterr().err
+    assert "taking the build back" in said
+    assert ("others wait for it: it goes on" in said) == wanted_by_others
 
 
 def test_the_daemon_that_cannot_start_gives_its_own_reason(

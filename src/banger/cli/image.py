@@ -33,17 +33,19 @@ def image() -> None:
 def build(*, name: str, quiet: bool) -> None:
     """Build debian-bookworm or debian-bookworm-minimal from Debian's packages.
 
-    Interrupted, the build is taken back; nothing half-made is left.
+    Interrupted, the build is taken back, unless others wait for it; nothing half-made is left.
     """
     with connect() as client, ProgressView(f"image {name}", quiet=quiet) as view:
         begun = client.call("image.build.begin", {"image": name}, Begun)
+        params = {"id": begun.operation_id}
         try:
-            params = {"id": begun.operation_id}
             done = client.call("operations.watch", params, Operation, on_event=view.event)
         except KeyboardInterrupt:
             note("taking the build back")
             with connect() as second:
-                second.call("operations.cancel", {"id": begun.operation_id}, Operation)
+                state = second.call("image.build.cancel", params, Operation)
+            if not state.done:
+                note("others wait for it: it goes on")
             raise
     if done.error is not None:
         error = done.error

@@ -81,6 +81,7 @@ class Dispatch:
             "operations.cancel": Method(OperationReference, self._cancel),
             "operations.watch": Method(OperationReference, self._watch, answers=True),
             "image.build.begin": Method(ImageReference, self._image_build),
+            "image.build.cancel": Method(OperationReference, self._image_build_cancel),
             "image.list": Method(Nothing, self._images),
             "image.show": Method(ImageReference, self._image),
             "image.delete": Method(ImageReference, self._image_delete),
@@ -152,6 +153,10 @@ class Dispatch:
     async def _image_build(self, params: ImageReference, _: Connection) -> dict[str, str]:
         progress = await self._services.images.begin_build(params.image)
         return {"operation_id": progress.record.id}
+
+    async def _image_build_cancel(self, params: OperationReference, _: Connection) -> Operation:
+        """Take back one `image.build.begin`; the build goes on for others who want it."""
+        return await self._services.operations.leave(params.id)
 
     async def _images(self, _: Nothing, __: Connection) -> list[Image]:
         return await self._services.images.all()
