@@ -33,6 +33,13 @@ _TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]
 
 
 def fields_of(payload: bytes) -> list[tuple[int, bytes]]:
+    """All but the op_id."""
+    *fields, (tag, _) = all_fields_of(payload)
+    assert tag == OP_ID_TAG
+    return fields
+
+
+def all_fields_of(payload: bytes) -> list[tuple[int, bytes]]:
     found, at = [], 1
     while at < len(payload):
         tag, length = struct.unpack_from(">BI", payload, at)
@@ -131,10 +138,17 @@ def test_a_stat_answer_is_read_strictly() -> None:
 
 
 def test_the_operations_id_goes_with_every_request() -> None:
-    assert fields_of(Ping().encode()) == []
     token = current_op_id.set("op-0123456789ab")
     try:
-        assert fields_of(Ping().encode()) == [(OP_ID_TAG, b"op-0123456789ab")]
-        assert fields_of(Stat("/x").encode())[0] == (OP_ID_TAG, b"op-0123456789ab")
+        assert all_fields_of(Ping().encode()) == [(OP_ID_TAG, b"op-0123456789ab")]
     finally:
         current_op_id.reset(token)
+
+
+@pytest.mark.parametrize(
+    "request_", [Connect(0x1234), Shutdown(reboot=True), Setup(entropy=b"e"), Ping(), Exec(["a"])]
+)
+def test_a_text_comes_last_so_that_a_cut_off_request_shows(request_: Request) -> None:
+    """Zeros complete it: a port would be another port, and a reboot a power-off."""
+    tag, text = all_fields_of(request_.encode())[-1]
+    assert (tag, bool(text)) == (OP_ID_TAG, True)

@@ -1,8 +1,9 @@
 """What can be asked of the guest agent: one frozen dataclass for each kind of OPEN.
 
 `encode` gives the payload of the OPEN. Texts are sent as the bytes that `os.fsencode` makes of
-them, so that names that are not UTF-8 pass. Fields are written so that a text comes last: a frame
-cut off by a dying daemon and completed by zeros then has a NUL in a text, and is refused.
+them, so that names that are not UTF-8 pass. A text, the op_id, is always the last field: a frame
+cut off by a dying daemon and completed by zeros then has a NUL in a text or the tag 0, and is
+refused.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ ENTROPY_LIMIT_BYTES = 512
 
 #: Of every kind: the operation that the request is part of.
 OP_ID_TAG = 9
+NO_OP_ID = "-"
 
 
 class Request(Protocol):
@@ -37,9 +39,9 @@ class ExecFlag(IntFlag):
 
 
 def _payload(kind: int, *fields: bytes) -> bytes:
-    op_id = current_op_id.get()
-    operation = field(OP_ID_TAG, op_id.encode()) if op_id else b""
-    payload = bytes((kind,)) + operation + b"".join(fields)
+    # Outside any operation there is a text too: a number at the end could be cut off unseen.
+    op_id = current_op_id.get() or NO_OP_ID
+    payload = bytes((kind,)) + b"".join(fields) + field(OP_ID_TAG, op_id.encode())
     if len(payload) > FRAME_LIMIT_BYTES:
         raise BadRequest(
             f"the request is too large for the guest agent: {len(payload)} bytes",
