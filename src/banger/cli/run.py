@@ -119,6 +119,10 @@ def run(
         raise click.UsageError("there is no command after --")
     if remove and detach:
         raise click.UsageError("--rm and --detach exclude each other")
+    if detach and (interactive or tty):
+        raise click.UsageError("a detached command has neither stdin nor terminal: no -i, no -t")
+    if detach and words is None and env:
+        raise click.UsageError("-e is for a command: give one after --")
     _check_tty(tty)
     create: dict[str, Any] = {
         "name": name or "",
@@ -133,7 +137,7 @@ def run(
     if boot_timeout is not None:
         create["boot_timeout_s"] = boot_timeout
     if words is None:
-        tty = sys.stdin.isatty() and sys.stdout.isatty()
+        tty = tty or (sys.stdin.isatty() and sys.stdout.isatty())
     command = None
     if not (detach and words is None):
         command = _command(words or (), env, tty=tty, detach=detach)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 import msgspec
 
+from banger.base.errors import BangerError
 from banger.base.model import Vm, VmState
 from banger.base.units import format_age
-from banger.cli.app import complete_vm, connect, json_option, vm_argument
+from banger.cli.app import complete_vm, connect, json_option, print_error, vm_argument
 from banger.cli.lazy import LazyGroup
 from banger.cli.render import print_json, print_table, seconds_since
 
@@ -82,20 +83,30 @@ def show(*, vm_ref: str, as_json: bool) -> None:
 
 @click.command()
 @click.argument("vm_refs", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_vm)
-def stop(*, vm_refs: tuple[str, ...]) -> None:
+def stop(*, vm_refs: tuple[str, ...]) -> int:
     """Power machines off. Their disks stay."""
-    for vm_ref in vm_refs:
-        with connect() as client:
-            stopped = client.call("vm.stop", {"vm": vm_ref}, Vm)
-            click.echo(stopped.name)
+    return _each(vm_refs, "vm.stop")
 
 
 @click.command()
 @click.argument("vm_refs", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_vm)
 @click.option("-f", "--force", is_flag=True, help="Delete running ones too.")
-def delete(*, vm_refs: tuple[str, ...], force: bool) -> None:
+def delete(*, vm_refs: tuple[str, ...], force: bool) -> int:
     """Delete machines and their disks, for good."""
+    return _each(vm_refs, "vm.delete", force=force)
+
+
+def _each(vm_refs: tuple[str, ...], method: str, **params: bool) -> int:
+    """Call a method for each and print the names of those it was done to.
+
+    Returns the exit status: an error is printed and does not keep the others from their turn.
+    """
+    status = 0
     for vm_ref in vm_refs:
-        with connect() as client:
-            gone = client.call("vm.delete", {"vm": vm_ref, "force": force}, Vm)
-            click.echo(gone.name)
+        try:
+            with connect() as client:
+                click.echo(client.call(method, {"vm": vm_ref, **params}, Vm).name)
+        except BangerError as error:
+            print_error(error)
+            status = 1
+    return status
