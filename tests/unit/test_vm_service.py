@@ -267,7 +267,8 @@ async def test_who_connects_to_a_machine_that_goes_is_told_at_once_and_leaves_no
     assert {(type(each), str(each)) for each in ended} == {
         (Unavailable, "its machine is being stopped")
     }
-    assert world.agents._channels == world.agents._attempts == {}
+    assert world.agents._channels == {}
+    assert world.agents._attempts == {}
     world.agent.silent = False
     assert not (await world.agents.connect(vm, 5)).closed
 
