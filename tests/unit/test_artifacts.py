@@ -29,21 +29,26 @@ def names(directory: Path) -> list[str]:
     return sorted(entry.name for entry in directory.iterdir()) if directory.is_dir() else []
 
 
-async def test_a_staged_directory_appears_whole_at_the_end(tmp_path: Path) -> None:
+async def recorded() -> None:
+    """A record that is written at once."""
+
+
+async def test_a_staged_directory_appears_whole_when_it_is_published(tmp_path: Path) -> None:
     final = tmp_path / "images" / "x"
     async with staged(final) as staging:
-        (staging / "file").write_text("content")
+        (staging.path / "file").write_text("content")
         assert not final.exists()
-        assert staging.parent == final.parent
-        assert staging.stat().st_mode & 0o777 == 0o700
-    assert (final / "file").read_text() == "content"
+        assert staging.path.parent == final.parent
+        assert staging.path.stat().st_mode & 0o777 == 0o700
+        await staging.publish(recorded)
+    assert names(final) == ["file"]
     assert names(final.parent) == ["x"]
 
 
-async def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
+async def test_what_was_not_published_is_removed(tmp_path: Path) -> None:
     async def build() -> None:
         async with staged(tmp_path / "x") as staging:
-            (staging / "file").write_text("content")
+            (staging.path / "file").write_text("content")
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -67,11 +72,12 @@ async def test_cancelled_at_any_point_it_leaves_nothing(
 
     async def build() -> None:
         async with staged(tmp_path / "x") as staging:
-            (staging / "file").write_text("content")
+            (staging.path / "file").write_text("content")
             monkeypatch.setattr(asyncio, "to_thread", to_thread)
             if syncs == 0:
                 here.set()
                 await asyncio.Event().wait()
+            await staging.publish(recorded)
 
     task = asyncio.create_task(build())
     await here.wait()
@@ -84,23 +90,66 @@ async def test_cancelled_at_any_point_it_leaves_nothing(
     assert names(tmp_path) == []
 
 
-async def test_leftovers_are_removed_and_one_that_stays_stops_nothing(
+async def test_cancelled_while_it_is_recorded_it_stays_with_its_record(tmp_path: Path) -> None:
+    recording, go_on = asyncio.Event(), asyncio.Event()
+
+    async def record() -> None:
+        recording.set()
+        await go_on.wait()
+
+    async def build() -> None:
+        async with staged(tmp_path / "x") as staging:
+            await staging.publish(record)
+
+    task = asyncio.create_task(build())
+    await recording.wait()
+    task.cancel()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert names(tmp_path) == ["x"]
+    assert names(tmp_path / "x") == []
+
+
+async def test_leftovers_are_what_a_dead_daemon_was_at_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for name in ("known", ".staging-a", "b", "c"):
+    """One that stays stops nothing; what another state's database has is not touched."""
+    for name in ("known", ".staging-dead", "unrecorded", ".deleting-b", ".deleting-c", "foreign"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").touch()
+    for name in (".staging-dead", "unrecorded"):
+        (tmp_path / name / ".unrecorded").touch()
+    (tmp_path / ".staging-killed-at-once").mkdir()
 
     async def remove(path: Path) -> None:
-        if path.name == "b":
+        if path.name == ".deleting-b":
             raise failing("not ours")
         await remove_tree(path)
 
     monkeypatch.setattr(artifacts, "remove_tree", remove)
-    await remove_leftovers(tmp_path, {"known"})
-    assert names(tmp_path) == ["b", "known"]
-    assert "not ours" in capsys.readouterr().out
+    async with staged(tmp_path / "alive") as staging:
+        await remove_leftovers(tmp_path, {"known"})
+        assert names(tmp_path) == [".deleting-b", ".staging-alive", "foreign", "known"]
+        await staging.publish(recorded)
+    said = capsys.readouterr().out
+    assert "not ours" in said
+    assert "left alone" in said
     await remove_leftovers(tmp_path / "none", set())
+
+
+async def test_an_artifact_goes_after_its_record_and_under_another_name(tmp_path: Path) -> None:
+    directory = tmp_path / "x"
+    directory.mkdir()
+    seen: list[list[str]] = []
+
+    async def unrecord() -> None:
+        seen.append(names(tmp_path))
+
+    await artifacts.delete(directory, unrecord)
+    await artifacts.delete(directory, unrecord)
+    assert seen == [[".deleting-x"], []]
+    assert names(tmp_path) == []
 
 
 def test_allocation_is_blocks_and_not_lengths(tmp_path: Path) -> None:
@@ -292,18 +341,57 @@ async def test_who_waits_for_a_build_hears_how_it_goes_and_why_it_failed(
     await world.assert_nothing_left()
 
 
-async def test_a_build_goes_on_when_one_who_waits_is_cancelled(
+def the_build(world: World) -> Progress:
+    (build,) = [each for each in world.operations.all() if each.kind == "image.build"]
+    return world.operations.get(build.id)
+
+
+@pytest.mark.parametrize("leaver", ["run", "build"])
+async def test_a_build_goes_on_when_one_of_those_who_wait_leaves(
+    world: World, builder: Builder, leaver: str
+) -> None:
+    builder.go_on.clear()
+    creation = world.begin(CreateRequest(name="box", image=NAME))
+    await builder.building.wait()
+    build = await begin(world)
+    assert build is the_build(world)
+    assert build.record.id != creation.record.id
+    if leaver == "run":
+        await world.operations.cancel(creation.record.id)
+    else:
+        await world.operations.leave(build.record.id)
+    builder.go_on.set()
+    assert (await ended(build)).state is OperationState.COMPLETED
+    await ended(creation)
+
+
+async def test_a_build_is_taken_back_when_the_last_who_waits_leaves(
+    world: World, builder: Builder
+) -> None:
+    before = names(world.paths.images_dir)
+    builder.go_on.clear()
+    creations = [world.begin(CreateRequest(name=name, image=NAME)) for name in ("one", "two")]
+    await builder.building.wait()
+    for creation in creations:
+        assert not the_build(world).record.done
+        await world.operations.cancel(creation.record.id)
+    assert the_build(world).record.state is OperationState.CANCELLED
+    assert names(world.paths.images_dir) == before
+
+
+async def test_an_image_asked_for_while_its_build_is_taken_back_is_built_anew(
     world: World, builder: Builder
 ) -> None:
     builder.go_on.clear()
-    progress = world.begin(CreateRequest(name="box", image=NAME))
+    first = await begin(world)
     await builder.building.wait()
-    await world.operations.cancel(progress.record.id)
+    leaving = asyncio.create_task(world.operations.leave(first.record.id))
+    await asyncio.sleep(0)
     builder.go_on.set()
-    build = next(each for each in world.operations.all() if each.kind == "image.build")
-    done = await ended(world.operations.get(build.id))
-    assert done.state is OperationState.COMPLETED
-    assert build.id != progress.record.id
+    second = await asyncio.wait_for(begin(world), 10)
+    assert second is not first
+    assert (await leaving).state is OperationState.CANCELLED
+    assert (await ended(second)).state is OperationState.COMPLETED
 
 
 async def test_an_image_in_use_is_kept_and_goes_with_its_files_afterwards(world: World) -> None:

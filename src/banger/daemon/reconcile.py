@@ -2,18 +2,17 @@
 
 A daemon may have been killed at any moment. VMs that run are kept and watched; records of running
 VMs whose process is gone become stopped; half-made VMs and those of sessions that ended with the
-daemon are removed; so are files and processes of banger's that no record names.
+daemon are removed. What no record names is reported and left alone: a row goes last, so nothing of
+ours is ever without one, unless somebody moved the database away, and then it is all they have.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from functools import partial
 from pathlib import Path
 
 from banger.base import procfs
-from banger.base.errors import BangerError
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
@@ -54,11 +53,11 @@ class Reconciler:
             for vm in records:
                 try:
                     await self._reconcile(vm, processes, log)
-                except (BangerError, OSError) as error:
-                    get_logger().error("vm not reconciled", error=str(error), **vm_attributes(vm))
+                except Exception:
+                    # A supervisor's boundary: one VM's trouble must not keep the daemon down.
+                    get_logger().exception("vm not reconciled", **vm_attributes(vm))
             log.stage("leftovers")
-            await self._end_strangers({vm.id for vm in records}, processes)
-            self._remove_stray_directories({vm.id for vm in records})
+            self._report_strangers({vm.id for vm in records}, processes)
             await self._images.remove_leftovers()
             await self._kernels.remove_leftovers()
 
@@ -80,32 +79,26 @@ class Reconciler:
             get_logger().warning("vm is gone", **vm_attributes(vm))
             await self._vms.settle(vm, "its process was gone when bangerd started")
 
-    async def _end_strangers(
+    def _report_strangers(
         self, known: set[str], processes: list[tuple[int, tuple[str, ...]]]
     ) -> None:
-        """Machines whose control socket lies in our runtime directory, but with no record."""
-        parent = self._paths.vms_runtime_dir
-        for entry in _entries(parent):
-            vm_id = entry.name
-            if vm_id in known:
+        """VM directories and machines without a record; sockets of nobody's are removed."""
+        for entry in _entries(self._paths.vms_dir):
+            if entry.name not in known:
+                get_logger().warning("not in the database, left alone", path=str(entry))
+        for entry in _entries(self._paths.vms_runtime_dir):
+            if entry.name in known:
                 continue
             # Not by Paths.vm: whatever lies there need not have a name of our shape.
             control_socket = VmPaths(directory=entry, runtime=entry).control_socket
-            is_machine = partial(self._drivers.hypervisor.owns, control_socket=control_socket)
-            for pid, argv in processes:
-                if is_machine(argv):
-                    get_logger().warning("ending a machine without a record", vm_id=vm_id, pid=pid)
-                    pidfd = procfs.open_pidfd(pid, is_machine)
-                    if pidfd >= 0:
-                        await procfs.kill(pidfd)
-                        os.close(pidfd)
-
-    def _remove_stray_directories(self, known: set[str]) -> None:
-        for parent in (self._paths.vms_dir, self._paths.vms_runtime_dir):
-            for entry in _entries(parent):
-                if entry.name not in known:
-                    get_logger().warning("removing leftover", path=str(entry))
-                    shutil.rmtree(entry, ignore_errors=True)
+            owns = partial(self._drivers.hypervisor.owns, control_socket=control_socket)
+            pids = [pid for pid, argv in processes if owns(argv)]
+            if pids:
+                get_logger().warning(
+                    "a machine without a record, left alone", vm_id=entry.name, pid=pids[0]
+                )
+            else:
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def _entries(directory: Path) -> list[Path]:

@@ -1,16 +1,21 @@
 """What images and kernels have in common: directories that appear whole or not at all.
 
-An artifact is built in a staging directory beside its final place and renamed when complete. A
-staging directory that a dead daemon left is removed at start-up.
+An artifact is built in a staging directory beside its final place, renamed when complete, and
+recorded. Until it is recorded a locked marker lies in it; on its way out it has a name of its own.
+So start-up can tell what a dead daemon left half-made or half-deleted from what is merely not in
+its database: that it leaves alone, for the directory may be shared with another state.
 """
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import os
 import secrets
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from banger.base.errors import BangerError
 from banger.base.files import sync_directory
@@ -18,6 +23,8 @@ from banger.base.log import get_logger
 from banger.images.userns import remove_tree
 
 _STAGING_PREFIX = ".staging-"
+_DELETING_PREFIX = ".deleting-"
+_MARKER = ".unrecorded"
 
 
 def new_id() -> str:
@@ -25,30 +32,56 @@ def new_id() -> str:
     return secrets.token_hex(6)
 
 
+class Staging:
+    """An artifact in the making, at `path`."""
+
+    def __init__(self, final: Path) -> None:
+        self.path = final.with_name(_STAGING_PREFIX + final.name)
+        self.published = False
+        self._final = final
+
+    async def publish(self, record: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Move it to its final place and `record` it: from then on it is an artifact.
+
+        A cancellation that comes while it is recorded comes too late, and is raised after it.
+        """
+        await asyncio.to_thread(sync_directory, self.path)
+        self.path = self.path.rename(self._final)
+        await asyncio.to_thread(sync_directory, self._final.parent)
+        recording = asyncio.ensure_future(record())
+        try:
+            await asyncio.shield(recording)
+        finally:
+            await asyncio.wait({recording})
+            if recording.exception() is None:
+                self.published = True
+                (self.path / _MARKER).unlink()
+
+
 @asynccontextmanager
-async def staged(final: Path) -> AsyncIterator[Path]:
-    """A staging directory that becomes `final` when the block ends well, and nothing otherwise."""
+async def staged(final: Path) -> AsyncIterator[Staging]:
+    """A staging directory; what has not been published when the block ends is removed."""
     final.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    staging = made = final.with_name(_STAGING_PREFIX + final.name)
-    staging.mkdir(mode=0o700)
+    staging = Staging(final)
+    staging.path.mkdir(mode=0o700)
+    marker = os.open(staging.path / _MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
+        # Held while we live: another daemon that shares the directory keeps its hands off.
+        fcntl.flock(marker, fcntl.LOCK_EX)
         yield staging
-        await asyncio.to_thread(sync_directory, staging)
-        made = staging.rename(final)
-        await asyncio.to_thread(sync_directory, final.parent)
-    except BaseException:
-        await asyncio.shield(remove_tree(made))
-        raise
+    finally:
+        if not staging.published:
+            await asyncio.shield(remove_tree(staging.path))
+        os.close(marker)
 
 
-@asynccontextmanager
-async def kept_with_record(directory: Path) -> AsyncIterator[None]:
-    """Around the writing of its record: an artifact that gets none is removed again."""
-    try:
-        yield
-    except BangerError:
-        await asyncio.shield(remove_tree(directory))
-        raise
+async def delete(directory: Path, unrecord: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    """Remove an artifact and its record; interrupted, the next start-up or call ends it."""
+    going = directory.with_name(_DELETING_PREFIX + directory.name)
+    with suppress(FileNotFoundError):
+        await asyncio.to_thread(directory.rename, going)
+    await unrecord()
+    await remove_tree(going)
 
 
 def allocated_bytes(directory: Path) -> int:
@@ -56,16 +89,40 @@ def allocated_bytes(directory: Path) -> int:
     return sum(entry.lstat().st_blocks * 512 for entry in directory.rglob("*"))
 
 
-def _strangers(parent: Path, known_ids: set[str]) -> list[Path]:
+def _leftovers(parent: Path, known_ids: set[str]) -> list[Path]:
     if not parent.is_dir():
         return []
-    return sorted(entry for entry in parent.iterdir() if entry.name not in known_ids)
+    left = []
+    for entry in sorted(parent.iterdir()):
+        if entry.name in known_ids:
+            continue
+        if entry.name.startswith(_DELETING_PREFIX) or _is_abandoned(entry):
+            left.append(entry)
+        else:
+            get_logger().warning("not in the database, left alone", path=str(entry))
+    return left
+
+
+def _is_abandoned(directory: Path) -> bool:
+    """Whether whoever was building this has died."""
+    try:
+        marker = os.open(directory / _MARKER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError:
+        # Killed before it had its marker: then there is nothing in it.
+        return directory.name.startswith(_STAGING_PREFIX) and not any(directory.iterdir())
+    try:
+        fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(marker)
+    return True
 
 
 async def remove_leftovers(parent: Path, known_ids: set[str]) -> None:
-    """Remove staging directories and artifacts without a record; what cannot be removed is
-    logged and stops nothing."""
-    for entry in _strangers(parent, known_ids):
+    """Remove what a daemon that died was making or deleting; what cannot be removed is logged
+    and stops nothing."""
+    for entry in await asyncio.to_thread(_leftovers, parent, known_ids):
         get_logger().warning("removing leftover", path=str(entry))
         try:
             await remove_tree(entry)

@@ -36,7 +36,7 @@ class HandleCache:
             handles = msgspec.json.decode(path.read_bytes(), type=Handles)
         except FileNotFoundError:
             pass
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
             get_logger().error("handles unreadable", vm_id=vm_id, path=str(path), error=str(error))
         self._cache[vm_id] = handles
         return handles

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -15,13 +15,8 @@ from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.images.build import BUILDABLE, build_image
 from banger.images.ext4 import make_larger_copy
-from banger.services.artifacts import (
-    allocated_bytes,
-    kept_with_record,
-    new_id,
-    remove_leftovers,
-    staged,
-)
+from banger.services import artifacts
+from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.services.kernel import KernelService
 from banger.services.locks import Locks
 from banger.services.operations import Operations, Progress, raise_failure
@@ -64,40 +59,59 @@ class ImageService:
                 f'banger does not know how to build "{name}"',
                 hint=f"it can build: {', '.join(BUILDABLE)}",
             )
-        if await self._store.image_named(name) is not None:
+        build = await self._join_build(name)
+        if build is None:
             raise Conflict(
                 f'image "{name}" already exists', hint=f"to renew it: banger image delete {name}"
             )
-        return self._join_build(name)
+        return build
 
-    def _join_build(self, name: str) -> Progress:
-        """The build of this image that runs, or a new one. The caller has just seen that the
-        image is missing: no await lies between, so no build can have ended meanwhile."""
-        running = self._builds.get(name)
-        if running is None or running.record.done:
-            running = self._operations.begin(
-                "image.build", name, lambda progress: self._build(name, progress)
-            )
-            self._builds[name] = running
-        return running
+    async def _join_build(self, name: str) -> Progress | None:
+        """The build of this image that runs, joined, or a new one; None when the image is there.
+
+        Between seeing that the image is missing and looking for its build lies no await, so no
+        build can have ended meanwhile.
+        """
+        while await self._store.image_named(name) is None:
+            running = self._builds.get(name)
+            if running is None or running.record.done:
+                running = self._operations.begin(
+                    "image.build", name, lambda progress: self._build(name, progress)
+                )
+                self._builds[name] = running
+                return running
+            if self._operations.join(running.record.id):
+                return running
+            # It is being taken back; when that is done another can begin.
+            await self._operations.cancel(running.record.id)
+        return None
 
     async def ensure(self, name: str, progress: Progress) -> Image:
         """The image of this name, built first when it is one banger can build and is missing.
 
-        The build goes on when the caller is cancelled: others may wait for it.
+        When the caller is cancelled the build goes on only if others want it.
         """
-        if await self._store.image_named(check_artifact_name(name)) is None and name in BUILDABLE:
+        if check_artifact_name(name) in BUILDABLE:
             # The build is an operation of its own beside the caller's.
             token = current_op_id.set(new_op_id())
             try:
-                build = self._join_build(name)
+                build = await self._join_build(name)
             finally:
                 current_op_id.reset(token)
+            if build is not None:
+                await self._follow(build, progress)
+        return await self.get(name)
+
+    async def _follow(self, build: Progress, progress: Progress) -> None:
+        """Tell `progress` of the build until it ends. Raises its failure."""
+        try:
             async for state in build.changes():
                 progress.stage("image", f"{state.stage}: {state.detail}", state.percent)
                 if state.done:
                     raise_failure(state)
-        return await self.get(name)
+        except asyncio.CancelledError:
+            await asyncio.shield(self._operations.leave(build.record.id))
+            raise
 
     async def _build(self, name: str, progress: Progress) -> None:
         kernel = await self._kernels.ensure(
@@ -106,9 +120,8 @@ class ImageService:
         image_id = new_id()
         directory = self._paths.image_dir(image_id)
         async with staged(directory) as staging:
-            built = await build_image(name, staging, progress=progress.stage)
+            built = await build_image(name, staging.path, progress=progress.stage)
             progress.stage("finish")
-            size_bytes = await asyncio.to_thread(allocated_bytes, staging)
             image = Image(
                 id=image_id,
                 name=name,
@@ -117,13 +130,13 @@ class ImageService:
                 rootfs_path=str(directory / built.rootfs.name),
                 work_seed_path=str(directory / built.work_seed.name),
                 init=InitMode.MINIMAL,
-                size_bytes=size_bytes,
+                size_bytes=await asyncio.to_thread(allocated_bytes, staging.path),
                 created_at=now(),
                 packages=built.packages,
             )
-            (staging / "image.json").write_bytes(msgspec.json.format(msgspec.json.encode(image)))
-        async with kept_with_record(directory):
-            await self._store.insert_image(image)
+            record = msgspec.json.format(msgspec.json.encode(image))
+            (staging.path / "image.json").write_bytes(record)
+            await staging.publish(partial(self._store.insert_image, image))
         progress.describe(**image_attributes(image))
         progress.result(image=image)
 
@@ -152,9 +165,9 @@ class ImageService:
                     hint="delete those VMs first",
                 )
             with OperationLog("image.delete", **image_attributes(image)):
-                await self._store.delete_image(image.id)
-                directory = Path(image.artifact_dir)
-                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+                await artifacts.delete(
+                    Path(image.artifact_dir), partial(self._store.delete_image, image.id)
+                )
         return image
 
     async def remove_leftovers(self) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import platform
+from functools import partial
 from pathlib import Path
 
 from banger.base.errors import NotFound, PreconditionFailed
@@ -18,13 +19,7 @@ from banger.guest.binary import agent_binary
 from banger.images.initramfs import build_initramfs
 from banger.images.kernel import build_kernel
 from banger.images.progress import Progress
-from banger.services.artifacts import (
-    allocated_bytes,
-    kept_with_record,
-    new_id,
-    remove_leftovers,
-    staged,
-)
+from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.store.store import Store
 
 DEBIAN_KERNEL = "debian-cloud"
@@ -55,23 +50,21 @@ class KernelService:
             kernel_id = new_id()
             directory = self._paths.kernel_dir(kernel_id)
             async with staged(directory) as staging:
-                built = await build_kernel(staging, progress=progress)
-                size_bytes = await asyncio.to_thread(allocated_bytes, staging)
-            kernel = Kernel(
-                id=kernel_id,
-                name=DEBIAN_KERNEL,
-                version=built.version,
-                architecture=platform.machine(),
-                artifact_dir=str(directory),
-                vmlinux_path=str(directory / built.vmlinux.name),
-                boot_modules_path=str(directory / built.boot_modules.name),
-                modules_path=str(directory / built.modules.name),
-                config_path=str(directory / built.config.name),
-                size_bytes=size_bytes,
-                created_at=now(),
-            )
-            async with kept_with_record(directory):
-                await self._store.insert_kernel(kernel)
+                built = await build_kernel(staging.path, progress=progress)
+                kernel = Kernel(
+                    id=kernel_id,
+                    name=DEBIAN_KERNEL,
+                    version=built.version,
+                    architecture=platform.machine(),
+                    artifact_dir=str(directory),
+                    vmlinux_path=str(directory / built.vmlinux.name),
+                    boot_modules_path=str(directory / built.boot_modules.name),
+                    modules_path=str(directory / built.modules.name),
+                    config_path=str(directory / built.config.name),
+                    size_bytes=await asyncio.to_thread(allocated_bytes, staging.path),
+                    created_at=now(),
+                )
+                await staging.publish(partial(self._store.insert_kernel, kernel))
             return kernel
 
     async def initramfs(self, kernel: Kernel) -> Path:
