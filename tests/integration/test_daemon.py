@@ -202,7 +202,7 @@ def test_a_daemon_killed_while_it_builds_an_image_leaves_nothing(bare_home: Home
     _assert_no_build_left(bare_home)
 
 
-def test_ctrl_c_takes_a_build_back_and_two_requests_share_one(bare_home: Home) -> None:
+def test_two_requests_share_a_build_and_the_last_to_leave_takes_it_back(bare_home: Home) -> None:
     building = bare_home.banger.start("image", "build", IMAGE)
     until(lambda: _mmdebstrap_runs(bare_home), "packages are being fetched")
     with RawClient(bare_home.socket) as client:
@@ -214,7 +214,8 @@ def test_ctrl_c_takes_a_build_back_and_two_requests_share_one(bare_home: Home) -
         status, _, said = finish(building)
         assert status == 130
         assert b"taking the build back" in said
-        assert client.result("vm.create.status", id=operation["id"])["state"] == "cancelled"
+        assert b"others wait for it: it goes on" in said
+        assert client.result("image.build.cancel", id=operation["id"])["state"] == "cancelled"
     _assert_no_build_left(bare_home)
 
 
