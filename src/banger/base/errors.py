@@ -132,3 +132,14 @@ _BY_CODE: dict[str, type[BangerError]] = {
 def from_wire(code: str, message: str, hint: str = "", op_id: str = "") -> BangerError:
     """The exception for an error reply; a code this version does not know becomes Internal."""
     return _BY_CODE.get(code, Internal)(message, hint=hint, op_id=op_id)
+
+
+def from_unexpected(error: Exception) -> BangerError:
+    """What a user is told of an exception that nobody expected; its traceback is for the log.
+
+    The operating system's errors say what they are about: a full disk is not a bug of ours.
+    """
+    if isinstance(error, OSError) and error.strerror:
+        subject = f"{error.filename}: " if error.filename else ""
+        return Unavailable(f"{subject}{error.strerror}", hint="see: banger daemon logs")
+    return Internal(f"internal error: {type(error).__name__}", hint="see: banger daemon logs")

@@ -22,6 +22,7 @@ from banger.cli.app import (
     vm_argument,
 )
 from banger.cli.progress import ProgressView
+from banger.cli.render import printable
 from banger.cli.session import run_session, window_size
 from banger.cli.transfer import receive_stream
 from banger.rpc.client import Client
@@ -31,6 +32,9 @@ class VmResult(msgspec.Struct):
     """The result line of the methods that open a session."""
 
     vm: Vm
+    #: Of a detached command that could not be started: as a shell gives it, and why.
+    exit_code: int = 0
+    message: str = ""
 
 
 def check_assignment(ctx: click.Context, param: click.Parameter, values: Any) -> Any:  # noqa: ARG001
@@ -142,10 +146,13 @@ def run(
     if not (detach and words is None):
         command = _command(words or (), env, tty=tty, detach=detach)
     with connect() as client:
-        made = _create(client, {"create": create, "command": command}, quiet=quiet)
+        result = _create(client, {"create": create, "command": command}, quiet=quiet)
+        made = result.vm
         if detach:
             click.echo(made.name)
-            status = 0
+            status = result.exit_code
+            if result.message:
+                note(f"error: {printable(result.message)}")
         else:
             stdin = words is None or interactive or tty or not sys.stdin.isatty()
             status = run_session(client.session(), terminal=tty, stdin=stdin)
@@ -158,11 +165,11 @@ def run(
     return status
 
 
-def _create(client: Client, params: dict[str, Any], *, quiet: bool) -> Vm:
+def _create(client: Client, params: dict[str, Any], *, quiet: bool) -> VmResult:
     """`vm.run` up to its result. Ctrl-C takes back what was made so far."""
     with ProgressView("vm", quiet=quiet) as view:
         try:
-            made = client.call("vm.run", params, VmResult, on_event=view.event).vm
+            made = client.call("vm.run", params, VmResult, on_event=view.event)
         except KeyboardInterrupt:
             if view.operation_id:
                 with connect() as second:

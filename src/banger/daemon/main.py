@@ -28,6 +28,7 @@ from banger.base.log import configure, get_logger, open_log
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths, prepare_private_dir
 from banger.daemon.dispatch import Dispatch, Services
+from banger.daemon.maintenance import maintained
 from banger.daemon.reconcile import Reconciler
 from banger.drivers import registry
 from banger.drivers.base import Check, Level
@@ -191,7 +192,8 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         )
         server = Server(paths.daemon_socket, Dispatch(services))
         try:
-            yield server
+            async with maintained(vms):
+                yield server
         finally:
             await server.stop()
             await operations.close()

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from banger.base.errors import BadRequest, BangerError, ErrorCode, Internal, from_wire
+import msgspec
+
+from banger.base.errors import BadRequest, BangerError, ErrorCode, Internal, NotFound, from_wire
 from banger.base.log import OperationLog, vm_attributes
-from banger.base.model import OperationState, Vm, VmState
+from banger.base.model import OperationState, Vm
 from banger.daemon.params import Command, Console, CopyIn, CopyOut, Exec, FileKind, GuestPath, Run
 from banger.daemon.relay import follow_file, relay
 from banger.guest import requests
@@ -100,22 +103,23 @@ class Sessions:
             await connection.result({"vm": vm})
             return
         with OperationLog("vm.run", **vm_attributes(vm)):
+            if params.command.detach:
+                await self._detach(vm, params.command, connection)
+                return
             keep = not params.create.ephemeral
             try:
-                exit_ = await self._run_command(vm, params.command, connection)
-                if not keep and await self._is_stuck(vm, exit_):
+                exit_, lost = await self._run_command(vm, params.command, connection)
+                if lost and not keep and await self._vms.runs_on(vm):
                     # A guest that hangs is kept, to be looked into.
                     await self._vms.keep(vm)
-                    keep = True
+                    keep, exit_ = True, _kept(exit_, vm)
             finally:
                 if not keep:
-                    await asyncio.shield(self._vms.delete(vm.id, force=True))
+                    await asyncio.shield(self._end_session(vm))
         if connection.switched:
             await connection.send_exit(exit_)
         elif exit_.error is not None:
             raise from_wire(exit_.error.code, exit_.error.message, exit_.error.hint)
-        else:
-            await connection.result({"vm": vm})
 
     async def _await_creation(
         self, creation: Progress, connection: Connection, *, ephemeral: bool
@@ -146,24 +150,36 @@ class Sessions:
         if state.state is OperationState.COMPLETED and state.vm is not None:
             await self._vms.delete(state.vm.id, force=True)
 
-    async def _run_command(self, vm: Vm, command: Command, connection: Connection) -> Exit:
-        """How the command ended; a failure of ours is an Exit too, for --rm comes after it."""
+    async def _run_command(
+        self, vm: Vm, command: Command, connection: Connection
+    ) -> tuple[Exit, bool]:
+        """How the command ended, and whether the guest was lost by it.
+
+        A failure of ours is an Exit, too: --rm comes after it.
+        """
         try:
             stream = await self._vms.open_stream(vm, _exec_request(command))
-            if not command.detach:
-                await connection.switch({"vm": vm})
-            return await relay(connection, stream)
+            await connection.switch({"vm": vm})
+            return await relay(connection, stream), False
         except BangerError as error:
-            return Exit(error=error_info(error))
+            lost = error.code in (ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE)
+            return Exit(error=error_info(error)), lost
 
-    async def _is_stuck(self, vm: Vm, exit_: Exit) -> bool:
-        """Whether the guest was lost while its machine runs on."""
-        if exit_.error is None or exit_.error.code not in (
-            ErrorCode.TIMEOUT,
-            ErrorCode.UNAVAILABLE,
-        ):
-            return False
-        return (await self._vms.show(vm.id)).runtime.state is VmState.RUNNING
+    async def _detach(self, vm: Vm, command: Command, connection: Connection) -> None:
+        """Start the command and leave it. One that cannot be started has a shell's status."""
+        exit_ = await self._vms.call(vm, _exec_request(command))
+        result = {"vm": vm, "exit_code": exit_.value, "message": exit_.message}
+        await connection.result(result)
+
+    async def _end_session(self, vm: Vm) -> None:
+        with suppress(NotFound):  # somebody has deleted it meanwhile
+            await self._vms.delete(vm.id, force=True)
+
+
+def _kept(exit_: Exit, vm: Vm) -> Exit:
+    assert exit_.error is not None  # the guest was lost
+    hint = f"the VM is kept: banger vm logs {vm.name}, then banger vm delete --force {vm.name}"
+    return msgspec.structs.replace(exit_, error=msgspec.structs.replace(exit_.error, hint=hint))
 
 
 def _check_run(params: Run) -> None:

@@ -21,8 +21,8 @@ from banger.base.errors import (
     BadVersion,
     BangerError,
     Cancelled,
-    Internal,
     PermissionDenied,
+    from_unexpected,
 )
 from banger.base.log import get_logger
 from banger.base.model import ErrorInfo
@@ -120,6 +120,13 @@ class Connection:
     async def send_exit(self, exit_: Exit) -> None:
         await self.send_frame(FrameType.EXIT, encode_json(exit_))
 
+    async def flush(self) -> None:
+        """Wait until the client has taken everything, however slowly; or has gone."""
+        # Down to nothing, where drain alone is content with the low-water mark.
+        self._writer.transport.set_write_buffer_limits(0)
+        with suppress(ConnectionError):
+            await self._writer.drain()
+
     async def close(self) -> None:
         """Send what is still to be sent, for a client that reads, and close."""
         self._writer.close()
@@ -207,6 +214,8 @@ class Server:
                 return
             while not connection.switched and await self._serve_one(connection):
                 pass
+            # The end of a command's output may wait for whoever reads it: a pager, a slow pipe.
+            await connection.flush()
         except ConnectionError:
             pass  # the client went away; what it had started decides for itself
         except asyncio.CancelledError:
@@ -244,10 +253,7 @@ class Server:
             raise
         except Exception as error:
             get_logger().exception("request failed")
-            hint = "see: banger daemon logs"
-            await _report(
-                connection, Internal(f"internal error: {type(error).__name__}", hint=hint)
-            )
+            await _report(connection, from_unexpected(error))
         return True
 
 

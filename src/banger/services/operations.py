@@ -12,7 +12,14 @@ from datetime import timedelta
 
 import msgspec
 
-from banger.base.errors import BangerError, Cancelled, Conflict, Internal, NotFound, from_wire
+from banger.base.errors import (
+    BangerError,
+    Cancelled,
+    Conflict,
+    NotFound,
+    from_unexpected,
+    from_wire,
+)
 from banger.base.log import OperationLog, get_logger
 from banger.base.model import ErrorInfo, Image, Operation, OperationState, Vm, now
 from banger.base.opid import current_op_id
@@ -114,10 +121,7 @@ class Operations:
         except Exception as error:
             # A supervisor's boundary: the traceback goes to the log, the client gets a sentence.
             get_logger().exception("operation crashed", operation=log.operation)
-            crash = Internal(
-                f"internal error: {type(error).__name__}", hint="see: banger daemon logs"
-            )
-            progress.finish(OperationState.FAILED, crash)
+            progress.finish(OperationState.FAILED, from_unexpected(error))
         else:
             progress.finish(OperationState.COMPLETED)
 

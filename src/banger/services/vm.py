@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import msgspec
 
@@ -18,7 +18,7 @@ from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState, now
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
-from banger.guest.channel import AgentStream, call
+from banger.guest.channel import AgentStream, Exit, call
 from banger.guest.requests import FileStat, Request, Shutdown, Stat
 from banger.services.agents import Agents
 from banger.services.handles import HandleCache
@@ -29,7 +29,9 @@ from banger.store.store import Store
 #: The agent gives processes 2 s after TERM and unmounts; systemd stops its services.
 STOP_TIMEOUT_S = 30.0
 _SHUTDOWN_ANSWER_TIMEOUT_S = 10.0
-_STAT_TIMEOUT_S = 20.0
+_CALL_TIMEOUT_S = 20.0
+#: From the agent's last word to the end of the machine that powers off.
+_ENDING_TIMEOUT_S = 3.0
 
 
 class VmService:
@@ -101,13 +103,28 @@ class VmService:
     async def _stat(self, vm: Vm, path: str) -> FileStat | None:
         channel = await self._agents.channel(vm)
         try:
-            answer = await call(channel, Stat(path), timeout_s=_STAT_TIMEOUT_S)
+            answer = await call(channel, Stat(path), timeout_s=_CALL_TIMEOUT_S)
         except NotFound:
             return None
         return FileStat.decode(answer.stdout)
 
+    async def call(self, vm: Vm, request: Request) -> Exit:
+        """A request that ends by itself and says nothing; how it ended."""
+        channel = await self._agents.channel(vm)
+        return (await call(channel, request, timeout_s=_CALL_TIMEOUT_S)).exit
+
+    async def runs_on(self, vm: Vm) -> bool:
+        """Whether a VM whose agent was lost still runs, and is not just about to end."""
+        return self._liveness.vm_alive(vm) and not await self._liveness.wait_exit(
+            vm, _ENDING_TIMEOUT_S
+        )
+
     async def keep(self, vm: Vm) -> None:
-        """A VM made for a session outlives it after all."""
+        """A VM made for a session outlives it after all; nothing if it is gone."""
+        with suppress(NotFound):
+            await self._keep(vm)
+
+    async def _keep(self, vm: Vm) -> None:
         async with self.locked(vm.id) as current:
             spec = msgspec.structs.replace(current.spec, ephemeral=False)
             await self._store.update_vm(msgspec.structs.replace(current, spec=spec))
@@ -175,8 +192,14 @@ class VmService:
         return vm
 
     async def mark_failed(self, vm: Vm, error: BangerError) -> Vm:
-        """End what runs of it and keep the rest for inspection, with the reason on the record."""
-        await self._release(vm)
+        """End what runs of it and keep the rest for inspection, with the reason on the record.
+
+        What cannot be ended or removed now is logged: `delete` tries again.
+        """
+        try:
+            await self._release(vm)
+        except (BangerError, OSError):
+            get_logger().exception("clean-up failed", **vm_attributes(vm))
         runtime = msgspec.structs.replace(vm.runtime, state=VmState.ERROR, last_error=error.message)
         vm = msgspec.structs.replace(vm, runtime=runtime, updated_at=now())
         await self._store.update_vm(vm)
@@ -238,8 +261,8 @@ class VmService:
 
     async def _release(self, vm: Vm) -> None:
         """End the processes, close the channel, remove the sockets, forget the handles."""
-        await self._agents.drop(vm.id)
         await self._liveness.end(vm)
+        await self._agents.drop(vm.id)
         shutil.rmtree(self._paths.vm(vm.id).runtime, ignore_errors=True)
         self._handles.clear(vm.id)
 

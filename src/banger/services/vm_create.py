@@ -17,7 +17,14 @@ from pathlib import Path
 import msgspec
 
 from banger.base.config import VCPU_MAX, Config
-from banger.base.errors import BadRequest, BangerError, Conflict, OperationTimeout, Unavailable
+from banger.base.errors import (
+    BadRequest,
+    BangerError,
+    Conflict,
+    Internal,
+    OperationTimeout,
+    Unavailable,
+)
 from banger.base.log import OperationLog, vm_attributes
 from banger.base.model import (
     Image,
@@ -173,8 +180,12 @@ class VmCreator:
             return vm
 
     async def _discard(self, vm: Vm) -> None:
-        with OperationLog("vm.discard", **vm_attributes(vm)) as log:
-            await self._vms.remove(vm, log)
+        try:
+            with OperationLog("vm.discard", **vm_attributes(vm)) as log:
+                await self._vms.remove(vm, log)
+        except (BangerError, OSError) as error:
+            # A record that says so can be deleted again; one "in creation" could not.
+            await self._vms.mark_failed(vm, Internal(f"its clean-up failed: {error}"))
 
     def _spec(self, request: CreateRequest) -> VmSpec:
         config = self._config
