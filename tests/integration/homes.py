@@ -78,7 +78,9 @@ class Home:
 
     def machines(self) -> list[leftovers.Process]:
         """The hypervisors of this home."""
-        return [each for each in self.processes() if "qemu-system" in each.command.partition(" ")[0]]
+        return [
+            each for each in self.processes() if "qemu-system" in each.command.partition(" ")[0]
+        ]
 
     def processes(self) -> list[leftovers.Process]:
         return leftovers.processes_of(self.directory)
