@@ -172,6 +172,16 @@ def test_a_copy_between_links_copies_the_link(
     assert (tmp_path / "back").readlink() == Path("/etc/passwd")
 
 
+def test_a_directory_that_is_there_keeps_its_mode(
+    banger: Banger, vm: str, place: str, tmp_path: Path
+) -> None:
+    banger.guest(vm, "mkdir -p /root/place/new; chmod 777 /root/place /root/place/new")
+    (tmp_path / "place").mkdir(mode=0o700)
+    banger.ok("vm", "cp", place, tmp_path)
+    assert (tmp_path / "place").stat().st_mode & 0o777 == 0o700
+    assert (tmp_path / "place/new").stat().st_mode & 0o777 == 0o777
+
+
 #: VM stands for the name of the VM. Wrong use has status 2.
 @pytest.mark.parametrize(
     ("source", "destination", "status", "message"),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -141,4 +143,49 @@ def test_a_second_ctrl_c_abandons_a_command_that_ignores_the_first(banger: Bange
     assert status == 130
     assert b"abandoned" in err
     seen = banger.guest(vm, "until test -s /root/second; do sleep 0.1; done; cat /root/second")
+    assert seen == "hangup\n"
+
+
+@pytest.fixture
+def endless() -> Iterator[int]:
+    """A pipe that always has more to read."""
+    with subprocess.Popen(["yes"], stdout=subprocess.PIPE) as yes:
+        assert yes.stdout is not None
+        yield yes.stdout.fileno()
+        yes.kill()
+
+
+def _ignoring_input(banger: Banger, vm: str, endless: int, script: str) -> subprocess.Popen[bytes]:
+    """A command that reads nothing, once as much of its input was sent as can be."""
+    process = banger.start("vm", "exec", vm, "--", "sh", "-c", script, stdin=endless)
+    assert process.stdout is not None
+    read_until(process.stdout, b"ready\n")
+    read = Path(f"/proc/{process.pid}/io")
+
+    def is_stuck() -> bool:
+        before = read.read_text().split()[1]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        return read.read_text().split()[1] == before
+
+    until(is_stuck, "no more input goes in")
+    return process
+
+
+def test_ctrl_c_reaches_a_command_that_does_not_read_its_input(
+    banger: Banger, vm: str, endless: int
+) -> None:
+    process = _ignoring_input(banger, vm, endless, "echo ready; exec sleep 1000")
+    process.send_signal(signal.SIGINT)
+    assert finish(process)[0] == 130
+
+
+def test_a_killed_client_takes_a_command_along_that_does_not_read_its_input(
+    banger: Banger, vm: str, endless: int
+) -> None:
+    script = "trap 'echo hangup > /root/third; exit' HUP; echo ready; sleep 1000 & wait"
+    process = _ignoring_input(banger, vm, endless, script)
+    process.kill()
+    finish(process)
+    seen = banger.guest(vm, "until test -s /root/third; do sleep 0.1; done; cat /root/third")
     assert seen == "hangup\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import struct
 import subprocess
 import termios
@@ -117,6 +118,18 @@ def test_a_closed_terminal_hangs_up_what_runs_in_the_guest(
     terminal.close()
     command.wait(timeout=60)
     banger.guest(vm, "until test -e /root/hup; do sleep 0.1; done")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=["TERM", "HUP"])
+def test_a_shell_that_is_ended_leaves_the_terminal_as_it_was(
+    banger: Banger, vm: str, terminal: Terminal, number: signal.Signals
+) -> None:
+    before = terminal.settings()
+    shell = terminal.start(banger, "vm", "shell", vm)
+    terminal.read_until("# ")
+    shell.send_signal(number)
+    assert shell.wait(timeout=60) == 128 + number
+    assert terminal.settings() == before
 
 
 def test_a_closed_terminal_ends_a_fresh_machine_with_rm(
