@@ -14,6 +14,7 @@ from banger.base.config import (
     SETTINGS,
     Config,
     Setting,
+    effective,
     load_config,
     parse_log_level,
 )
@@ -148,3 +149,17 @@ def test_levels_are_read_in_any_case_and_with_space_around(
         letter.upper() if up else letter for letter, up in zip(level, upper, strict=True)
     )
     assert parse_log_level(f"{space}{mixed}{space}") == LOG_LEVELS[level]
+
+
+def test_the_settings_in_force_say_where_they_come_from(tmp_path: Path) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text('[vm_defaults]\nmemory = "4G"\n')
+    shown = {each.setting.key: each for each in effective(file, {"BANGER_LOG_LEVEL": "debug"})}
+    assert list(shown) == [setting.key for setting in SETTINGS]
+    memory, level = shown["vm_defaults.memory"], shown["log_level"]
+    assert (memory.value, memory.origin) == ("4G", str(file))
+    assert (level.value, level.origin) == ("debug", "BANGER_LOG_LEVEL")
+    assert shown["vm_defaults.vcpu"].origin == "default"
+    file.write_text("memory = 1")
+    with pytest.raises(BadRequest, match="unknown setting"):
+        effective(file, {})

@@ -37,14 +37,6 @@ async def test_a_missing_base_is_named(tmp_path: Path) -> None:
         await Qcow2Storage().create_overlay(tmp_path / "rootfs.ext4", tmp_path / "o", 1)
 
 
-def test_allocated_bytes_counts_blocks_and_not_length(tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    assert Qcow2Storage().allocated_bytes(disk) == 0
-    with disk.open("wb") as file:
-        file.truncate(64 * MIB)
-    assert Qcow2Storage().allocated_bytes(disk) < MIB
-
-
 async def test_a_missing_qemu_img_is_a_failed_check_with_its_package(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -60,6 +60,8 @@ def _size(value: object) -> int:
 
 VCPU_MAX = 64
 
+_LOG_LEVEL_VARIABLE = "BANGER_LOG_LEVEL"
+
 
 @dataclass(frozen=True)
 class Config:
@@ -112,34 +114,66 @@ SETTINGS: tuple[Setting, ...] = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Effective:
+    """A setting as it is in force: its value as text, and where that came from."""
+
+    setting: Setting
+    value: str
+    origin: str
+
+
 def load_config(file: Path, environment: Mapping[str, str] = os.environ) -> Config:
     """The settings of `file` (none if it is not there) over the defaults.
 
     ``BANGER_LOG_LEVEL`` wins over the file. Raises BadRequest, naming the file and the key.
     """
-    try:
-        given = dict(_flatten(tomllib.loads(file.read_text(encoding="utf-8"))))
-    except FileNotFoundError:
-        given = {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"{file} is not valid TOML: {error}") from error
-    except OSError as error:
-        raise BadRequest(f"cannot read {file}: {error.strerror}") from error
-    known = {setting.key: setting for setting in SETTINGS}
-    for key in given:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f'did you mean "{near[0]}"?' if near else ""
-            raise BadRequest(f'{file}: unknown setting "{key}"', hint=hint)
+    given = _given(file)
     values = {}
     for setting in SETTINGS:
         try:
             values[setting.field] = setting.parse(given.get(setting.key, setting.default))
         except BangerError as error:
             raise BadRequest(f"{file}: {setting.key}: {error.message}", hint=error.hint) from None
-    if "BANGER_LOG_LEVEL" in environment:
-        values["log_level"] = parse_log_level(environment["BANGER_LOG_LEVEL"])
+    if _LOG_LEVEL_VARIABLE in environment:
+        values["log_level"] = parse_log_level(environment[_LOG_LEVEL_VARIABLE])
     return Config(**values)
+
+
+def effective(file: Path, environment: Mapping[str, str] = os.environ) -> list[Effective]:
+    """Every setting with its value, as a person would write it, and its origin.
+
+    Raises as `load_config` does: what the daemon would not take is not shown as in force.
+    """
+    load_config(file, environment)
+    given = _given(file)
+    shown = []
+    for setting in SETTINGS:
+        value = given.get(setting.key, setting.default)
+        origin = str(file) if setting.key in given else "default"
+        if setting.key == "log_level" and _LOG_LEVEL_VARIABLE in environment:
+            value, origin = environment[_LOG_LEVEL_VARIABLE], _LOG_LEVEL_VARIABLE
+        shown.append(Effective(setting, str(value), origin))
+    return shown
+
+
+def _given(file: Path) -> dict[str, object]:
+    """What `file` says, by key; every key is known."""
+    try:
+        given = dict(_flatten(tomllib.loads(file.read_text(encoding="utf-8"))))
+    except FileNotFoundError:
+        return {}
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"{file} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise BadRequest(f"cannot read {file}: {error.strerror}") from error
+    known = {setting.key for setting in SETTINGS}
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f'did you mean "{near[0]}"?' if near else ""
+            raise BadRequest(f'{file}: unknown setting "{key}"', hint=hint)
+    return given
 
 
 def _flatten(table: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:

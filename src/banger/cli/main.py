@@ -25,6 +25,7 @@ _COMMANDS = {
     "operations": ("banger.cli.host:operations", "See long work in progress."),
     "daemon": ("banger.cli.host:daemon", "Look at and control bangerd."),
     "doctor": ("banger.cli.host:doctor", "Check what banger needs on this machine."),
+    "config": ("banger.cli.config:config", "See the settings."),
     "version": ("banger.cli.host:version", "Print the version."),
     "completion": ("banger.cli.complete:completion", "Print the completion script of a shell."),
 }

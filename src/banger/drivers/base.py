@@ -67,7 +67,6 @@ class NetworkAttachment:
 
     guest: GuestNetwork
     fd: int = -1
-    tap: str = ""
     pid: int = 0
 
 
@@ -136,10 +135,6 @@ class Storage(Protocol):
 
         The result is never smaller than `base`. Replaces an unfinished `overlay`.
         """
-        ...
-
-    def allocated_bytes(self, disk: Path) -> int:
-        """How much of the host's disk this one takes; 0 when it is not there."""
         ...
 
 

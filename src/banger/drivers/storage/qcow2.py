@@ -48,13 +48,6 @@ class Qcow2Storage:
         finally:
             unfinished.unlink(missing_ok=True)
 
-    def allocated_bytes(self, disk: Path) -> int:
-        try:
-            # st_blocks counts 512 bytes, whatever the file system's block size (stat(2)).
-            return disk.stat().st_blocks * 512
-        except FileNotFoundError:
-            return 0
-
 
 def overlay_bytes(base: Path, size_mib: int) -> int:
     """The overlay's size: what is asked for, but never less than what lies beneath."""
