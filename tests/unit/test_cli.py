@@ -419,6 +419,7 @@ _LISTINGS = [
     ["vm", "show", "box"],
     ["image", "show", "debian"],
     ["daemon", "status"],
+    ["config", "show"],
     ["doctor"],
     ["version"],
 ]
