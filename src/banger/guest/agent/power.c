@@ -19,6 +19,7 @@
 enum {
     GRACE_MS = 2000,
     INIT_MS = 60000,
+    ASK_AGAIN_MS = 1000,
     /* What systemd calls SIGRTMIN, as it is built with glibc; musl's own is 35. */
     SYSTEMD_RTMIN = 34,
 };
@@ -69,11 +70,11 @@ _Noreturn void power_off(bool reboot_instead) {
     /* systemd's own signals for poweroff.target and reboot.target: systemd(1), "Signals". */
     int number = SYSTEMD_RTMIN + (reboot_instead ? 5 : 4);
     if (!init_is_ours() && read_line("/proc/1/comm", init, sizeof init) &&
-        strcmp(init, "systemd") == 0 && kill(1, number) == 0) {
-        /* Its last step ends us by SIGTERM: to hold out would only make it wait. */
-        int64_t end = now_ms() + INIT_MS;
-        while (now_ms() < end)
-            poll(NULL, 0, (int)(end - now_ms()));
+        strcmp(init, "systemd") == 0) {
+        /* Its last step ends us by SIGTERM: to hold out would only make it wait. Asked again, as a
+         * systemd that has only just started does not hear the signal yet. */
+        for (int64_t end = now_ms() + INIT_MS; now_ms() < end && kill(1, number) == 0;)
+            poll(NULL, 0, ASK_AGAIN_MS);
     }
     go_down(reboot_instead);
     power_cut(reboot_instead);
