@@ -183,7 +183,12 @@ def test_ctrl_c_reaches_a_command_that_does_not_read_its_input(
 def test_a_killed_client_takes_a_command_along_that_does_not_read_its_input(
     banger: Banger, vm: str, endless: int
 ) -> None:
-    script = "trap 'echo hangup > /root/third; exit' HUP; echo ready; sleep 1000 & wait"
+    script = """
+    exec 2>/dev/null
+    trap 'echo hangup > /root/third; exit' HUP
+    echo ready
+    while :; do sleep 0.1; done
+    """
     process = _ignoring_input(banger, vm, endless, script)
     process.kill()
     finish(process)
