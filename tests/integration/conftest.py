@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,8 @@ _numbers = itertools.count()
 @pytest.fixture(scope="session")
 def banger(private_home: object) -> Iterator[Banger]:  # it sets the environment
     """The command, with a daemon that is stopped at the session's end."""
+    # A shell's background jobs are started with SIGINT ignored, and would pass that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     command = Banger()
     yield command
     command.run("daemon", "stop")

@@ -141,7 +141,7 @@ client = socket.socket(socket.AF_UNIX)
 try:
     client.connect(sys.argv[1])
     client.sendall(b'{"version":1,"method":"vm.list"}\\n')
-    print(client.makefile().readline())
+    print(client.recv(65536).decode())
 except PermissionError:
     print("EACCES")
 """

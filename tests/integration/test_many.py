@@ -110,7 +110,7 @@ def test_completion_offers_names_of_vms_and_images(banger: Banger) -> None:
         return {line.partition(",")[2] for line in caller.ok().splitlines()}
 
     assert complete("banger vm show al") == {"alpha", "alpha-two"}
-    assert complete("banger vm run --image deb") == {IMAGE}
+    assert IMAGE in complete("banger vm run --image deb")
 
 
 def test_completion_is_silent_when_the_daemon_is_down(bare_home: Home) -> None:

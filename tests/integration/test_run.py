@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from pathlib import Path
 
 import pytest
 
@@ -160,7 +161,7 @@ def test_a_guest_that_never_answers_is_kept_with_its_last_words(
 
 def test_a_machine_that_ends_while_it_boots_is_noticed_at_once(home: Home) -> None:
     """Its root file system is one of zeros behind a superblock that looks right."""
-    (rootfs,) = home.data.glob("images/*/rootfs.ext4")
+    rootfs = Path(home.banger.json("image", "show", IMAGE)["rootfs_path"])
     size = rootfs.stat().st_size
     with rootfs.open("r+b") as file:
         file.truncate(4096)
