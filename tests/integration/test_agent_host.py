@@ -726,7 +726,7 @@ async def test_it_ends_with_its_connection(host_agent: HostAgent) -> None:
 def fuzz_harness(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("gcc")
     if compiler is None:
-        pytest.skip("AddressSanitizer needs gcc: apt-get install gcc libc6-dev")
+        pytest.fail("AddressSanitizer needs gcc: apt-get install gcc libc6-dev")
     harness = tmp_path_factory.mktemp("fuzz") / "agent_fuzz"
     sources = [path for path in _SOURCES.glob("*.c") if path.stem not in _NOT_FUZZED]
     flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
