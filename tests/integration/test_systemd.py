@@ -63,14 +63,14 @@ def systemd_machine(banger: Banger, machine: str) -> Iterator[str]:
 
 def test_systemd_boots_takes_commands_and_powers_off(banger: Banger, systemd_machine: str) -> None:
     name = systemd_machine
-    assert banger.guest(name, "cat /proc/1/comm") == "systemd\n"
-    # Our agent answers before systemd's bus does, which is "offline" until then.
+    # Our agent answers before systemd runs, and before its bus does, which is "offline" until then.
     up = (
         "until systemctl is-system-running --wait | grep -E '^(running|degraded)'; do sleep 1; done"
     )
     state = banger.guest(name, up)
     failed = banger.guest(name, "systemctl list-units --failed --plain --no-legend")
     assert (state, failed) == ("running\n", "")
+    assert banger.guest(name, "cat /proc/1/comm") == "systemd\n"
     assert banger.guest(name, "hostname; df --output=target /root | tail -1") == f"{name}\n/root\n"
     # A service outlives the command that starts it: it belongs to the machine.
     at_the_end = "-p 'ExecStop=/bin/sh -c \"echo stopped in order > /dev/console\"'"
