@@ -222,7 +222,7 @@ def test_a_download_of_some_size_arrives(banger: Banger, vm: str) -> None:
         thread.start()
         host, port = server.getsockname()
         done = subprocess.run(
-            banger.argv("vm", "exec", vm, "--", "bash", "-c", f"cat </dev/tcp/{host}/{port}"),
+            banger.argv("vm", "exec", vm, "--", "bash", "-c", f"head -c {len(data)} </dev/tcp/{host}/{port}"),
             stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True,
         )  # fmt: skip
         thread.join(10)
