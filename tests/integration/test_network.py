@@ -221,8 +221,9 @@ def test_a_download_of_some_size_arrives(banger: Banger, vm: str) -> None:
         thread = threading.Thread(target=send)
         thread.start()
         host, port = server.getsockname()
+        read = f"head -c {len(data)} </dev/tcp/{host}/{port}"
         done = subprocess.run(
-            banger.argv("vm", "exec", vm, "--", "bash", "-c", f"head -c {len(data)} </dev/tcp/{host}/{port}"),
+            banger.argv("vm", "exec", vm, "--", "bash", "-c", read),
             stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=True,
         )  # fmt: skip
         thread.join(10)
