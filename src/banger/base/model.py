@@ -189,3 +189,19 @@ class Operation(Record, frozen=True):
     @property
     def done(self) -> bool:
         return self.state is not OperationState.RUNNING
+
+
+class DaemonStatus(Record, frozen=True):
+    """What `daemon.status` answers: the daemon, where its files are, and what it works with."""
+
+    version: str
+    pid: int
+    uptime_s: float
+    socket: str
+    log_path: str
+    database: str
+    vms: int
+    running_vms: int
+    hypervisor: str
+    storage: str
+    network: str

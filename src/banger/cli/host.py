@@ -12,29 +12,13 @@ import msgspec
 
 from banger import __version__
 from banger.base.errors import Unavailable
-from banger.base.model import Operation
+from banger.base.model import DaemonStatus, Operation
 from banger.base.paths import Paths
 from banger.base.units import format_age
 from banger.cli.app import connect, json_option, note
 from banger.cli.render import print_json, print_table, seconds_since
 
 _STOP_TIMEOUT_S = 60.0
-
-
-class Status(msgspec.Struct):
-    """What `daemon.status` answers."""
-
-    version: str
-    pid: int
-    uptime_s: float
-    socket: str
-    log_path: str
-    database: str
-    vms: int
-    running_vms: int
-    hypervisor: str
-    storage: str
-    network: str
 
 
 class CheckLine(msgspec.Struct):
@@ -64,7 +48,7 @@ def status(*, as_json: bool) -> int:
             click.echo("bangerd is not running")
         return 1
     with client:
-        found = client.call("daemon.status", {}, Status)
+        found = client.call("daemon.status", {}, DaemonStatus)
     if as_json:
         print_json({"running": True, **msgspec.structs.asdict(found)})
         return 0
@@ -77,7 +61,7 @@ def status(*, as_json: bool) -> int:
 def start() -> None:
     """Start it, if it does not run."""
     with connect() as client:
-        found = client.call("daemon.status", {}, Status)
+        found = client.call("daemon.status", {}, DaemonStatus)
     click.echo(f"bangerd is running (pid {found.pid})")
 
 
@@ -92,7 +76,7 @@ def restart() -> None:
     """Stop it and start it again, as this version. Machines run on."""
     _stop()
     with connect() as client:
-        found = client.call("daemon.status", {}, Status)
+        found = client.call("daemon.status", {}, DaemonStatus)
     click.echo(f"bangerd is running (pid {found.pid})")
 
 
@@ -103,7 +87,7 @@ def _stop() -> bool:
     except Unavailable:
         return False
     with client:
-        pid = client.call("daemon.status", {}, Status).pid
+        pid = client.call("daemon.status", {}, DaemonStatus).pid
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:  # somebody else stops it
@@ -205,7 +189,7 @@ def version(*, as_json: bool) -> None:
     running = ""
     try:
         with connect(start=False) as client:
-            running = client.call("daemon.status", {}, Status).version
+            running = client.call("daemon.status", {}, DaemonStatus).version
     except Unavailable:
         pass
     if as_json:

@@ -14,11 +14,10 @@ import msgspec
 from banger import __version__
 from banger.base.errors import BadRequest, UnknownMethod
 from banger.base.log import OperationLog
-from banger.base.model import Image, Kernel, Operation, Vm, VmState
+from banger.base.model import DaemonStatus, Image, Kernel, Operation, Vm, VmState
 from banger.base.opid import current_op_id
 from banger.base.paths import Paths
 from banger.daemon.params import (
-    DaemonStatus,
     DeleteVm,
     ImageReference,
     Nothing,

@@ -90,22 +90,6 @@ class GuestPath(Params, frozen=True):
     path: str
 
 
-class DaemonStatus(Params, frozen=True):
-    """What `daemon.status` answers."""
-
-    version: str
-    pid: int
-    uptime_s: float
-    socket: str
-    log_path: str
-    database: str
-    vms: int
-    running_vms: int
-    hypervisor: str
-    storage: str
-    network: str
-
-
 class FileKind(Params, frozen=True):
     """What `vm.stat` answers: whether it is there, and as what (file, directory, link, other)."""
 
