@@ -16,7 +16,7 @@ from typing import Any
 
 from banger.base.errors import BadRequest, BangerError
 from banger.base.model import InitMode, check_artifact_name
-from banger.base.units import parse_size_mib
+from banger.base.units import parse_duration_s, parse_size_mib
 
 LOG_LEVELS = {"": "info", "info": "info", "debug": "debug", "warn": "warning",
               "warning": "warning", "error": "error"}  # fmt: skip
@@ -58,6 +58,18 @@ def _size(value: object) -> int:
     return parse_size_mib(str(value)) if isinstance(value, int) else parse_size_mib(_text(value))
 
 
+def _duration(least_s: float) -> Callable[[object], float]:
+    """A duration: 0, which means never, or at least `least_s` seconds."""
+
+    def parse(value: object) -> float:
+        seconds = parse_duration_s("0" if value == 0 else _text(value))
+        if 0 < seconds < least_s:
+            raise BadRequest(f'"{value}" is less than {least_s:g} s', hint="0 means never")
+        return seconds
+
+    return parse
+
+
 VCPU_MAX = 64
 
 _LOG_LEVEL_VARIABLE = "BANGER_LOG_LEVEL"
@@ -65,7 +77,10 @@ _LOG_LEVEL_VARIABLE = "BANGER_LOG_LEVEL"
 
 @dataclass(frozen=True)
 class Config:
-    """The effective settings. Field names are the keys, with ``.`` written as ``_``."""
+    """The effective settings. Field names are the keys, with ``.`` written as ``_``.
+
+    Sizes are in MiB, durations in seconds.
+    """
 
     log_level: str
     hypervisor: str
@@ -73,6 +88,8 @@ class Config:
     storage: str
     network: str
     default_image_name: str
+    auto_stop_stale_after: float
+    stats_poll_interval: float
     vm_defaults_vcpu: int
     vm_defaults_memory: int
     vm_defaults_disk_size: int
@@ -104,6 +121,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("network", _choice("auto", "user"), "auto", "how VMs reach the network"),
     Setting("default_image_name", lambda value: check_artifact_name(_text(value)),
             "debian-bookworm", "the image of a VM that names none"),
+    Setting("auto_stop_stale_after", _duration(1), "0",
+            "stop VMs that nobody has used for so long (24h, 2h30m; 0: never)"),
+    Setting("stats_poll_interval", _duration(0.5), "10s",
+            "how often to look at what running VMs use (0: only when asked)"),
     Setting("vm_defaults.vcpu", _count(1, VCPU_MAX), 2, "vCPUs of a new VM"),
     Setting("vm_defaults.memory", _size, "2G", "memory of a new VM"),
     Setting("vm_defaults.disk_size", _size, "8G", "size of a new VM's work disk, /root"),

@@ -49,7 +49,10 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
 
 
 class VmState(StrEnum):
+    """CREATING and STARTING belong to the daemon that works on it: the next one settles them."""
+
     CREATING = "creating"
+    STARTING = "starting"
     RUNNING = "running"
     STOPPED = "stopped"
     ERROR = "error"
@@ -68,6 +71,17 @@ class NetworkMode(StrEnum):
     NONE = "none"
 
 
+class PublishedPort(Record, frozen=True):
+    """A TCP port of the host that leads to one of the guest's."""
+
+    host: str
+    host_port: int
+    guest_port: int
+
+    def __str__(self) -> str:
+        return f"{self.host}:{self.host_port}:{self.guest_port}"
+
+
 class VmSpec(Record, frozen=True):
     """What was asked for."""
 
@@ -79,6 +93,7 @@ class VmSpec(Record, frozen=True):
     network: NetworkMode = NetworkMode.USER
     #: Deleted when the session it was made for ends (``vm run --rm``).
     ephemeral: bool = False
+    published_ports: tuple[PublishedPort, ...] = ()
 
 
 class VmRuntime(Record, frozen=True):
@@ -106,6 +121,8 @@ class Vm(Record, frozen=True):
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None = None
+    #: When somebody last used it. Kept beside the record, so that noting it needs no lock.
+    touched_at: datetime | None = None
 
 
 #: What the system calls take; a file that says otherwise is corrupt.

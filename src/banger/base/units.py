@@ -11,6 +11,10 @@ _SIZE = re.compile(r"([0-9]{1,18})\s*(?:([kmgt])(?:i?b)?)?", re.IGNORECASE)
 _FACTORS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _MIB = 1 << 20
 
+_DURATION = re.compile(r"(?:[0-9]{1,9}(?:\.[0-9]{1,3})?(?:ms|[smhd]))+")
+_DURATION_PART = re.compile(r"([0-9.]+)(ms|[smhd])")
+_SECONDS = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
 #: The widest size taken anywhere (16 TiB): what ext4 and qcow2 hold with 4 KiB blocks.
 SIZE_MAX_MIB = 16 << 20
 
@@ -26,6 +30,16 @@ def parse_size_mib(text: str) -> int:
     if rest or not 0 < size_mib <= SIZE_MAX_MIB:
         raise BadRequest(f'"{text}" is not a whole number of MiB from 1 MiB to 16 TiB')
     return size_mib
+
+
+def parse_duration_s(text: str) -> float:
+    """``24h``, ``2h30m``, ``1.5s``, ``500ms``, ``0``: seconds. A number needs its unit, but 0."""
+    text = text.strip().lower()
+    if text == "0":
+        return 0.0
+    if _DURATION.fullmatch(text) is None:
+        raise BadRequest(f'"{text}" is not a duration', hint="write it like 30s, 2h30m or 7d")
+    return sum(float(number) * _SECONDS[unit] for number, unit in _DURATION_PART.findall(text))
 
 
 def format_size(size_bytes: int) -> str:

@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from datetime import datetime
 from importlib import resources
 from pathlib import Path
 from typing import TypeVar
@@ -22,9 +23,10 @@ from banger.base.errors import Conflict, Internal, NotFound, PreconditionFailed
 from banger.base.model import Image, Kernel, Vm
 
 T = TypeVar("T")
-R = TypeVar("R", Vm, Image, Kernel)
+R = TypeVar("R", Image, Kernel)
 
 _encode = msgspec.json.Encoder().encode
+_decode_vm = msgspec.json.Decoder(Vm).decode
 
 
 class Store:
@@ -85,16 +87,37 @@ class Store:
 
         await self._run(work)
 
+    async def touch_vm(self, vm_id: str, moment: datetime) -> None:
+        """Note when a VM was last used: whoever replaces the record meanwhile does not lose it."""
+
+        def work(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute(
+                    "UPDATE vms SET touched_at = ? WHERE id = ?", (moment.isoformat(), vm_id)
+                )
+
+        await self._run(work)
+
     async def delete_vm(self, vm_id: str) -> None:
         """Remove a VM's row; nothing when it is gone already."""
         await self._delete("vms", vm_id)
 
     async def get_vm(self, vm_id: str) -> Vm | None:
-        return await self._get("vms", "id", vm_id, Vm)
+        def work(db: sqlite3.Connection) -> Vm | None:
+            query = "SELECT record, touched_at FROM vms WHERE id = ?"
+            row = db.execute(query, (vm_id,)).fetchone()
+            return None if row is None else _vm(*row)
+
+        return await self._run(work)
 
     async def vms(self) -> list[Vm]:
         """All VMs, by name."""
-        return await self._all("vms", Vm)
+
+        def work(db: sqlite3.Connection) -> list[Vm]:
+            rows = db.execute("SELECT record, touched_at FROM vms ORDER BY name")
+            return [_vm(*row) for row in rows]
+
+        return await self._run(work)
 
     async def insert_image(self, image: Image) -> None:
         """Add an image; its name must be free."""
@@ -194,6 +217,12 @@ class Store:
 
 def _json(record: msgspec.Struct) -> str:
     return _encode(record).decode()
+
+
+def _vm(record: str, touched_at: str | None) -> Vm:
+    vm = _decode_vm(record)
+    moment = None if touched_at is None else datetime.fromisoformat(touched_at)
+    return vm if vm.touched_at == moment else msgspec.structs.replace(vm, touched_at=moment)
 
 
 def _connect(path: Path) -> sqlite3.Connection:
