@@ -95,6 +95,15 @@ class HypervisorFeatures:
     disk_formats: frozenset[DiskFormat]
 
 
+class MachineStatus(StrEnum):
+    """What a hypervisor says of a machine whose process runs."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    #: Held at a write that the host's disk had no room for; `Hypervisor.resume` tries it again.
+    DISK_FULL = "disk-full"
+
+
 class Hypervisor(Protocol):
     """Starts and ends machines. The process it starts outlives this daemon."""
 
@@ -117,6 +126,21 @@ class Hypervisor(Protocol):
         """End the machine at once. Raises Unavailable when the hypervisor cannot be asked."""
         ...
 
+    async def power_button(self, control_socket: Path) -> None:
+        """Press the machine's power button; what the guest makes of it is its own business.
+
+        Raises Unavailable when the hypervisor cannot be asked.
+        """
+        ...
+
+    async def status(self, control_socket: Path) -> MachineStatus:
+        """Whether the machine's vCPUs run. Raises Unavailable when it cannot be asked."""
+        ...
+
+    async def resume(self, control_socket: Path) -> None:
+        """Let a machine that is held run on. Raises Unavailable when it cannot be asked."""
+        ...
+
     def owns(self, argv: tuple[str, ...], control_socket: Path) -> bool:
         """Whether a process with this command line is the machine behind `control_socket`."""
         ...
@@ -135,6 +159,22 @@ class Storage(Protocol):
 
         The result is never smaller than `base`. Replaces an unfinished `overlay`.
         """
+        ...
+
+    async def size_mib(self, overlay: Path) -> int:
+        """How large the guest sees this disk, which no machine has open, in whole MiB."""
+        ...
+
+    async def grow(self, overlay: Path, size_mib: int) -> None:
+        """Give the disk, which no machine has open, at least `size_mib`; its content is checked.
+
+        Nothing happens to one that is as large already. Raises PreconditionFailed when the disk
+        is damaged or cannot grow; it is then as it was.
+        """
+        ...
+
+    def allocated_bytes(self, disk: Path) -> int:
+        """What the disk takes of the host's, 0 for none."""
         ...
 
 

@@ -10,9 +10,10 @@ import asyncio
 import os
 import signal
 import socket
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qemu.qmp import ExecInterruptedError, QMPClient, QMPError, Runstate
 
@@ -25,6 +26,7 @@ from banger.drivers.base import (
     HypervisorFeatures,
     Level,
     Machine,
+    MachineStatus,
     NetworkAttachment,
 )
 from banger.drivers.hypervisor import kvm
@@ -122,19 +124,31 @@ class QemuHypervisor:
 
     async def quit(self, control_socket: Path) -> None:
         """See `Hypervisor.quit`. Returns when QEMU closes the connection, as it ends."""
-        client = QMPClient("banger")
-        try:
-            async with asyncio.timeout(_QMP_TIMEOUT_S):
-                await client.connect(str(control_socket))
-                # It may be gone before its answer is.
-                with suppress(ExecInterruptedError):
-                    await client.execute("quit")
-                while client.runstate is Runstate.RUNNING:
-                    await client.runstate_changed()
-        except (QMPError, OSError, TimeoutError) as error:
-            raise Unavailable(f"QEMU does not answer at {control_socket}: {error}") from error
-        finally:
-            await _disconnect(client)
+        async with _qmp(control_socket) as client:
+            # It may be gone before its answer is.
+            with suppress(ExecInterruptedError):
+                await client.execute("quit")
+            while client.runstate is Runstate.RUNNING:
+                await client.runstate_changed()
+
+    async def power_button(self, control_socket: Path) -> None:
+        """See `Hypervisor.power_button`: an ACPI event, which systemd's logind listens to."""
+        async with _qmp(control_socket) as client:
+            await client.execute("system_powerdown")
+
+    async def status(self, control_socket: Path) -> MachineStatus:
+        """See `Hypervisor.status`."""
+        async with _qmp(control_socket) as client:
+            answer = cast("dict[str, object]", await client.execute("query-status"))
+        # By default a write that meets ENOSPC stops the machine, and is done again on `cont`.
+        if answer.get("status") == "io-error":
+            return MachineStatus.DISK_FULL
+        return MachineStatus.RUNNING if answer.get("running") else MachineStatus.PAUSED
+
+    async def resume(self, control_socket: Path) -> None:
+        """See `Hypervisor.resume`."""
+        async with _qmp(control_socket) as client:
+            await client.execute("cont")
 
     def owns(self, argv: tuple[str, ...], control_socket: Path) -> bool:
         return names_control_socket(argv, control_socket)
@@ -150,6 +164,23 @@ def tsc_khz() -> int:
         if name.strip() == "bogomips":
             return round(float(value) * 1000 / 2)
     return 0
+
+
+@asynccontextmanager
+async def _qmp(control_socket: Path) -> AsyncIterator[QMPClient]:
+    """A short conversation with QEMU: it serves one client at a time, the next one waits.
+
+    Raises Unavailable when it does not answer in time, here or in the block.
+    """
+    client = QMPClient("banger")
+    try:
+        async with asyncio.timeout(_QMP_TIMEOUT_S):
+            await client.connect(str(control_socket))
+            yield client
+    except (QMPError, OSError, TimeoutError) as error:
+        raise Unavailable(f"QEMU does not answer at {control_socket}: {error}") from error
+    finally:
+        await _disconnect(client)
 
 
 class _Log:

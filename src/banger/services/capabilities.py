@@ -1,0 +1,135 @@
+"""What a VM can have, each as hooks into its life: disks, a network, published ports.
+
+The lifecycle (`vm_start`, `lifecycle`) knows the order of things and no capability by name; a
+capability knows its own thing and nothing of the order. The hooks, in the order they are called:
+
+    add_start_prereqs   what the start needs; all that is missing is told at once
+    prepare_host        make it on the host: files, helper processes
+    contribute_machine  devices of the machine
+    contribute_guest    what the guest is told of it, before its first command
+    post_start          once the guest is up; again when a new daemon finds the VM running
+    apply_config_changes  the record has changed: make it so, or refuse
+    cleanup             the machine has ended (or never came up): take away what `prepare_host`
+                        and `post_start` made; idempotent
+
+Clean-up runs in reverse order, all of it, even when some of it fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from banger.base.errors import BangerError, from_unexpected
+from banger.base.log import get_logger, vm_attributes
+from banger.base.model import Image, Kernel, Vm
+from banger.drivers.base import Check, Disk, GuestNetwork, NetworkAttachment
+
+
+@dataclass
+class Start:
+    """One start of one VM, as it comes together."""
+
+    vm: Vm
+    image: Image
+    kernel: Kernel
+    disks: list[Disk] = field(default_factory=list)
+    network: NetworkAttachment | None = None
+    guest_network: GuestNetwork | None = None
+
+
+class Capability:
+    """Hooks that do nothing; a capability overrides those it needs."""
+
+    name: str
+
+    async def add_start_prereqs(self, start: Start) -> list[Check]:  # noqa: ARG002 - a hook
+        """What this start needs, each with how it stands. Never raises."""
+        return []
+
+    async def prepare_host(self, start: Start) -> None:
+        """Make what the machine needs of the host. Raises BangerError."""
+
+    def contribute_machine(self, start: Start) -> None:
+        """Add devices to `start`."""
+
+    def contribute_guest(self, start: Start) -> None:
+        """Add what the guest's agent is told."""
+
+    async def post_start(self, vm: Vm) -> None:
+        """The guest answers, or was found running by a new daemon. Raises BangerError."""
+
+    async def apply_config_changes(self, before: Vm, after: Vm) -> None:
+        """The VM's record was `before` and is `after`: make it true now, or raise BangerError.
+
+        It is called again with the two exchanged when a later capability refuses.
+        """
+
+    async def cleanup(self, vm: Vm) -> None:
+        """The machine does not run. Idempotent."""
+
+
+class Capabilities:
+    """All of them, in order."""
+
+    def __init__(self, capabilities: Sequence[Capability]) -> None:
+        self._all = tuple(capabilities)
+
+    async def prereqs(self, start: Start) -> list[Check]:
+        return [check for each in self._all for check in await each.add_start_prereqs(start)]
+
+    async def prepare_host(self, start: Start) -> None:
+        """What fails leaves the rest undone; `cleanup` takes away what was made."""
+        for each in self._all:
+            await each.prepare_host(start)
+        for each in self._all:
+            each.contribute_machine(start)
+        for each in self._all:
+            each.contribute_guest(start)
+
+    async def post_start(self, vm: Vm) -> None:
+        for each in self._all:
+            await each.post_start(vm)
+
+    async def resume(self, vm: Vm) -> list[BangerError]:
+        """`post_start` for a VM that a new daemon found running: all of it, whatever fails."""
+        failures = []
+        for each in self._all:
+            try:
+                await each.post_start(vm)
+            except (BangerError, OSError) as error:
+                failures.append(_logged(each, "resume", vm, error))
+        return failures
+
+    async def apply_config_changes(self, before: Vm, after: Vm) -> None:
+        """All of them or none: those that were done are taken back when one refuses."""
+        done: list[Capability] = []
+        try:
+            for each in self._all:
+                done.append(each)
+                await each.apply_config_changes(before, after)
+        except BaseException:
+            for each in reversed(done):
+                try:
+                    await each.apply_config_changes(after, before)
+                except (BangerError, OSError) as error:
+                    _logged(each, "taking back a change", before, error)
+            raise
+
+    async def cleanup(self, vm: Vm) -> None:
+        """In reverse order, all of it. Raises the first failure when everything was tried."""
+        failures = []
+        for each in reversed(self._all):
+            try:
+                await each.cleanup(vm)
+            except (BangerError, OSError) as error:
+                failures.append(_logged(each, "clean-up", vm, error))
+        if failures:
+            raise failures[0]
+
+
+def _logged(capability: Capability, what: str, vm: Vm, error: BangerError | OSError) -> BangerError:
+    get_logger().error(
+        f"{what} failed", capability=capability.name, error=str(error), **vm_attributes(vm)
+    )
+    return error if isinstance(error, BangerError) else from_unexpected(error)
