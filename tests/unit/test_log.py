@@ -88,7 +88,7 @@ async def test_concurrent_operations_keep_their_op_ids_apart(records: Records) -
 def test_the_story_of_an_operation_has_its_times_and_attributes(records: Records) -> None:
     with OperationLog("vm.create", target="box") as log:
         log.stage("disks")
-        log.bind(vm_id="7")
+        log.describe(vm_id="7")
         log.stage("boot", detail="x")
     started, disks, boot, completed = records()
     assert [record["message"] for record in records()] == [

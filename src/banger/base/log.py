@@ -93,11 +93,11 @@ class OperationLog:
         self._level = logging.DEBUG if quiet else logging.INFO
         self._started = self._stage_began = time.monotonic()
 
-    def bind(self, **attributes: object) -> None:
+    def describe(self, **attributes: object) -> None:
         """Add attributes that became known: the VM's id, the image's name."""
         self._log = self._log.bind(**attributes)
 
-    def stage(self, stage: str, **details: object) -> None:
+    def stage(self, stage: str, detail: str = "") -> None:
         """The operation enters `stage`."""
         now = time.monotonic()
         self._log.log(
@@ -106,7 +106,7 @@ class OperationLog:
             stage=stage,
             since_start_ms=_ms(now - self._started),
             since_last_stage_ms=_ms(now - self._stage_began),
-            **details,
+            **({"detail": detail} if detail else {}),
         )
         self._stage_began = now
         if os.environ.get(FAULT_VARIABLE) == f"{self.operation}:{stage}":

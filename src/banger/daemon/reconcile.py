@@ -49,7 +49,7 @@ class Reconciler:
         with OperationLog("reconcile") as log:
             processes = list(procfs.own_processes())
             records = await self._store.vms()
-            log.stage("vms", count=len(records))
+            log.stage("vms", f"{len(records)} records")
             for vm in records:
                 try:
                     await self._reconcile(vm, processes, log)

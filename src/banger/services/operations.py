@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
+from typing import Protocol
 
 import msgspec
 
@@ -26,6 +27,18 @@ from banger.base.opid import current_op_id
 
 #: How long a finished operation can still be asked about.
 KEEP_FINISHED = timedelta(minutes=10)
+
+
+class Stages(Protocol):
+    """Where work says how far it is: the progress of an operation, or just a log."""
+
+    def stage(self, stage: str, detail: str = "") -> None:
+        """The work enters `stage`, or says more of the one it is in."""
+        ...
+
+    def describe(self, **attributes: object) -> None:
+        """Attributes for the log's records, known only now."""
+        ...
 
 
 class Progress:
@@ -47,7 +60,7 @@ class Progress:
 
     def describe(self, **attributes: object) -> None:
         """Attributes for the log's records, known only now."""
-        self._log.bind(**attributes)
+        self._log.describe(**attributes)
 
     def result(self, *, vm: Vm | None = None, image: Image | None = None) -> None:
         self._update(vm=vm or self.record.vm, image=image or self.record.image)

@@ -143,7 +143,7 @@ class VmService:
         vm_id = (await self._ready(reference)).id
         with OperationLog("vm.stop", vm_id=vm_id) as log:
             async with self.locked(vm_id) as vm:
-                log.bind(**vm_attributes(vm))
+                log.describe(**vm_attributes(vm))
                 if self._liveness.vm_alive(vm):
                     log.stage("power_off")
                     # Watched no longer: that it ends now is no surprise.
@@ -159,7 +159,7 @@ class VmService:
         vm_id = (await self._ready(reference)).id
         with OperationLog("vm.delete", vm_id=vm_id) as log:
             async with self.locked(vm_id) as vm:
-                log.bind(**vm_attributes(vm))
+                log.describe(**vm_attributes(vm))
                 if self._liveness.vm_alive(vm) and not force:
                     raise Conflict(
                         f'vm "{vm.name}" is running',
