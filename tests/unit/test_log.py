@@ -193,20 +193,23 @@ def test_what_libraries_warn_of_is_a_record_like_ours_and_said_once(
     assert error["exception"][0]["exc_value"] == "deep"
 
 
-def test_a_stage_is_a_place_to_be_killed_at(
-    records: Records, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_stage_is_a_place_to_be_killed_or_stopped_at(
+    records: Records, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    killed: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append((pid, number)))
-    monkeypatch.setenv(FAULT_VARIABLE, "vm.create:boot")
+    sent: list[tuple[int, int]] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: sent.append((pid, number)))
+    monkeypatch.setenv(FAULT_VARIABLE, f"{number.name}@vm.create:boot")
     with OperationLog("vm.create") as log:
         log.stage("disks")
-        assert not killed
+        with OperationLog("vm.restart") as other:
+            other.stage("boot")
+        assert not sent
         log.stage("boot")
-    assert killed == [(os.getpid(), signal.SIGKILL)]
-    with OperationLog("vm.restart") as log:
+        assert sent == [(os.getpid(), number)]
+        assert records()[-1]["stage"] == "boot", "the log tells where it struck"
         log.stage("boot")
-    assert len(killed) == 1
+    assert len(sent) == 1, "what is continued goes on"
 
 
 def test_the_log_file_is_private_and_appended_to(tmp_path: Path) -> None:

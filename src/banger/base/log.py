@@ -21,8 +21,10 @@ from banger.base.opid import current_op_id
 
 Attributes = Mapping[str, object]
 
-#: Names a stage (``vm.create:boot``) at which the process kills itself: for recovery tests.
-FAULT_VARIABLE = "BANGER_FAULT_KILL_AT"
+#: For tests of recovery: ``SIGKILL@vm.create:boot`` has the process kill itself when that operation
+#: enters that stage; with SIGSTOP it stops there until somebody continues it. Once.
+FAULT_VARIABLE = "BANGER_FAULT"
+_FAULT_SIGNALS = (signal.SIGKILL, signal.SIGSTOP)
 
 
 def _add_op_id(
@@ -109,8 +111,7 @@ class OperationLog:
             **({"detail": detail} if detail else {}),
         )
         self._stage_began = now
-        if os.environ.get(FAULT_VARIABLE) == f"{self.operation}:{stage}":
-            os.kill(os.getpid(), signal.SIGKILL)
+        _strike(f"{self.operation}:{stage}")
 
     def __enter__(self) -> Self:
         self._log.log(self._level, "operation started")
@@ -128,6 +129,14 @@ class OperationLog:
         else:
             reason = str(error) or type(error).__name__
             self._log.warning("operation failed", duration_ms=duration_ms, error=reason)
+
+
+def _strike(point: str) -> None:
+    """The fault that is wanted at this point, if one is: see FAULT_VARIABLE."""
+    for number in _FAULT_SIGNALS:
+        if os.environ.get(FAULT_VARIABLE) == f"{number.name}@{point}":
+            del os.environ[FAULT_VARIABLE]
+            os.kill(os.getpid(), number)
 
 
 def _ms(seconds: float) -> float:
