@@ -1,0 +1,141 @@
+"""One published port at work: its listener, and every connection joined to one in the guest.
+
+Each connection is a CONNECT stream of the guest's agent, so it needs no network in the guest. Both
+directions end on their own (EOF is passed on as such), and each side is read only as fast as the
+other one takes it. What ends otherwise (the guest refuses, the agent is lost, the port is closed)
+resets the client's connection: what was cut short must not look complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+
+from banger.base.errors import BangerError
+from banger.base.log import get_logger
+from banger.base.model import PublishedPort
+from banger.base.opid import current_op_id, new_op_id
+from banger.guest.channel import AgentStream, Data, Eof, ExitKind, StreamEnded
+from banger.guest.channel import Exit as GuestExit
+from banger.services.admission import Admission
+
+_READ_BYTES = 65_536
+#: When the process has no descriptors left; nothing tells when there are some again.
+_ACCEPT_RETRY_S = 1.0
+#: struct linger (l_onoff, l_linger): closed by RST at once, or in good order.
+_RESET = struct.pack("ii", 1, 0)
+_ORDERLY = struct.pack("ii", 0, 0)
+
+
+class Forward:
+    """A listening socket of the host and its connections, until `close`.
+
+    ``connect`` opens a stream to a port of the guest.
+    """
+
+    def __init__(
+        self,
+        port: PublishedPort,
+        listener: socket.socket,
+        *,
+        connect: Callable[[int], Awaitable[AgentStream]],
+        admission: Admission,
+    ) -> None:
+        self.port = port
+        self._listener = listener
+        self._connect = connect
+        self._admission = admission
+        self._task = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Listen no more, and reset the connections. Idempotent."""
+        self._task.cancel()
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._listener.close()
+
+    async def _run(self) -> None:
+        async with asyncio.TaskGroup() as connections:
+            while True:
+                client = await self._accept()
+                try:
+                    # One at a time: the others wait in the kernel's queue.
+                    await self._admission.enter()
+                except BaseException:
+                    client.close()
+                    raise
+                task = connections.create_task(self._serve(client))
+                # A task that is cancelled before its first step never gets to a `finally`.
+                task.add_done_callback(partial(self._ended, client))
+
+    async def _accept(self) -> socket.socket:
+        while True:
+            try:
+                client, _ = await asyncio.get_running_loop().sock_accept(self._listener)
+            except ConnectionError:
+                continue  # it went away while it waited
+            except OSError as error:
+                get_logger().error("cannot accept", port=str(self.port), error=str(error))
+                await asyncio.sleep(_ACCEPT_RETRY_S)
+                continue
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return client
+
+    def _ended(self, client: socket.socket, _: asyncio.Task[None]) -> None:
+        client.close()
+        self._admission.leave()
+
+    async def _serve(self, client: socket.socket) -> None:
+        """One connection, to its end. Never raises: the others go on."""
+        current_op_id.set(new_op_id())  # not that of the start or change that opened the port
+        log = get_logger().bind(port=str(self.port))
+        try:
+            async with await self._connect(self.port.guest_port) as stream:
+                await _join(client, stream)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ORDERLY)
+        except* (BangerError, OSError) as ends:
+            # As often as a client tries a port that nobody listens on: nothing for the log's users.
+            log.debug("published connection ended", error=str(ends.exceptions[0]))
+        except* Exception:
+            # The connection's supervisor: a bug costs one connection.
+            log.exception("published connection failed")
+
+
+async def _join(client: socket.socket, stream: AgentStream) -> None:
+    """Carry bytes both ways until both directions have ended.
+
+    Raises a group of what went wrong: OSError of the client's side, BangerError of the guest's.
+    """
+    async with asyncio.TaskGroup() as directions:
+        to_guest = directions.create_task(_to_guest(client, stream))
+        await _to_client(stream, client)
+        to_guest.cancel()
+
+
+async def _to_guest(client: socket.socket, stream: AgentStream) -> None:
+    buffer = bytearray(_READ_BYTES)
+    loop = asyncio.get_running_loop()
+    # The stream ends before the client when the guest's side takes no more: its EXIT tells how.
+    with suppress(StreamEnded), memoryview(buffer) as view:
+        while count := await loop.sock_recv_into(client, buffer):
+            await stream.send(view[:count])
+        await stream.send_eof()
+
+
+async def _to_client(stream: AgentStream, client: socket.socket) -> None:
+    loop = asyncio.get_running_loop()
+    while True:
+        event = await stream.receive()
+        if isinstance(event, Data):
+            await loop.sock_sendall(client, event.data)
+        elif isinstance(event, Eof):
+            client.shutdown(socket.SHUT_WR)
+        elif isinstance(event, GuestExit):
+            if event.kind is not ExitKind.EXITED:
+                raise event.error()
+            return
