@@ -23,6 +23,7 @@ from banger.drivers.base import (
     HypervisorFeatures,
     Level,
     Machine,
+    MachineStatus,
     NetworkAttachment,
 )
 from banger.guest import requests
@@ -199,6 +200,9 @@ class Hypervisor:
         self.boots = True
         self.can_quit = True
         self.pids: dict[Path, int] = {}
+        self.buttons = 0
+        self.hears_button = False
+        self.statuses: dict[Path, MachineStatus] = {}
 
     async def checks(self) -> list[Check]:
         return self.found
@@ -227,9 +231,26 @@ class Hypervisor:
         return pid
 
     async def quit(self, control_socket: Path) -> None:
+        self._check_answers()
+        self.processes.end(self.pids.pop(control_socket, 0))
+
+    async def power_button(self, control_socket: Path) -> None:
+        self._check_answers()
+        self.buttons += 1
+        if self.hears_button:
+            self.processes.end(self.pids.pop(control_socket, 0))
+
+    async def status(self, control_socket: Path) -> MachineStatus:
+        self._check_answers()
+        return self.statuses.get(control_socket, MachineStatus.RUNNING)
+
+    async def resume(self, control_socket: Path) -> None:
+        self._check_answers()
+        self.statuses.pop(control_socket, None)
+
+    def _check_answers(self) -> None:
         if not self.can_quit:
             raise Unavailable("no answer")
-        self.processes.end(self.pids.pop(control_socket, 0))
 
     def owns(self, argv: tuple[str, ...], control_socket: Path) -> bool:
         return argv == ("machine", str(control_socket))
@@ -244,6 +265,7 @@ class Storage:
         self.gate = Gate()
         #: The second disk of a VM, made beside the first.
         self.work_gate = Gate()
+        self.grow_gate = Gate()
 
     async def checks(self) -> list[Check]:
         return self.found
@@ -251,6 +273,14 @@ class Storage:
     async def create_overlay(self, base: Path, overlay: Path, size_mib: int) -> None:
         await (self.work_gate if overlay.stem == "work" else self.gate).passed()
         overlay.write_text(f"{base} {size_mib}")
+
+    async def size_mib(self, overlay: Path) -> int:
+        return int(overlay.read_text().split()[-1])
+
+    async def grow(self, overlay: Path, size_mib: int) -> None:
+        await self.grow_gate.passed()
+        if await self.size_mib(overlay) < size_mib:
+            overlay.write_text(f"{overlay.read_text().split()[0]} {size_mib}")
 
     def allocated_bytes(self, disk: Path) -> int:
         return disk.stat().st_size if disk.exists() else 0

@@ -18,7 +18,7 @@ from banger.images.userns import remove_tree
 from banger.services import artifacts, image, kernel
 from banger.services.artifacts import allocated_bytes, remove_leftovers, staged
 from banger.services.operations import Progress, raise_failure
-from banger.services.vm_create import CreateRequest
+from banger.services.vm_spec import CreateRequest
 from fakes import failing
 from world import World, ended, made_world
 
@@ -399,7 +399,7 @@ async def test_an_image_in_use_is_kept_and_goes_with_its_files_afterwards(world:
     with pytest.raises(Conflict) as caught:
         await world.images.delete("base")
     assert caught.value.message == 'image "base" is used by box'
-    await world.vms.delete("box", force=True)
+    await world.delete("box", force=True)
     gone = await world.images.delete("base")
     assert not Path(gone.artifact_dir).exists()
     with pytest.raises(NotFound):

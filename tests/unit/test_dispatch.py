@@ -43,6 +43,9 @@ class Daemon:
                     kernels=world.kernels,
                     vms=world.vms,
                     creator=world.creator,
+                    lifecycle=world.lifecycle,
+                    health=world.health,
+                    prune=world.prune,
                     doctor=Doctor(world.paths, world.drivers, []),
                     stop=self.stopping.set,
                 )
@@ -124,7 +127,7 @@ async def test_unknown_parameters_are_ignored(daemon: Daemon) -> None:
 async def test_the_status_tells_what_is_served(daemon: Daemon) -> None:
     await daemon.world.create("box")
     await daemon.world.create("other")
-    await daemon.world.vms.stop("other")
+    await daemon.world.stop("other")
     status = await daemon.call("daemon.status")
     assert (status["version"], status["vms"], status["running_vms"]) == (__version__, 2, 1)
     assert (status["hypervisor"], status["storage"], status["network"]) == ("fake",) * 3
@@ -237,7 +240,7 @@ async def test_a_command_in_a_vm_gives_its_output_and_its_exit(daemon: Daemon) -
 
 async def test_a_command_in_a_vm_that_does_not_run_is_refused(daemon: Daemon) -> None:
     await daemon.world.create("box")
-    await daemon.world.vms.stop("box")
+    await daemon.world.stop("box")
     with pytest.raises(BangerError, match='vm "box" is stopped'):
         await daemon.call("vm.exec", {"vm": "box", "command": COMMAND})
 

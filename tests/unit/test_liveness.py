@@ -113,7 +113,8 @@ async def test_a_process_with_another_command_line_is_neither_alive_nor_signalle
     ourselves.is_it = False
     assert not real.vm_alive(vm)
     assert await real.wait_exit(vm, 5)
-    await real.end(vm)  # the fixture sees that nothing was killed
+    await real.end(vm)
+    await real.end_network(vm)  # the fixture sees that nothing was killed
 
 
 def test_looking_leaves_no_descriptor_open(real: Liveness, ourselves: Ourselves) -> None:
@@ -176,6 +177,7 @@ async def test_a_hypervisor_that_does_not_quit_is_killed_and_so_is_a_network_tha
     hypervisor.can_quit = False
     handles = liveness._handles.get("v")
     await asyncio.wait_for(liveness.end(vm), 10)
+    await asyncio.wait_for(liveness.end_network(vm), 10)
     assert processes.killed == [handles.pid, handles.network_pid]
     assert processes.argv == {}
 

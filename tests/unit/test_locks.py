@@ -1,13 +1,15 @@
-"""Locks by key: one holder at a time, nothing kept of keys nobody wants."""
+"""Locks by key: one holder at a time, in one order, nothing kept of keys nobody wants."""
 
 from __future__ import annotations
 
 import asyncio
+from contextlib import AsyncExitStack
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from banger.services.locks import Locks
+from banger.services.locks import LockOrderError, Locks, Rank
 
 #: (key, steps before taking the lock, steps while holding it, whether it is cancelled)
 _plans = st.lists(
@@ -21,7 +23,7 @@ def test_whatever_the_order_one_holds_a_key_and_all_are_dropped(
     plans: list[tuple[str, int, int, bool]], cancel_after: int
 ) -> None:
     async def run() -> None:
-        locks = Locks()
+        locks = Locks(Rank.VM)
         inside: dict[str, int] = {"a": 0, "b": 0}
         finished = 0
 
@@ -58,13 +60,56 @@ def test_whatever_the_order_one_holds_a_key_and_all_are_dropped(
 
 
 async def test_other_keys_do_not_wait() -> None:
-    locks = Locks()
-    async with locks.hold("a"), asyncio.timeout(5), locks.hold("b"):
+    locks = Locks(Rank.VM)
+
+    async def other() -> None:
+        async with locks.hold("b"):
+            pass
+
+    async with locks.hold("a"), asyncio.timeout(5):
+        await asyncio.create_task(other())
+
+
+async def test_who_holds_a_lock_is_known() -> None:
+    locks = Locks(Rank.VM)
+    assert not locks.held("a")
+    async with locks.hold("a"):
+        assert locks.held("a")
+        assert not locks.held("b")
+    assert not locks.held("a")
+
+
+@given(st.lists(st.sampled_from(Rank), max_size=5))
+def test_locks_are_taken_in_the_order_of_their_ranks_or_not_at_all(order: list[Rank]) -> None:
+    """One of each rank at most: two of one rank could be taken crosswise by two tasks."""
+
+    async def run() -> None:
+        async with AsyncExitStack() as stack:
+            for rank in order:
+                await stack.enter_async_context(Locks(rank).hold("a"))
+
+    if sorted(set(order)) == order:
+        asyncio.run(run())
+    else:
+        with pytest.raises(LockOrderError):
+            asyncio.run(run())
+
+
+async def test_a_lock_given_back_is_held_no_more_and_a_task_holds_for_itself_alone() -> None:
+    inner, outer = Locks(Rank.CHANNEL), Locks(Rank.VM)
+
+    async def child() -> None:
+        async with outer.hold("a"):
+            pass
+
+    async with inner.hold("a"), asyncio.timeout(5):
+        await asyncio.create_task(child())
+    async with outer.hold("a"), inner.hold("a"):
         pass
 
 
 async def test_a_lock_is_given_back_after_a_failure() -> None:
-    locks = Locks()
+    locks = Locks(Rank.VM)
     try:
         async with locks.hold("a"):
             raise ZeroDivisionError

@@ -44,7 +44,7 @@ async def test_a_vm_that_runs_is_kept_reachable_and_watched(world: World) -> Non
 async def test_it_can_be_deleted_without_leaving_anything(world: World) -> None:
     await world.create()
     following = await next_daemon(world)
-    await following.vms.delete("box", force=True)
+    await following.delete("box", force=True)
     await following.assert_nothing_left()
 
 
@@ -86,7 +86,7 @@ async def test_handles_that_say_nothing_or_nonsense_stop_nothing(
     world.processes.end(world.liveness.pid(gone))
     following = await next_daemon(world)
     assert [each.runtime.state for each in await following.vms.all()] == ["stopped", "running"]
-    await following.vms.delete("runs", force=True)
+    await following.delete("runs", force=True)
     assert not world.processes.argv
     await following.close()
 
@@ -126,7 +126,7 @@ async def test_a_guest_that_was_lost_is_kept_to_be_looked_into(world: World) -> 
 
 async def test_stopped_vms_stay_as_they_are(world: World) -> None:
     await world.create()
-    stopped = await world.vms.stop("box")
+    stopped = await world.stop("box")
     following = await next_daemon(world)
     assert await following.store.vms() == [stopped]
 

@@ -23,7 +23,7 @@ from banger.base.errors import (
 from banger.base.model import Vm, VmState
 from banger.base.opid import current_op_id, is_op_id
 from banger.guest import requests
-from banger.services import vm as module
+from banger.services import lifecycle as module
 from banger.services.agents import Agents
 from banger.services.vm import VmService
 from records import a_vm
@@ -85,7 +85,7 @@ def test_any_reference_names_one_vm_or_is_an_error_that_fits(
     names: dict[str, str], reference: str
 ) -> None:
     vms = [a_vm(name, vm_id=vm_id) for vm_id, name in names.items() if vm_id]
-    service = VmService(None, Records(vms), None, None, None)  # type: ignore[arg-type]
+    service = VmService(None, Records(vms), None, None, None, None)  # type: ignore[arg-type]
     matching = {vm.id for vm in vms if vm.id.startswith(reference) or vm.name.startswith(reference)}
     exact = {vm.id for vm in vms if reference in (vm.id, vm.name)}
     try:
@@ -104,7 +104,7 @@ def test_any_reference_names_one_vm_or_is_an_error_that_fits(
 
 async def test_a_stopped_vm_was_powered_off_and_keeps_its_files(world: World) -> None:
     vm = await world.create()
-    stopped = await world.vms.stop("box")
+    stopped = await world.stop("box")
     assert stopped.runtime.state is VmState.STOPPED
     assert stopped.runtime.last_error == ""
     assert requests.Shutdown.KIND in world.agent.opened
@@ -112,13 +112,13 @@ async def test_a_stopped_vm_was_powered_off_and_keeps_its_files(world: World) ->
     assert not world.processes.killed
     assert Path(vm.runtime.work_disk).exists()
     assert not Path(vm.runtime.api_socket).parent.exists()
-    assert await world.vms.stop("box") == stopped
+    assert await world.stop("box") == stopped
     assert (await world.vms.show("box")).runtime == stopped.runtime
 
 
 async def test_many_stops_at_once_are_one(world: World) -> None:
     await world.create()
-    await asyncio.gather(*(world.vms.stop("box") for _ in range(5)))
+    await asyncio.gather(*(world.stop("box") for _ in range(5)))
     assert world.agent.opened.count(requests.Shutdown.KIND) == 1
 
 
@@ -128,7 +128,7 @@ async def test_a_guest_that_does_not_power_off_is_ended(
     monkeypatch.setattr(module, "STOP_TIMEOUT_S", 0.05)
     await world.create()
     world.agent.on_shutdown = lambda: None
-    stopped = await world.vms.stop("box")
+    stopped = await world.stop("box")
     assert stopped.runtime.state is VmState.STOPPED
     assert not world.processes.argv
 
@@ -136,27 +136,27 @@ async def test_a_guest_that_does_not_power_off_is_ended(
 async def test_an_agent_that_refuses_does_not_keep_the_vm(world: World) -> None:
     await world.create()
     world.agent.exits[requests.Shutdown.KIND] = b"\x02\0\0\0\x00no"
-    assert (await world.vms.stop("box")).runtime.state is VmState.STOPPED
+    assert (await world.stop("box")).runtime.state is VmState.STOPPED
     assert not world.processes.argv
 
 
 async def test_a_running_vm_is_deleted_by_force_only(world: World) -> None:
     await world.create()
     with pytest.raises(Conflict) as caught:
-        await world.vms.delete("box")
+        await world.delete("box")
     assert caught.value.message == 'vm "box" is running'
     assert "--force" in caught.value.hint
     assert world.liveness.vm_alive(await world.vms.show("box"))
-    await world.vms.delete("box", force=True)
+    await world.delete("box", force=True)
     await world.assert_nothing_left()
     with pytest.raises(NotFound):
-        await world.vms.delete("box", force=True)
+        await world.delete("box", force=True)
 
 
 async def test_many_deletions_at_once_delete_once(world: World) -> None:
     await world.create()
     results = await asyncio.gather(
-        *(world.vms.delete("box", force=True) for _ in range(4)), return_exceptions=True
+        *(world.delete("box", force=True) for _ in range(4)), return_exceptions=True
     )
     assert sum(isinstance(result, Vm) for result in results) == 1
     assert sum(isinstance(result, NotFound) for result in results) == 3
@@ -165,14 +165,14 @@ async def test_many_deletions_at_once_delete_once(world: World) -> None:
 
 async def test_a_stopped_vm_is_deleted_without_force(world: World) -> None:
     await world.create()
-    await world.vms.stop("box")
-    await world.vms.delete("box")
+    await world.stop("box")
+    await world.delete("box")
     await world.assert_nothing_left()
 
 
 async def test_a_vm_that_is_being_created_is_neither_stopped_nor_deleted(world: World) -> None:
     await world.store.insert_vm(a_vm("box", state=VmState.CREATING))
-    for attempt in (world.vms.stop("box"), world.vms.delete("box", force=True)):
+    for attempt in (world.stop("box"), world.delete("box", force=True)):
         with pytest.raises(Conflict, match="is still being created"):
             await attempt
 
@@ -184,8 +184,8 @@ async def test_files_that_cannot_be_removed_keep_the_record(
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(Conflict, match="cannot remove"):
-            await world.vms.delete("box", force=True)
-    await world.vms.delete("box", force=True)
+            await world.delete("box", force=True)
+    await world.delete("box", force=True)
     assert await world.store.vms() == []
 
 
@@ -233,7 +233,7 @@ async def test_that_it_ended_is_an_event_of_its_own_not_one_of_its_creation(
 
 async def test_a_guest_that_is_stopped_is_not_said_to_have_ended_by_itself(world: World) -> None:
     await world.create()
-    await world.vms.stop("box")
+    await world.stop("box")
     await asyncio.sleep(0.02)
     (vm,) = await world.store.vms()
     assert vm.runtime.last_error == ""

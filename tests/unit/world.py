@@ -7,10 +7,12 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from banger.base.config import load_config
+from banger.base.log import OperationLog
 from banger.base.model import Image, Kernel, Operation, Vm
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
@@ -18,13 +20,22 @@ from banger.daemon.reconcile import Reconciler
 from banger.services import image as image_module
 from banger.services import kernel as kernel_module
 from banger.services.agents import Agents
+from banger.services.capabilities import Capabilities
+from banger.services.disks import SystemDisk, WorkDisk
 from banger.services.handles import HandleCache
+from banger.services.health import Health
+from banger.services.identity import Identity
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
+from banger.services.lifecycle import Lifecycle
 from banger.services.liveness import Liveness
+from banger.services.network import Networking
 from banger.services.operations import Operations, Progress
+from banger.services.prune import Prune
 from banger.services.vm import VmService
-from banger.services.vm_create import CreateRequest, Drivers, VmCreator
+from banger.services.vm_create import VmCreator
+from banger.services.vm_spec import ChangeRequest, CreateRequest
+from banger.services.vm_start import Drivers, VmStarter
 from banger.store.store import Store
 from fakes import Agent, Hypervisor, Network, Processes, Storage
 from records import a_kernel, an_image
@@ -51,18 +62,72 @@ class World:
         self.liveness = Liveness(self.hypervisor, self.network, self.handles)
         self.kernels = KernelService(paths, store)
         self.images = ImageService(paths, store, self.operations, self.kernels)
-        self.vms = VmService(paths, store, self.handles, self.liveness, self.agents)
-        self.creator = VmCreator(
+        self.capabilities = Capabilities(
+            [
+                SystemDisk(paths, self.storage),
+                WorkDisk(self.storage, self.images),
+                Networking(paths, self.network, self.liveness),
+                Identity(self.liveness, self.agents),
+            ]
+        )
+        self.vms = VmService(
+            paths, store, self.handles, self.liveness, self.agents, self.capabilities
+        )
+        starter = VmStarter(
             paths=paths,
-            config=load_config(paths.config_file, {}),
-            store=store,
             drivers=drivers,
-            images=self.images,
+            capabilities=self.capabilities,
             kernels=self.kernels,
             vms=self.vms,
             liveness=self.liveness,
             agents=self.agents,
         )
+        self.lifecycle = Lifecycle(
+            hypervisor=self.hypervisor,
+            capabilities=self.capabilities,
+            images=self.images,
+            kernels=self.kernels,
+            vms=self.vms,
+            starter=starter,
+            liveness=self.liveness,
+            agents=self.agents,
+        )
+        self.creator = VmCreator(
+            paths=paths,
+            config=load_config(paths.config_file, {}),
+            store=store,
+            images=self.images,
+            kernels=self.kernels,
+            vms=self.vms,
+            starter=starter,
+        )
+        self.health = Health(paths, self.hypervisor, self.liveness, self.agents)
+        self.prune = Prune(self.vms, self.lifecycle, self.storage)
+
+    async def start(self, reference: str, **options: float) -> Vm:
+        with OperationLog("vm.start") as log:
+            return await self.lifecycle.start(reference, log, **options)
+
+    async def stop(self, reference: str, **options: str) -> Vm:
+        with OperationLog("vm.stop") as log:
+            return await self.lifecycle.stop(reference, log, **options)
+
+    async def restart(self, reference: str) -> Vm:
+        with OperationLog("vm.restart") as log:
+            return await self.lifecycle.restart(reference, log)
+
+    async def kill(self, reference: str) -> Vm:
+        with OperationLog("vm.kill") as log:
+            return await self.lifecycle.kill(reference, log)
+
+    async def delete(self, reference: str, *, force: bool = False) -> Vm:
+        with OperationLog("vm.delete") as log:
+            return await self.lifecycle.delete(reference, log, force=force)
+
+    async def change(self, reference: str, **fields: Any) -> Vm:
+        request = ChangeRequest(**fields)
+        with OperationLog("vm.set") as log:
+            return await self.lifecycle.change(reference, request.applied, log, hot=request.hot)
 
     async def close(self) -> None:
         await self.operations.close()
@@ -83,6 +148,7 @@ class World:
             paths=self.paths,
             store=self.store,
             drivers=self.drivers,
+            capabilities=self.capabilities,
             vms=self.vms,
             liveness=self.liveness,
             images=self.images,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 from collections.abc import Awaitable, Callable
@@ -17,23 +16,23 @@ from banger.base.log import OperationLog
 from banger.base.model import DaemonStatus, Image, Kernel, Operation, Vm, VmState
 from banger.base.opid import current_op_id
 from banger.base.paths import Paths
-from banger.daemon.params import (
-    DeleteVm,
-    ImageReference,
-    Nothing,
-    OperationReference,
-    VmReference,
-)
+from banger.daemon.params import ImageReference, Nothing, OperationReference, VmReference
 from banger.daemon.sessions import Sessions
+from banger.daemon.verbs import Verbs
 from banger.drivers.base import Check
 from banger.rpc.protocol import MALFORMED, Request
 from banger.rpc.server import Connection
 from banger.services.doctor import Doctor
+from banger.services.health import Health
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
+from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations
+from banger.services.prune import Prune
 from banger.services.vm import VmService
-from banger.services.vm_create import CreateRequest, Drivers, VmCreator
+from banger.services.vm_create import VmCreator
+from banger.services.vm_spec import CreateRequest
+from banger.services.vm_start import Drivers
 
 P = TypeVar("P", bound=msgspec.Struct)
 
@@ -49,6 +48,9 @@ class Services:
     kernels: KernelService
     vms: VmService
     creator: VmCreator
+    lifecycle: Lifecycle
+    health: Health
+    prune: Prune
     doctor: Doctor
     stop: Callable[[], None]
 
@@ -71,7 +73,14 @@ class Dispatch:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._started = time.monotonic()
-        sessions = Sessions(services.vms, services.creator, services.operations)
+        sessions = Sessions(services.vms, services.creator, services.lifecycle, services.operations)
+        verbs = Verbs(
+            services.vms,
+            services.lifecycle,
+            services.health,
+            services.prune,
+            services.operations,
+        )
         self._methods: dict[str, Method[Any]] = {
             "daemon.status": Method(Nothing, self._status),
             "daemon.stop": Method(Nothing, self._stop, answers=True),
@@ -90,11 +99,10 @@ class Dispatch:
             "vm.create.cancel": Method(OperationReference, self._cancel),
             "vm.list": Method(Nothing, self._vms),
             "vm.show": Method(VmReference, self._vm),
-            "vm.stop": Method(VmReference, self._vm_stop),
-            "vm.delete": Method(DeleteVm, self._vm_delete),
             **{
                 name: Method(params, call, answers=True)
-                for name, (params, call) in sessions.methods().items()
+                for group in (sessions, verbs)
+                for name, (params, call) in group.methods().items()
             },
         }
 
@@ -190,10 +198,3 @@ class Dispatch:
 
     async def _vm(self, params: VmReference, _: Connection) -> Vm:
         return await self._services.vms.show(params.vm)
-
-    async def _vm_stop(self, params: VmReference, _: Connection) -> Vm:
-        # A client that goes away does not leave a VM half stopped.
-        return await asyncio.shield(self._services.vms.stop(params.vm))
-
-    async def _vm_delete(self, params: DeleteVm, _: Connection) -> Vm:
-        return await asyncio.shield(self._services.vms.delete(params.vm, force=params.force))

@@ -28,20 +28,29 @@ from banger.base.log import configure, get_logger, open_log
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths, prepare_private_dir
 from banger.daemon.dispatch import Dispatch, Services
-from banger.daemon.maintenance import maintained
+from banger.daemon.maintenance import Maintenance
 from banger.daemon.reconcile import Reconciler
 from banger.drivers import registry
 from banger.drivers.base import Check, Level
+from banger.drivers.registry import Selection
 from banger.rpc.server import Server, error_info
 from banger.services.agents import Agents
+from banger.services.capabilities import Capabilities
+from banger.services.disks import SystemDisk, WorkDisk
 from banger.services.doctor import Doctor
 from banger.services.handles import HandleCache
+from banger.services.health import Health
+from banger.services.identity import Identity
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
+from banger.services.lifecycle import Lifecycle
 from banger.services.liveness import Liveness
+from banger.services.network import Networking
 from banger.services.operations import Operations
+from banger.services.prune import Prune
 from banger.services.vm import VmService
-from banger.services.vm_create import Drivers, VmCreator
+from banger.services.vm_create import VmCreator
+from banger.services.vm_start import Drivers, VmStarter
 from banger.store.store import Store
 
 #: A daemon that stops takes back what it was doing: a build has gigabytes to remove.
@@ -151,22 +160,48 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         liveness = Liveness(drivers.hypervisor, drivers.network, handles)
         kernels = KernelService(paths, store)
         images = ImageService(paths, store, operations, kernels)
-        vms = VmService(paths, store, handles, liveness, agents)
-        creator = VmCreator(
+        capabilities = Capabilities(
+            [
+                SystemDisk(paths, drivers.storage),
+                WorkDisk(drivers.storage, images),
+                Networking(paths, drivers.network, liveness),
+                Identity(liveness, agents),
+            ]
+        )
+        vms = VmService(paths, store, handles, liveness, agents, capabilities)
+        starter = VmStarter(
             paths=paths,
-            config=config,
-            store=store,
             drivers=drivers,
-            images=images,
+            capabilities=capabilities,
             kernels=kernels,
             vms=vms,
             liveness=liveness,
             agents=agents,
         )
+        lifecycle = Lifecycle(
+            hypervisor=drivers.hypervisor,
+            capabilities=capabilities,
+            images=images,
+            kernels=kernels,
+            vms=vms,
+            starter=starter,
+            liveness=liveness,
+            agents=agents,
+        )
+        creator = VmCreator(
+            paths=paths,
+            config=config,
+            store=store,
+            images=images,
+            kernels=kernels,
+            vms=vms,
+            starter=starter,
+        )
         await Reconciler(
             paths=paths,
             store=store,
             drivers=drivers,
+            capabilities=capabilities,
             vms=vms,
             liveness=liveness,
             images=images,
@@ -180,19 +215,22 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
             kernels=kernels,
             vms=vms,
             creator=creator,
-            doctor=Doctor(
-                paths,
-                drivers,
-                [
-                    Check(choice.setting, Level.OK, f"{choice.name} ({choice.reason})")
-                    for choice in selection.choices
-                ],
-            ),
+            lifecycle=lifecycle,
+            health=Health(paths, drivers.hypervisor, liveness, agents),
+            prune=Prune(vms, lifecycle, drivers.storage),
+            doctor=Doctor(paths, drivers, _as_checks(selection)),
             stop=stopping.set,
         )
         server = Server(paths.daemon_socket, Dispatch(services))
+        maintenance = Maintenance(
+            paths=paths,
+            hypervisor=drivers.hypervisor,
+            vms=vms,
+            lifecycle=lifecycle,
+            stale_after_s=config.auto_stop_stale_after,
+        )
         try:
-            async with maintained(vms):
+            async with maintenance.running():
                 yield server
         finally:
             await server.stop()
@@ -201,6 +239,13 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
     finally:
         await agents.close()
         await store.close()
+
+
+def _as_checks(selection: Selection) -> list[Check]:
+    return [
+        Check(choice.setting, Level.OK, f"{choice.name} ({choice.reason})")
+        for choice in selection.choices
+    ]
 
 
 async def _lock(paths: Paths, stopping: asyncio.Event) -> int:

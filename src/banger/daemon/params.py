@@ -7,7 +7,9 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from banger.services.vm_create import CreateRequest
+from banger.services.vm_spec import ChangeRequest, CreateRequest
+from banger.services.vm_start import BOOT_TIMEOUT_S
+from banger.services.waiting import Goal
 
 
 class Params(msgspec.Struct, frozen=True, kw_only=True):
@@ -25,6 +27,29 @@ class VmReference(Params, frozen=True):
 class DeleteVm(Params, frozen=True):
     vm: str
     force: bool = False
+
+
+class StartVm(Params, frozen=True):
+    vm: str
+    boot_timeout_s: float = BOOT_TIMEOUT_S
+
+
+class SetVm(Params, frozen=True):
+    vm: str
+    change: ChangeRequest
+
+
+class WaitVm(Params, frozen=True):
+    vm: str
+    goal: Goal = Goal.STOPPED
+    #: None: for ever.
+    timeout_s: Annotated[float, Meta(ge=0)] | None = None
+
+
+class PruneVms(Params, frozen=True):
+    #: Only VMs that nobody has used for so long.
+    unused_for_s: Annotated[float, Meta(ge=0)] = 0
+    dry_run: bool = False
 
 
 class OperationReference(Params, frozen=True):

@@ -16,11 +16,12 @@ from banger.base import procfs
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
+from banger.services.capabilities import Capabilities
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.liveness import Liveness
 from banger.services.vm import VmService
-from banger.services.vm_create import Drivers
+from banger.services.vm_start import Drivers
 from banger.store.store import Store
 
 
@@ -31,6 +32,7 @@ class Reconciler:
         paths: Paths,
         store: Store,
         drivers: Drivers,
+        capabilities: Capabilities,
         vms: VmService,
         liveness: Liveness,
         images: ImageService,
@@ -39,6 +41,7 @@ class Reconciler:
         self._paths = paths
         self._store = store
         self._drivers = drivers
+        self._capabilities = capabilities
         self._vms = vms
         self._liveness = liveness
         self._images = images
@@ -70,14 +73,19 @@ class Reconciler:
         if half_made or session_over:
             get_logger().info("vm removed: its session is over", **vm_attributes(vm))
             await self._vms.remove(vm, log)
+        elif vm.runtime.state is VmState.STARTING:
+            # Its guest may not have its identity yet: nobody has been told that it runs.
+            get_logger().warning("vm was being started", **vm_attributes(vm))
+            await self._vms.mark_ended(vm, "bangerd ended while it was being started")
         elif vm.runtime.state is not VmState.RUNNING:
             return
         elif alive:
             get_logger().info("vm runs on", pid=self._liveness.pid(vm), **vm_attributes(vm))
             self._vms.watch(vm)
+            await self._capabilities.resume(vm)
         else:
             get_logger().warning("vm is gone", **vm_attributes(vm))
-            await self._vms.settle(vm, "its process was gone when bangerd started")
+            await self._vms.mark_ended(vm, "its process was gone when bangerd started")
 
     def _report_strangers(
         self, known: set[str], processes: list[tuple[int, tuple[str, ...]]]

@@ -7,8 +7,8 @@ SIGHUP, and a VM made for the session (``--rm``) is deleted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from banger.guest import requests
 from banger.guest.channel import AgentStream
 from banger.rpc.protocol import Exit
 from banger.rpc.server import Connection, error_info
+from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations, Progress, raise_failure
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
@@ -35,9 +36,12 @@ Row = tuple[type[Any], Callable[[Any, Connection], Awaitable[None]]]
 class Sessions:
     """The methods that hold their connection."""
 
-    def __init__(self, vms: VmService, creator: VmCreator, operations: Operations) -> None:
+    def __init__(
+        self, vms: VmService, creator: VmCreator, lifecycle: Lifecycle, operations: Operations
+    ) -> None:
         self._vms = vms
         self._creator = creator
+        self._lifecycle = lifecycle
         self._operations = operations
 
     def methods(self) -> Mapping[str, Row]:
@@ -52,19 +56,19 @@ class Sessions:
 
     async def _exec(self, params: Exec, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
-        with OperationLog("vm.exec", **vm_attributes(vm)):
+        async with self._session("vm.exec", vm):
             stream = await self._vms.open_stream(vm, _exec_request(params.command))
             await _serve(connection, stream, vm)
 
     async def _copy_out(self, params: CopyOut, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
-        with OperationLog("vm.copy_out", **vm_attributes(vm)):
+        async with self._session("vm.copy_out", vm):
             request = requests.Pack(params.path, name=params.name or None)
             await _serve(connection, await self._vms.open_stream(vm, request), vm)
 
     async def _copy_in(self, params: CopyIn, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
-        with OperationLog("vm.copy_in", **vm_attributes(vm)):
+        async with self._session("vm.copy_in", vm):
             request = requests.Unpack(params.directory, name=params.name or None)
             await _serve(connection, await self._vms.open_stream(vm, request), vm)
 
@@ -89,6 +93,12 @@ class Sessions:
         await follow_file(connection, Path(vm.runtime.log_path), follow=params.follow)
         await connection.send_exit(Exit(exit_code=0))
 
+    @asynccontextmanager
+    async def _session(self, operation: str, vm: Vm) -> AsyncIterator[None]:
+        with OperationLog(operation, **vm_attributes(vm)):
+            async with self._vms.in_use(vm):
+                yield
+
     async def _run(self, params: Run, connection: Connection) -> None:
         """Create, then the command, then (``ephemeral``) delete: one session."""
         _check_run(params)
@@ -102,7 +112,7 @@ class Sessions:
         if params.command is None:
             await connection.result({"vm": vm})
             return
-        with OperationLog("vm.run", **vm_attributes(vm)):
+        async with self._session("vm.run", vm):
             if params.command.detach:
                 await self._detach(vm, params.command, connection)
                 return
@@ -148,7 +158,7 @@ class Sessions:
     async def _abandon(self, creation: Progress) -> None:
         state = await self._operations.cancel(creation.record.id)
         if state.state is OperationState.COMPLETED and state.vm is not None:
-            await self._vms.delete(state.vm.id, force=True)
+            await self._end_session(state.vm)
 
     async def _run_command(
         self, vm: Vm, command: Command, connection: Connection
@@ -172,8 +182,9 @@ class Sessions:
         await connection.result(result)
 
     async def _end_session(self, vm: Vm) -> None:
-        with suppress(NotFound):  # somebody has deleted it meanwhile
-            await self._vms.delete(vm.id, force=True)
+        with suppress(NotFound), OperationLog("vm.delete", **vm_attributes(vm)) as log:
+            # Somebody may have deleted it meanwhile.
+            await self._lifecycle.delete(vm.id, log, force=True)
 
 
 def _kept(exit_: Exit, vm: Vm) -> Exit:
@@ -185,6 +196,8 @@ def _kept(exit_: Exit, vm: Vm) -> Exit:
 def _check_run(params: Run) -> None:
     if params.create.ephemeral and (params.command is None or params.command.detach):
         raise BadRequest("a VM that is deleted with its session cannot be detached")
+    if not params.create.start:
+        raise BadRequest("a VM that is not started runs no command")
 
 
 async def _tell(creation: Progress, connection: Connection) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from banger.base.errors import OperationTimeout, Unavailable
 from banger.base.model import Vm
 from banger.guest.channel import AgentChannel
-from banger.services.locks import Locks
+from banger.services.locks import Locks, Rank
 
 #: The agent of a booted guest answers in milliseconds; a loaded host under emulation needs more.
 RECONNECT_TIMEOUT_S = 20.0
@@ -18,7 +18,7 @@ RECONNECT_TIMEOUT_S = 20.0
 class Agents:
     def __init__(self) -> None:
         self._channels: dict[str, AgentChannel] = {}
-        self._connecting = Locks()
+        self._connecting = Locks(Rank.CHANNEL)
         self._attempts: dict[str, asyncio.Timeout] = {}
         self._going: Counter[str] = Counter()
 

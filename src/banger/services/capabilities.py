@@ -1,9 +1,10 @@
-"""What a VM can have, each as hooks into its life: disks, a network, published ports.
+"""What a VM can have, each as hooks into its life: disks, a network, a name, published ports.
 
 The lifecycle (`vm_start`, `lifecycle`) knows the order of things and no capability by name; a
 capability knows its own thing and nothing of the order. The hooks, in the order they are called:
 
     add_start_prereqs   what the start needs; all that is missing is told at once
+    create              once in a VM's life: what lasts as long as it
     prepare_host        make it on the host: files, helper processes
     contribute_machine  devices of the machine
     contribute_guest    what the guest is told of it, before its first command
@@ -17,13 +18,16 @@ Clean-up runs in reverse order, all of it, even when some of it fails.
 
 from __future__ import annotations
 
+import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from banger.base.errors import BangerError, from_unexpected
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Image, Kernel, Vm
-from banger.drivers.base import Check, Disk, GuestNetwork, NetworkAttachment
+from banger.drivers.base import Check, Disk, NetworkAttachment
+from banger.guest.requests import Setup
 
 
 @dataclass
@@ -35,7 +39,12 @@ class Start:
     kernel: Kernel
     disks: list[Disk] = field(default_factory=list)
     network: NetworkAttachment | None = None
-    guest_network: GuestNetwork | None = None
+    setup: Setup = field(default_factory=Setup)
+
+    def abandon(self) -> None:
+        """The machine is not launched after all: close its end of the network."""
+        if self.network is not None and self.network.fd >= 0:
+            os.close(self.network.fd)
 
 
 class Capability:
@@ -46,6 +55,9 @@ class Capability:
     async def add_start_prereqs(self, start: Start) -> list[Check]:  # noqa: ARG002 - a hook
         """What this start needs, each with how it stands. Never raises."""
         return []
+
+    async def create(self, start: Start) -> None:
+        """Make what lasts as long as the VM, in its directory, which goes with it."""
 
     async def prepare_host(self, start: Start) -> None:
         """Make what the machine needs of the host. Raises BangerError."""
@@ -78,6 +90,15 @@ class Capabilities:
     async def prereqs(self, start: Start) -> list[Check]:
         return [check for each in self._all for check in await each.add_start_prereqs(start)]
 
+    async def create(self, start: Start) -> None:
+        """All of them at once."""
+        made = await asyncio.gather(
+            *(each.create(start) for each in self._all),
+            return_exceptions=True,  # when one fails, no other must go on behind our back
+        )
+        for failure in filter(None, made):
+            raise failure
+
     async def prepare_host(self, start: Start) -> None:
         """What fails leaves the rest undone; `cleanup` takes away what was made."""
         for each in self._all:
@@ -91,15 +112,13 @@ class Capabilities:
         for each in self._all:
             await each.post_start(vm)
 
-    async def resume(self, vm: Vm) -> list[BangerError]:
-        """`post_start` for a VM that a new daemon found running: all of it, whatever fails."""
-        failures = []
+    async def resume(self, vm: Vm) -> None:
+        """`post_start` for a VM that a new daemon found running: all of it; failures are logged."""
         for each in self._all:
             try:
                 await each.post_start(vm)
             except (BangerError, OSError) as error:
-                failures.append(_logged(each, "resume", vm, error))
-        return failures
+                _logged(each, "resume", vm, error)
 
     async def apply_config_changes(self, before: Vm, after: Vm) -> None:
         """All of them or none: those that were done are taken back when one refuses."""

@@ -8,7 +8,7 @@ from banger.base.paths import Paths
 from banger.drivers.base import Check, Level
 from banger.images.preflight import requirements
 from banger.services.preflight import check_free_disk
-from banger.services.vm_create import Drivers
+from banger.services.vm_start import Drivers
 
 
 class Doctor:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import msgspec
 
-from banger.base.errors import BadRequest, Conflict, NotFound
+from banger.base.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from banger.base.log import OperationLog, image_attributes
-from banger.base.model import Image, InitMode, check_artifact_name, now
+from banger.base.model import Image, InitMode, Vm, check_artifact_name, now
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.images.build import BUILDABLE, build_image
@@ -18,7 +18,7 @@ from banger.images.ext4 import make_larger_copy
 from banger.services import artifacts
 from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.services.kernel import KernelService
-from banger.services.locks import Locks
+from banger.services.locks import Locks, Rank
 from banger.services.operations import Operations, Progress, raise_failure
 from banger.store.store import Store
 
@@ -34,7 +34,7 @@ class ImageService:
         self._builds: dict[str, Progress] = {}
         self._growing = asyncio.Lock()
         #: Held while an image's set of users may grow or while it is deleted.
-        self.locks = Locks()
+        self.locks = Locks(Rank.IMAGE)
 
     async def all(self) -> list[Image]:
         return await self._store.images()
@@ -49,6 +49,16 @@ class ImageService:
                 else f"see: banger image list; buildable: {', '.join(BUILDABLE)}"
             )
             raise NotFound(f'image "{name}" not found', hint=hint)
+        return image
+
+    async def of_vm(self, vm: Vm) -> Image:
+        """The image that a VM's disks lie over. Raises PreconditionFailed when it is gone."""
+        image = await self._store.get_image(vm.image_id)
+        if image is None:
+            raise PreconditionFailed(
+                f'image "{vm.image_name}" of vm "{vm.name}" is gone',
+                hint=f"its disks are of no use without it: banger vm delete {vm.name}",
+            )
         return image
 
     async def begin_build(self, name: str) -> Progress:

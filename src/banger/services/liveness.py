@@ -18,6 +18,9 @@ from banger.services.handles import HandleCache
 
 _QUIT_TIMEOUT_S = 3.0
 
+#: States of a VM that may have a process.
+_WITH_A_MACHINE = frozenset({VmState.CREATING, VmState.STARTING, VmState.RUNNING})
+
 
 class Liveness:
     """Joins what is recorded of a VM's processes with what the kernel says of them."""
@@ -31,7 +34,7 @@ class Liveness:
 
     def vm_alive(self, vm: Vm) -> bool:
         """Whether the VM's machine runs right now: a running process that is provably its own."""
-        if vm.runtime.state not in (VmState.RUNNING, VmState.CREATING):
+        if vm.runtime.state not in _WITH_A_MACHINE:
             return False
         handles = self._handles.get(vm.id)
         return (
@@ -109,9 +112,9 @@ class Liveness:
             os.close(pidfd)
 
     async def end(self, vm: Vm) -> None:
-        """End the VM's processes now: its hypervisor is asked, then killed; then its network.
+        """End the VM's machine now: its hypervisor is asked, then its process killed.
 
-        Idempotent. Raises Internal when the kernel does not let a process die.
+        Idempotent. Raises Internal when the kernel does not let the process die.
         """
         self.unwatch(vm.id)
         pidfd = self._open_machine(vm)
@@ -120,15 +123,19 @@ class Liveness:
                 await self._end_machine(vm, pidfd)
             finally:
                 os.close(pidfd)
+
+    async def end_network(self, vm: Vm) -> None:
+        """End the process that served the network of a machine that has ended. Idempotent."""
         network_pid = self._handles.get(vm.id).network_pid
-        if network_pid:
-            # It ends by itself when the machine does; only one that hangs is killed.
-            pidfd = procfs.open_pidfd(network_pid, lambda argv: self._network.owns(argv, vm.id))
-            if pidfd >= 0:
-                try:
-                    await procfs.wait_exit(pidfd, 1.0) or await procfs.kill(pidfd)
-                finally:
-                    os.close(pidfd)
+        if not network_pid:
+            return
+        # It ends by itself when the machine does; only one that hangs is killed.
+        pidfd = procfs.open_pidfd(network_pid, lambda argv: self._network.owns(argv, vm.id))
+        if pidfd >= 0:
+            try:
+                await procfs.wait_exit(pidfd, 1.0) or await procfs.kill(pidfd)
+            finally:
+                os.close(pidfd)
 
     async def _end_machine(self, vm: Vm, pidfd: int) -> None:
         try:

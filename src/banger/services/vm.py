@@ -1,34 +1,34 @@
-"""VMs: finding, showing, stopping, deleting, and streams into their guests.
+"""VMs as they are recorded: finding, listing, streams into their guests, and the state they are in.
 
-Every mutating method resolves the reference, takes the lock of the id, reads the record again
-under the lock and works on that. All are idempotent where they end something.
+What changes a VM's life is `lifecycle`; both work under the VM's lock, with the record read again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from datetime import datetime
 
 import msgspec
 
 from banger.base.errors import Ambiguous, BadRequest, BangerError, Conflict, NotFound, NotRunning
-from banger.base.log import OperationLog, get_logger, vm_attributes
+from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm, VmState, now
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.guest.channel import AgentStream, Exit, call
-from banger.guest.requests import FileStat, Request, Shutdown, Stat
+from banger.guest.requests import FileStat, Request, Stat
 from banger.services.agents import Agents
+from banger.services.capabilities import Capabilities
 from banger.services.handles import HandleCache
 from banger.services.liveness import Liveness
-from banger.services.locks import Locks
+from banger.services.locks import Locks, Rank
+from banger.services.operations import Stages
 from banger.store.store import Store
 
-#: The agent gives processes 2 s after TERM and unmounts; systemd stops its services.
-STOP_TIMEOUT_S = 30.0
-_SHUTDOWN_ANSWER_TIMEOUT_S = 10.0
 _CALL_TIMEOUT_S = 20.0
 #: From the agent's last word to the end of the machine that powers off.
 _ENDING_TIMEOUT_S = 3.0
@@ -36,15 +36,24 @@ _ENDING_TIMEOUT_S = 3.0
 
 class VmService:
     def __init__(
-        self, paths: Paths, store: Store, handles: HandleCache, liveness: Liveness, agents: Agents
+        self,
+        paths: Paths,
+        store: Store,
+        handles: HandleCache,
+        liveness: Liveness,
+        agents: Agents,
+        capabilities: Capabilities,
     ) -> None:
         self._paths = paths
         self._store = store
         self._handles = handles
         self._liveness = liveness
         self._agents = agents
-        self.locks = Locks()
+        self._capabilities = capabilities
+        self.locks = Locks(Rank.VM)
         self._ending: set[asyncio.Task[None]] = set()
+        self._sessions: Counter[str] = Counter()
+        self._changed = asyncio.Event()
 
     async def resolve(self, reference: str) -> Vm:
         """The VM of an id, a name, or an unambiguous prefix of either; exact wins.
@@ -68,6 +77,16 @@ class VmService:
             raise NotFound(f'vm "{reference}" not found', hint="see: banger vm list")
         return matches[0]
 
+    async def settled(self, reference: str) -> Vm:
+        """The VM of a reference; Conflict while it is being created."""
+        vm = await self.resolve(reference)
+        if vm.runtime.state is VmState.CREATING:
+            raise Conflict(
+                f'vm "{vm.name}" is still being created',
+                hint="wait for it, or interrupt the command that creates it",
+            )
+        return vm
+
     async def all(self) -> list[Vm]:
         """Every VM, by name, its state as it is now. Takes no lock."""
         return [self._refresh(vm) for vm in await self._store.vms()]
@@ -85,8 +104,30 @@ class VmService:
         vm = await self.show(reference)
         if vm.runtime.state is not VmState.RUNNING:
             reason = f": {vm.runtime.last_error}" if vm.runtime.last_error else ""
-            raise NotRunning(f'vm "{vm.name}" is {vm.runtime.state}{reason}')
+            start = f"start it: banger vm start {vm.name}"
+            raise NotRunning(
+                f'vm "{vm.name}" is {vm.runtime.state}{reason}',
+                hint=start if vm.runtime.state is VmState.STOPPED else "",
+            )
         return vm
+
+    @asynccontextmanager
+    async def locked(self, vm_id: str, stages: Stages | None = None) -> AsyncIterator[Vm]:
+        """The VM, read again under its lock. NotFound when it went away meanwhile.
+
+        With `stages`, having to wait is a stage, and the log's records name the VM.
+        """
+        if stages is not None and self.locks.held(vm_id):
+            stages.stage("wait", "for another operation on this machine")
+        async with self.locks.hold(vm_id):
+            vm = await self._store.get_vm(vm_id)
+            if vm is None:
+                raise NotFound(f'vm "{vm_id}" not found')
+            if stages is not None:
+                stages.describe(**vm_attributes(vm))
+            yield vm
+
+    # Streams and requests into a guest.
 
     async def open_stream(self, vm: Vm, request: Request) -> AgentStream:
         """A stream into the guest of a running VM."""
@@ -119,75 +160,41 @@ class VmService:
             vm, _ENDING_TIMEOUT_S
         )
 
-    async def keep(self, vm: Vm) -> None:
-        """A VM made for a session outlives it after all; nothing if it is gone."""
-        with suppress(NotFound):
-            await self._keep(vm)
-
-    async def _keep(self, vm: Vm) -> None:
-        async with self.locked(vm.id) as current:
-            spec = msgspec.structs.replace(current.spec, ephemeral=False)
-            await self._store.update_vm(msgspec.structs.replace(current, spec=spec))
+    # Use: what nobody uses may be stopped by itself.
 
     @asynccontextmanager
-    async def locked(self, vm_id: str) -> AsyncIterator[Vm]:
-        """The VM, read again under its lock. NotFound when it went away meanwhile."""
-        async with self.locks.hold(vm_id):
-            vm = await self._store.get_vm(vm_id)
-            if vm is None:
-                raise NotFound(f'vm "{vm_id}" not found')
-            yield vm
+    async def in_use(self, vm: Vm) -> AsyncIterator[None]:
+        """A session: the VM is in use until it ends, and was used last when it ended."""
+        self._sessions[vm.id] += 1
+        try:
+            await self.touch(vm.id)
+            yield
+        finally:
+            self._sessions[vm.id] -= 1
+            if not self._sessions[vm.id]:
+                del self._sessions[vm.id]
+            await asyncio.shield(self.touch(vm.id))
 
-    async def stop(self, reference: str) -> Vm:
-        """Power the guest off; end it when it does not go. A stopped VM stays as it is."""
-        vm_id = (await self._ready(reference)).id
-        with OperationLog("vm.stop", vm_id=vm_id) as log:
-            async with self.locked(vm_id) as vm:
-                log.describe(**vm_attributes(vm))
-                if self._liveness.vm_alive(vm):
-                    log.stage("power_off")
-                    # Watched no longer: that it ends now is no surprise.
-                    self._liveness.unwatch(vm.id)
-                    await self._power_off(vm)
-                elif vm.runtime.state is not VmState.RUNNING:
-                    return vm
-                log.stage("cleanup")
-                return await self._mark_ended(vm, reason="")
+    async def touch(self, vm_id: str) -> datetime:
+        """Note that the VM is used now, and say when that is. Takes no lock."""
+        moment = now()
+        await self._store.touch_vm(vm_id, moment)
+        return moment
 
-    async def delete(self, reference: str, *, force: bool = False) -> Vm:
-        """Delete a VM and all its files. Conflict for a running one unless `force`."""
-        vm_id = (await self._ready(reference)).id
-        with OperationLog("vm.delete", vm_id=vm_id) as log:
-            async with self.locked(vm_id) as vm:
-                log.describe(**vm_attributes(vm))
-                if self._liveness.vm_alive(vm) and not force:
-                    raise Conflict(
-                        f'vm "{vm.name}" is running',
-                        hint=f"stop it first, or: banger vm delete --force {vm.name}",
-                    )
-                await self.remove(vm, log)
-                return vm
+    def has_sessions(self, vm_id: str) -> bool:
+        return self._sessions[vm_id] > 0
 
-    async def remove(self, vm: Vm, log: OperationLog) -> None:
-        """End the VM's processes and remove its files, then its row: the caller has the lock.
+    # State: each of these is called with the VM's lock held.
 
-        The row goes last, so that a deletion that was interrupted can be done again.
-        """
-        log.stage("end")
-        await self._release(vm)
-        log.stage("remove_files")
-        directory = self._paths.vm(vm.id).directory
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
-        if directory.exists():
-            raise Conflict(f"cannot remove {directory}", hint="look at who owns the files in it")
-        await self._store.delete_vm(vm.id)
+    async def mark_starting(self, vm: Vm) -> Vm:
+        """Record that a start is under way: should this daemon die, the next one ends it."""
+        return await self.save(vm, state=VmState.STARTING, last_error="")
 
     async def mark_running(self, vm: Vm) -> Vm:
         """Record that the VM runs, and watch its process."""
-        runtime = msgspec.structs.replace(vm.runtime, state=VmState.RUNNING, last_error="")
-        moment = now()
-        vm = msgspec.structs.replace(vm, runtime=runtime, updated_at=moment, started_at=moment)
-        await self._store.update_vm(vm)
+        moment = await self.touch(vm.id)
+        vm = msgspec.structs.replace(vm, started_at=moment, touched_at=moment)
+        vm = await self.save(vm, state=VmState.RUNNING, last_error="")
         self.watch(vm)
         return vm
 
@@ -200,10 +207,54 @@ class VmService:
             await self._release(vm)
         except (BangerError, OSError):
             get_logger().exception("clean-up failed", **vm_attributes(vm))
-        runtime = msgspec.structs.replace(vm.runtime, state=VmState.ERROR, last_error=error.message)
-        vm = msgspec.structs.replace(vm, runtime=runtime, updated_at=now())
+        return await self.save(vm, state=VmState.ERROR, last_error=error.message)
+
+    async def mark_ended(self, vm: Vm, reason: str) -> Vm:
+        """End what still runs of it, clean up, and record that it is stopped, and why."""
+        await self._release(vm)
+        return await self.save(vm, state=VmState.STOPPED, last_error=reason)
+
+    async def save(self, vm: Vm, *, state: VmState | None = None, last_error: str = "") -> Vm:
+        """Replace the record; with `state` the VM enters it. The record as it is then."""
+        if state is not None:
+            runtime = msgspec.structs.replace(vm.runtime, state=state, last_error=last_error)
+            vm = msgspec.structs.replace(vm, runtime=runtime)
+        vm = msgspec.structs.replace(vm, updated_at=now())
         await self._store.update_vm(vm)
+        self._ring()
         return vm
+
+    async def remove(self, vm: Vm, stages: Stages) -> None:
+        """End the VM's processes and remove its files, then its row.
+
+        The row goes last, so that a deletion that was interrupted can be done again.
+        """
+        stages.stage("end")
+        await self._release(vm)
+        stages.stage("remove_files")
+        directory = self._paths.vm(vm.id).directory
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        if directory.exists():
+            raise Conflict(f"cannot remove {directory}", hint="look at who owns the files in it")
+        await self._store.delete_vm(vm.id)
+        self._ring()
+
+    async def _release(self, vm: Vm) -> None:
+        """End the machine and what belongs to its run; then forget its handles."""
+        await self._liveness.end(vm)
+        await self._agents.drop(vm.id)
+        await self._capabilities.cleanup(vm)
+        shutil.rmtree(self._paths.vm(vm.id).runtime, ignore_errors=True)
+        self._handles.clear(vm.id)
+
+    async def keep(self, vm: Vm) -> None:
+        """A VM made for a session outlives it after all; nothing if it is gone."""
+        with suppress(NotFound):
+            async with self.locked(vm.id) as current:
+                spec = msgspec.structs.replace(current.spec, ephemeral=False)
+                await self.save(msgspec.structs.replace(current, spec=spec))
+
+    # What happens by itself.
 
     def watch(self, vm: Vm) -> None:
         """Notice when the VM's process ends by itself."""
@@ -215,58 +266,34 @@ class VmService:
 
         self._liveness.watch(vm, ended)
 
-    async def settle(self, vm: Vm, reason: str) -> Vm:
-        """A VM recorded as running whose process is gone: clean up and record it as stopped."""
-        return await self._mark_ended(vm, reason=reason)
-
-    async def close(self) -> None:
-        """Wait for clean-ups in progress; running VMs run on."""
-        await asyncio.gather(*self._ending, return_exceptions=True)
-
     async def _process_ended(self, vm_id: str) -> None:
         current_op_id.set(new_op_id())  # not that of the operation which began to watch it
         try:
             async with self.locked(vm_id) as vm:
                 if vm.runtime.state is VmState.RUNNING and not self._liveness.vm_alive(vm):
                     get_logger().info("vm ended by itself", vm_id=vm.id, vm_name=vm.name)
-                    await self._mark_ended(vm, reason="the guest powered off or its process ended")
+                    await self.mark_ended(vm, "the guest powered off or its process ended")
         except NotFound:
             pass  # deleted meanwhile
         except BangerError as error:
             get_logger().error("clean-up failed", vm_id=vm_id, error=error.message)
 
-    async def _ready(self, reference: str) -> Vm:
-        vm = await self.resolve(reference)
-        if vm.runtime.state is VmState.CREATING:
-            raise Conflict(
-                f'vm "{vm.name}" is still being created',
-                hint="wait for it, or interrupt the command that creates it",
-            )
-        return vm
+    async def changes(self) -> AsyncGenerator[None, None]:
+        """Now, and after each change of any VM's record (some may be skipped)."""
+        while True:
+            changed = self._changed
+            yield
+            await changed.wait()
 
-    async def _power_off(self, vm: Vm) -> None:
-        try:
-            channel = await self._agents.channel(vm)
-            await call(channel, Shutdown(), timeout_s=_SHUTDOWN_ANSWER_TIMEOUT_S)
-        except BangerError as error:
-            get_logger().warning("agent cannot power off", vm_id=vm.id, error=error.message)
-            return
-        await self._liveness.wait_exit(vm, STOP_TIMEOUT_S)
+    def _ring(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
-    async def _mark_ended(self, vm: Vm, *, reason: str) -> Vm:
-        await self._release(vm)
-        vm = _stopped(vm, reason)
-        await self._store.update_vm(vm)
-        return vm
-
-    async def _release(self, vm: Vm) -> None:
-        """End the processes, close the channel, remove the sockets, forget the handles."""
-        await self._liveness.end(vm)
-        await self._agents.drop(vm.id)
-        shutil.rmtree(self._paths.vm(vm.id).runtime, ignore_errors=True)
-        self._handles.clear(vm.id)
+    async def close(self) -> None:
+        """Wait for clean-ups in progress; running VMs run on."""
+        await asyncio.gather(*self._ending, return_exceptions=True)
 
 
 def _stopped(vm: Vm, reason: str) -> Vm:
     runtime = msgspec.structs.replace(vm.runtime, state=VmState.STOPPED, last_error=reason)
-    return msgspec.structs.replace(vm, runtime=runtime, updated_at=now())
+    return msgspec.structs.replace(vm, runtime=runtime)

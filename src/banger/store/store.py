@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib import resources
 from pathlib import Path
@@ -59,26 +59,20 @@ class Store:
         """Add a VM. Raises Conflict when the name is taken."""
 
         def work(db: sqlite3.Connection) -> None:
-            try:
-                with db:
-                    db.execute(
-                        "INSERT INTO vms (id, name, image_id, kernel_id, record)"
-                        " VALUES (?, ?, ?, ?, ?)",
-                        (vm.id, vm.name, vm.image_id, vm.kernel_id, _json(vm)),
-                    )
-            except sqlite3.IntegrityError as error:
-                raise Conflict(
-                    f'vm "{vm.name}" already exists',
-                    hint="choose another --name, or delete it first",
-                ) from error
+            with _unique_name(vm), db:
+                db.execute(
+                    "INSERT INTO vms (id, name, image_id, kernel_id, record)"
+                    " VALUES (?, ?, ?, ?, ?)",
+                    (vm.id, vm.name, vm.image_id, vm.kernel_id, _json(vm)),
+                )
 
         await self._run(work)
 
     async def update_vm(self, vm: Vm) -> None:
-        """Replace a VM's row. Raises NotFound when it is gone."""
+        """Replace a VM's row. Raises NotFound when it is gone, Conflict when its name is taken."""
 
         def work(db: sqlite3.Connection) -> None:
-            with db:
+            with _unique_name(vm), db:
                 done = db.execute(
                     "UPDATE vms SET name = ?, record = ? WHERE id = ?", (vm.name, _json(vm), vm.id)
                 )
@@ -217,6 +211,16 @@ class Store:
 
 def _json(record: msgspec.Struct) -> str:
     return _encode(record).decode()
+
+
+@contextmanager
+def _unique_name(vm: Vm) -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.IntegrityError as error:
+        raise Conflict(
+            f'vm "{vm.name}" already exists', hint="choose another --name, or delete it first"
+        ) from error
 
 
 def _vm(record: str, touched_at: str | None) -> Vm:

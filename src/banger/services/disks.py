@@ -1,0 +1,91 @@
+"""The disks of a VM: its system over the image's root file system, and its work disk, /root.
+
+Both are made once, with the VM, and live as long as it. A work disk that is smaller than the
+record says (the daemon died between the two) is grown by the next start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from banger.base.model import Vm, VmState
+from banger.base.paths import Paths
+from banger.drivers.base import Check, Disk, Level, Storage
+from banger.services.capabilities import Capability, Start
+from banger.services.image import ImageService
+from banger.services.preflight import check_artifacts, check_free_disk
+
+
+class SystemDisk(Capability):
+    """The copy-on-write layer over the image."""
+
+    name = "system disk"
+
+    def __init__(self, paths: Paths, storage: Storage) -> None:
+        self._paths = paths
+        self._storage = storage
+
+    async def add_start_prereqs(self, start: Start) -> list[Check]:
+        return [
+            *await self._storage.checks(),
+            check_free_disk(self._paths.vms_dir),
+            *await asyncio.to_thread(check_artifacts, start.image, start.kernel),
+            *_check_there(start.vm, "system disk", start.vm.runtime.system_overlay),
+        ]
+
+    async def create(self, start: Start) -> None:
+        await self._storage.create_overlay(
+            Path(start.image.rootfs_path),
+            Path(start.vm.runtime.system_overlay),
+            start.vm.spec.system_overlay_size_mib,
+        )
+
+    def contribute_machine(self, start: Start) -> None:
+        system = Path(start.vm.runtime.system_overlay)
+        start.disks.append(Disk("system", system, self._storage.format))
+
+
+class WorkDisk(Capability):
+    """The VM's own disk, over the image's work seed.
+
+    The guest grows its file system to the disk's size when it starts, by the kernel's own online
+    resize, which refuses one with errors: the start fails then, saying so. The host never looks
+    into a file system that a guest has written.
+    """
+
+    name = "work disk"
+
+    def __init__(self, storage: Storage, images: ImageService) -> None:
+        self._storage = storage
+        self._images = images
+
+    async def add_start_prereqs(self, start: Start) -> list[Check]:
+        return _check_there(start.vm, "work disk", start.vm.runtime.work_disk)
+
+    async def create(self, start: Start) -> None:
+        size_mib = start.vm.spec.disk_size_mib
+        seed = await self._images.work_seed(start.image, size_mib)
+        await self._storage.create_overlay(seed, Path(start.vm.runtime.work_disk), size_mib)
+
+    async def prepare_host(self, start: Start) -> None:
+        if start.vm.runtime.state is not VmState.CREATING:
+            disk = Path(start.vm.runtime.work_disk)
+            await self._storage.grow(disk, start.vm.spec.disk_size_mib)
+
+    def contribute_machine(self, start: Start) -> None:
+        work = Path(start.vm.runtime.work_disk)
+        start.disks.append(Disk("work", work, self._storage.format))
+
+    async def apply_config_changes(self, before: Vm, after: Vm) -> None:
+        # A smaller size comes only when a change is taken back: the disk keeps what it has.
+        if after.spec.disk_size_mib > before.spec.disk_size_mib:
+            await self._storage.grow(Path(after.runtime.work_disk), after.spec.disk_size_mib)
+
+
+def _check_there(vm: Vm, name: str, path: str) -> list[Check]:
+    """A disk that was made must be there: an empty one in its place would hide the loss."""
+    if vm.runtime.state is VmState.CREATING or Path(path).is_file():
+        return []
+    hint = f"what was on it is lost; banger vm delete {vm.name} removes the rest"
+    return [Check(f'{name} of vm "{vm.name}"', Level.FAIL, f"{path} is missing", hint)]

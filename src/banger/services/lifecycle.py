@@ -1,0 +1,230 @@
+"""The life of a VM after it was made: start, stop, restart, kill, change, delete.
+
+Every method resolves the reference, takes the lock of the id, reads the record again under the
+lock, and works on that to its end. All are idempotent: what is as asked for already stays so.
+Cancelled half-way, each leaves a record that says the truth.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+
+from banger.base.errors import BangerError, Conflict
+from banger.base.log import get_logger
+from banger.base.model import InitMode, Vm, VmState
+from banger.drivers.base import Hypervisor
+from banger.guest.channel import call
+from banger.guest.requests import Shutdown
+from banger.services.agents import Agents
+from banger.services.capabilities import Capabilities, Start
+from banger.services.image import ImageService
+from banger.services.kernel import KernelService
+from banger.services.liveness import Liveness
+from banger.services.operations import Stages
+from banger.services.vm import VmService
+from banger.services.vm_start import BOOT_TIMEOUT_S, GuestLost, VmStarter
+
+#: The agent gives processes 2 s after TERM and unmounts; systemd stops its services.
+STOP_TIMEOUT_S = 30.0
+#: Only systemd's logind hears the power button; its services need the same time.
+BUTTON_TIMEOUT_S = 15.0
+_SHUTDOWN_ANSWER_TIMEOUT_S = 10.0
+
+
+class Lifecycle:
+    def __init__(
+        self,
+        *,
+        hypervisor: Hypervisor,
+        capabilities: Capabilities,
+        images: ImageService,
+        kernels: KernelService,
+        vms: VmService,
+        starter: VmStarter,
+        liveness: Liveness,
+        agents: Agents,
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._capabilities = capabilities
+        self._images = images
+        self._kernels = kernels
+        self._vms = vms
+        self._starter = starter
+        self._liveness = liveness
+        self._agents = agents
+
+    async def start(
+        self, reference: str, stages: Stages, *, boot_timeout_s: float = BOOT_TIMEOUT_S
+    ) -> Vm:
+        """Boot a stopped VM from its disks. One that runs stays as it is.
+
+        Raises PreconditionFailed with all that is missing; GuestLost when the guest does not come
+        up: then it is kept, stopped, with the reason.
+        """
+        vm_id = (await self._vms.settled(reference)).id
+        async with self._vms.locked(vm_id, stages) as vm:
+            if self._liveness.vm_alive(vm):
+                return vm
+            if vm.runtime.state is VmState.RUNNING:  # it has ended, and nobody has noticed yet
+                vm = await self._vms.mark_ended(vm, "")
+            start = await self._preflight(vm, stages)
+            return await self._start(start, stages, boot_timeout_s)
+
+    async def restart(
+        self, reference: str, stages: Stages, *, boot_timeout_s: float = BOOT_TIMEOUT_S
+    ) -> Vm:
+        """Stop the VM in good order and start it again; a stopped one is just started.
+
+        It is not stopped when something that its start needs is missing.
+        """
+        vm_id = (await self._vms.settled(reference)).id
+        async with self._vms.locked(vm_id, stages) as vm:
+            start = await self._preflight(vm, stages)
+            if vm.runtime.state is VmState.RUNNING:
+                start.vm = await self._stop(vm, stages, reason="")
+            return await self._start(start, stages, boot_timeout_s)
+
+    async def _preflight(self, vm: Vm, stages: Stages) -> Start:
+        stages.stage("preflight")
+        image = await self._images.of_vm(vm)
+        kernel = await self._kernels.get(vm.kernel_id)
+        return await self._starter.preflight(vm, image, kernel)
+
+    async def _start(self, start: Start, stages: Stages, boot_timeout_s: float) -> Vm:
+        vm = start.vm = await self._vms.mark_starting(start.vm)
+        try:
+            return await self._starter.run(start, stages, boot_timeout_s=boot_timeout_s)
+        except GuestLost as error:
+            await asyncio.shield(self._vms.mark_failed(vm, error))
+            raise
+        except asyncio.CancelledError:
+            await asyncio.shield(self._vms.mark_ended(vm, "its start was cancelled"))
+            raise
+        except Exception as error:
+            reason = f"it could not start: {error}"
+            await asyncio.shield(self._vms.mark_ended(vm, reason))
+            raise
+
+    async def stop(self, reference: str, stages: Stages, *, reason: str = "") -> Vm:
+        """Power the guest off; end it when it does not go. A stopped VM stays as it is.
+
+        `reason` goes on the record, when it is not the user's own wish.
+        """
+        vm_id = (await self._vms.settled(reference)).id
+        async with self._vms.locked(vm_id, stages) as vm:
+            if vm.runtime.state not in (VmState.RUNNING, VmState.STARTING):
+                return vm
+            return await self._stop(vm, stages, reason=reason)
+
+    async def _stop(self, vm: Vm, stages: Stages, *, reason: str) -> Vm:
+        try:
+            if self._liveness.vm_alive(vm):
+                stages.stage("power_off")
+                # Watched no longer: that it ends now is no surprise.
+                self._liveness.unwatch(vm.id)
+                await self._power_off(vm, stages)
+            stages.stage("cleanup")
+            return await self._vms.mark_ended(vm, reason)
+        except BaseException:
+            await asyncio.shield(self._still_there(vm))
+            raise
+
+    async def _still_there(self, vm: Vm) -> None:
+        """An ending was interrupted: watch the machine again, or record that it has ended."""
+        if self._liveness.vm_alive(vm):
+            self._vms.watch(vm)
+            return
+        try:
+            await self._vms.mark_ended(vm, "")
+        except BangerError as error:
+            get_logger().error("clean-up failed", vm_id=vm.id, error=error.message)
+
+    async def _power_off(self, vm: Vm, stages: Stages) -> None:
+        """Ask the agent, then press the button; whatever then still runs is ended by clean-up."""
+        try:
+            channel = await self._agents.channel(vm)
+            await call(channel, Shutdown(), timeout_s=_SHUTDOWN_ANSWER_TIMEOUT_S)
+            if await self._liveness.wait_exit(vm, STOP_TIMEOUT_S):
+                return
+        except BangerError as error:
+            get_logger().warning("agent cannot power off", vm_id=vm.id, error=error.message)
+        if vm.spec.init is not InitMode.SYSTEMD or await self._liveness.wait_exit(vm, 0):
+            return
+        stages.stage("power_button", "the agent does not power it off")
+        try:
+            await self._hypervisor.power_button(Path(vm.runtime.api_socket))
+            await self._liveness.wait_exit(vm, BUTTON_TIMEOUT_S)
+        except BangerError as error:
+            get_logger().warning("no power button", vm_id=vm.id, error=error.message)
+
+    async def kill(self, reference: str, stages: Stages) -> Vm:
+        """End the machine at once, as by pulling its plug. A stopped VM stays as it is.
+
+        It does not wait for the lock: a start, or a stop, that is under way fails, or is done,
+        because the machine is gone.
+        """
+        vm = await self._vms.resolve(reference)
+        await self._end_now(vm, stages)
+        async with self._vms.locked(vm.id, stages) as vm:
+            if vm.runtime.state not in (VmState.RUNNING, VmState.STARTING):
+                return vm
+            stages.stage("cleanup")
+            return await asyncio.shield(self._vms.mark_ended(vm, "killed"))
+
+    async def _end_now(self, vm: Vm, stages: Stages) -> None:
+        if not self._liveness.vm_alive(vm):
+            return
+        stages.stage("end")
+        try:
+            await self._liveness.end(vm)
+        except BaseException:
+            if vm.runtime.state is VmState.RUNNING:
+                self._vms.watch(vm)
+            raise
+
+    async def delete(self, reference: str, stages: Stages, *, force: bool = False) -> Vm:
+        """Delete a VM and all its files. Conflict for a running one unless `force`."""
+        found = await self._vms.settled(reference)
+        if force:
+            await self._end_now(found, stages)
+        async with self._vms.locked(found.id, stages) as vm:
+            if self._liveness.vm_alive(vm) and not force:
+                raise Conflict(
+                    f'vm "{vm.name}" is running',
+                    hint=f"stop it first, or: banger vm delete --force {vm.name}",
+                )
+            try:
+                await self._vms.remove(vm, stages)
+            except asyncio.CancelledError:
+                await asyncio.shield(self._vms.mark_ended(vm, "its deletion was cancelled"))
+                raise
+            return vm
+
+    async def change(
+        self, reference: str, changed: Callable[[Vm], Vm], stages: Stages, *, hot: bool
+    ) -> Vm:
+        """Replace the record by what `changed` makes of it, and make that true.
+
+        Unless `hot`, the VM must not run. When a capability refuses, all is as it was. The record
+        is written first: what a daemon that dies has not done, the next start does.
+        """
+        vm_id = (await self._vms.settled(reference)).id
+        async with self._vms.locked(vm_id, stages) as before:
+            after = changed(before)
+            if after == before:
+                return before
+            if not hot and self._liveness.vm_alive(before):
+                raise Conflict(
+                    f'vm "{before.name}" is running', hint=f"first: banger vm stop {before.name}"
+                )
+            stages.stage("record")
+            after = await self._vms.save(after)
+            stages.stage("apply")
+            try:
+                await self._capabilities.apply_config_changes(before, after)
+            except BaseException:
+                await asyncio.shield(self._vms.save(before))
+                raise
+            return after

@@ -1,0 +1,102 @@
+"""What may be asked of a VM: the request that makes one, the one that changes one, and limits."""
+
+from __future__ import annotations
+
+import msgspec
+
+from banger.base.config import VCPU_MAX, Config
+from banger.base.errors import BadRequest
+from banger.base.model import InitMode, NetworkMode, PublishedPort, Vm, VmSpec, check_vm_name
+from banger.base.units import SIZE_MAX_MIB
+from banger.services.vm_start import BOOT_TIMEOUT_S, check_boot_timeout
+
+_MEMORY_MIN_MIB = 128
+
+
+class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client may say about a new VM; what it does not say is the configuration's."""
+
+    name: str = ""
+    image: str = ""
+    vcpu_count: int | None = None
+    memory_mib: int | None = None
+    disk_size_mib: int | None = None
+    init: InitMode | None = None
+    network: NetworkMode = NetworkMode.USER
+    ephemeral: bool = False
+    published_ports: tuple[PublishedPort, ...] = ()
+    #: False: make its record and its disks, and leave it stopped.
+    start: bool = True
+    boot_timeout_s: float = BOOT_TIMEOUT_S
+
+    def check(self, config: Config) -> VmSpec:
+        """The spec of the VM. BadRequest for what can be seen to be wrong without looking further.
+
+        Its init may be AUTO: what the image says.
+        """
+        if self.name:
+            check_vm_name(self.name)
+        check_boot_timeout(self.boot_timeout_s)
+        spec = VmSpec(
+            vcpu_count=_given(self.vcpu_count, config.vm_defaults_vcpu),
+            memory_mib=_given(self.memory_mib, config.vm_defaults_memory),
+            disk_size_mib=_given(self.disk_size_mib, config.vm_defaults_disk_size),
+            system_overlay_size_mib=config.vm_defaults_system_overlay_size,
+            init=self.init or config.vm_defaults_init,
+            network=self.network,
+            ephemeral=self.ephemeral,
+            published_ports=self.published_ports,
+        )
+        return check_spec(spec)
+
+
+class ChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What `vm set` may change; None leaves it as it is."""
+
+    name: str | None = None
+    vcpu_count: int | None = None
+    memory_mib: int | None = None
+    disk_size_mib: int | None = None
+    network: NetworkMode | None = None
+
+    @property
+    def hot(self) -> bool:
+        """Whether a running VM can take this change: a name is not part of its machine."""
+        shape = (self.vcpu_count, self.memory_mib, self.disk_size_mib, self.network)
+        return all(value is None for value in shape)
+
+    def applied(self, vm: Vm) -> Vm:
+        """The record with this change. Raises BadRequest, for a disk that would shrink, too."""
+        if self.disk_size_mib is not None and self.disk_size_mib < vm.spec.disk_size_mib:
+            raise BadRequest(
+                f'the work disk of vm "{vm.name}" cannot shrink from {vm.spec.disk_size_mib} MiB'
+                f" to {self.disk_size_mib} MiB",
+                hint="make another VM with a smaller disk, and copy what you need",
+            )
+        spec = msgspec.structs.replace(
+            vm.spec,
+            vcpu_count=_given(self.vcpu_count, vm.spec.vcpu_count),
+            memory_mib=_given(self.memory_mib, vm.spec.memory_mib),
+            disk_size_mib=_given(self.disk_size_mib, vm.spec.disk_size_mib),
+            network=vm.spec.network if self.network is None else self.network,
+        )
+        name = vm.name if self.name is None else check_vm_name(self.name)
+        return msgspec.structs.replace(vm, name=name, spec=check_spec(spec))
+
+
+def check_spec(spec: VmSpec) -> VmSpec:
+    """`spec`, when a machine of this shape is possible; BadRequest otherwise."""
+    if not 1 <= spec.vcpu_count <= VCPU_MAX:
+        raise BadRequest(f"{spec.vcpu_count} vCPUs are not possible (1 to {VCPU_MAX})")
+    if not _MEMORY_MIN_MIB <= spec.memory_mib <= SIZE_MAX_MIB:
+        raise BadRequest(
+            f"{spec.memory_mib} MiB of memory are not possible",
+            hint=f"give at least {_MEMORY_MIN_MIB}M",
+        )
+    if not 1 <= spec.disk_size_mib <= SIZE_MAX_MIB:
+        raise BadRequest(f"a work disk of {spec.disk_size_mib} MiB is not possible")
+    return spec
+
+
+def _given(value: int | None, default: int) -> int:
+    return default if value is None else value

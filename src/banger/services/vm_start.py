@@ -1,0 +1,221 @@
+"""One start of a VM: from its disks to an agent with an identity.
+
+Used for a new VM (`vm_create`) and for one that was stopped (`lifecycle`), both with the VM's
+lock. What fails before the guest runs leaves no process; a guest that does not come up is a
+`GuestLost`, with the end of its console.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections import deque
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from banger.base.errors import BadRequest, BangerError, OperationTimeout, Unavailable
+from banger.base.model import Image, InitMode, Kernel, Vm
+from banger.base.paths import Paths, prepare_private_dir
+from banger.drivers.base import Disk, DiskFormat, Hypervisor, Machine, Network, Storage
+from banger.guest.channel import call
+from banger.services.agents import Agents
+from banger.services.capabilities import Capabilities, Start
+from banger.services.kernel import KernelService
+from banger.services.liveness import Liveness
+from banger.services.operations import Stages
+from banger.services.preflight import require
+from banger.services.vm import VmService
+
+#: From launch to an agent that answers. Alone a guest takes seconds, under emulation beside
+#: others many times that, with systemd about a minute.
+BOOT_TIMEOUT_S = 240.0
+_BOOT_TIMEOUT_MAX_S = 3600.0
+_SETUP_TIMEOUT_S = 60.0
+_EXIT_AFTER_CLOSE_S = 3.0
+_ENTROPY_BYTES = 256
+_CONSOLE_TAIL_LINES = 8
+_CONSOLE_TAIL_BYTES = 8192
+
+
+@dataclass(frozen=True)
+class Drivers:
+    """The drivers this daemon works with."""
+
+    hypervisor: Hypervisor
+    storage: Storage
+    network: Network
+
+
+class GuestLost(BangerError):
+    """A guest that was started and did not come up; the VM is kept."""
+
+    def __init__(self, error: BangerError, vm: Vm) -> None:
+        tail = console_tail(Path(vm.runtime.log_path))
+        message = f'the guest of vm "{vm.name}" did not come up: {error.message}'
+        if tail:
+            message += f"\nthe end of its console:\n{tail}\n"
+        super().__init__(
+            f"{message}; inspect {vm.runtime.log_path}",
+            hint=f"the VM is kept: banger vm logs {vm.name}, then banger vm start or delete it",
+        )
+        self.code = error.code
+
+
+def check_boot_timeout(timeout_s: float) -> None:
+    """Raise BadRequest for a time limit that is none."""
+    if not 1 <= timeout_s <= _BOOT_TIMEOUT_MAX_S:
+        raise BadRequest(f"a boot timeout of {timeout_s:g} s is not possible")
+
+
+class VmStarter:
+    def __init__(
+        self,
+        *,
+        paths: Paths,
+        drivers: Drivers,
+        capabilities: Capabilities,
+        kernels: KernelService,
+        vms: VmService,
+        liveness: Liveness,
+        agents: Agents,
+    ) -> None:
+        self._paths = paths
+        self._drivers = drivers
+        self._capabilities = capabilities
+        self._kernels = kernels
+        self._vms = vms
+        self._liveness = liveness
+        self._agents = agents
+
+    async def preflight(self, vm: Vm, image: Image, kernel: Kernel) -> Start:
+        """A start of which everything is there; PreconditionFailed with all that is missing."""
+        start = Start(vm, image, kernel)
+        require(
+            [
+                *await self._drivers.hypervisor.checks(),
+                *await self._capabilities.prereqs(start),
+            ]
+        )
+        return start
+
+    async def create(self, start: Start) -> None:
+        """What a new VM has for life: its directory and its disks."""
+        prepare_private_dir(self._paths.vm(start.vm.id).directory)
+        await self._capabilities.create(start)
+
+    async def run(self, start: Start, stages: Stages, *, boot_timeout_s: float) -> Vm:
+        """Bring the machine up; the VM as it is recorded then, running.
+
+        Raises GuestLost when the machine runs and the guest does not come up. Whoever calls ends
+        and cleans up what is left of a start that failed or was cancelled (`VmService`).
+        """
+        stages.stage("prepare")
+        vm = start.vm
+        prepare_private_dir(self._paths.vm(vm.id).runtime)
+        await self._launch(start, stages)
+        stages.stage("boot", "waiting for the guest")
+        try:
+            await self._await_agent(vm, boot_timeout_s)
+            stages.stage("setup")
+            await self._set_up(start)
+        except BangerError as error:
+            raise GuestLost(error, vm) from error
+        await self._capabilities.post_start(vm)
+        address = start.network.guest.address.partition("/")[0] if start.network else ""
+        runtime = msgspec.structs.replace(vm.runtime, guest_ip=address)
+        return await self._vms.mark_running(msgspec.structs.replace(vm, runtime=runtime))
+
+    async def _launch(self, start: Start, stages: Stages) -> None:
+        """Start network and machine, and record their processes. On failure neither is left."""
+        vm = start.vm
+        initramfs = await self._kernels.initramfs(start.kernel)
+        try:
+            await self._capabilities.prepare_host(start)
+            stages.stage("launch")
+        except BaseException:
+            start.abandon()
+            raise
+        async with AsyncExitStack() as undo:
+            pid = await self._drivers.hypervisor.launch(
+                self._machine(start, initramfs), start.network
+            )
+            undo.push_async_callback(self._liveness.end, vm)
+            network_pid = start.network.pid if start.network is not None else 0
+            self._liveness.record(vm, pid=pid, network_pid=network_pid)
+            undo.pop_all()
+
+    def _machine(self, start: Start, initramfs: Path) -> Machine:
+        vm, kernel = start.vm, start.kernel
+        paths = self._paths.vm(vm.id)
+        modules = Disk("modules", Path(kernel.modules_path), DiskFormat.RAW, read_only=True)
+        return Machine(
+            vm_id=vm.id,
+            vcpu_count=vm.spec.vcpu_count,
+            memory_mib=vm.spec.memory_mib,
+            kernel=Path(kernel.vmlinux_path),
+            initramfs=initramfs,
+            kernel_parameters=_kernel_parameters(vm.spec.init),
+            disks=(*start.disks, modules),
+            console_log=paths.console_log,
+            hypervisor_log=paths.hypervisor_log,
+            control_socket=paths.control_socket,
+            agent_socket=paths.agent_socket,
+        )
+
+    async def _await_agent(self, vm: Vm, timeout_s: float) -> None:
+        """Wait for the agent; a machine that ends meanwhile ends the wait."""
+        connecting = asyncio.ensure_future(self._agents.connect(vm, timeout_s))
+        ending = asyncio.ensure_future(self._liveness.wait_exit(vm, timeout_s))
+        try:
+            await asyncio.wait({connecting, ending}, return_when=asyncio.FIRST_COMPLETED)
+            if connecting.done() and connecting.exception() is None:
+                return
+            if connecting.done() and not isinstance(connecting.exception(), OperationTimeout):
+                # Its sockets close before its process is gone: that is what to tell of.
+                await asyncio.wait({ending}, timeout=_EXIT_AFTER_CLOSE_S)
+            if ending.done() and ending.result():
+                raise Unavailable("the machine ended while it booted")
+            try:
+                await connecting
+            except OperationTimeout as error:
+                raise OperationTimeout(f"no answer within {timeout_s:g} s") from error
+        finally:
+            for task in (connecting, ending):
+                task.cancel()
+            await asyncio.gather(connecting, ending, return_exceptions=True)
+
+    async def _set_up(self, start: Start) -> None:
+        channel = await self._agents.channel(start.vm)
+        request = replace(
+            start.setup,
+            entropy=secrets.token_bytes(_ENTROPY_BYTES),
+            unix_time_ns=time.time_ns(),
+        )
+        await call(channel, request, timeout_s=_SETUP_TIMEOUT_S)
+
+
+def _kernel_parameters(init: InitMode) -> tuple[str, ...]:
+    mode = f"banger.init={init}"
+    if init is not InitMode.SYSTEMD:
+        return (mode,)
+    # A log is no terminal to log in at; and without udev, which tells systemd that a device is
+    # there, systemd 252 waits 90 s for it before its boot is complete.
+    return mode, "systemd.getty_auto=no"
+
+
+def console_tail(log: Path) -> str:
+    """The last lines of a console log, as text that is safe to print."""
+    try:
+        with log.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - _CONSOLE_TAIL_BYTES))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ""
+    lines = deque((line.rstrip() for line in text.splitlines()), maxlen=_CONSOLE_TAIL_LINES)
+    # The console is the guest's: its control characters must not reach a terminal.
+    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
