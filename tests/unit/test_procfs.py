@@ -12,11 +12,12 @@ from banger.base import procfs
 
 
 def fake_process(root: Path, pid: int, comm: bytes, ticks: int = 4242) -> None:
-    """A /proc/PID/stat as in proc(5): pid, (comm), state, then 18 more fields up to starttime."""
+    """A /proc/PID/stat as in proc(5): pid, (comm), state, then numbers that are their fields'
+    places, but for 22, starttime."""
     directory = root / str(pid)
     directory.mkdir()
     rest = b"S " + b" ".join(str(number).encode() for number in range(4, 22))
-    line = b"%d (%s) %s %d 0 0\n" % (pid, comm, rest, ticks)
+    line = b"%d (%s) %s %d 23 24 25\n" % (pid, comm, rest, ticks)
     (directory / "stat").write_bytes(line)
 
 
@@ -36,6 +37,38 @@ def test_our_own_start_is_the_same_every_time_and_before_now() -> None:
     assert ticks == procfs.start_ticks(os.getpid())
     uptime_s = float(Path("/proc/uptime").read_text().split()[0])
     assert 0 < ticks <= uptime_s * os.sysconf("SC_CLK_TCK")
+
+
+@pytest.mark.parametrize("comm", [b"qemu", b"a) S 1 (", b""])
+def test_what_a_process_uses_is_read_from_its_own_fields(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, comm: bytes
+) -> None:
+    monkeypatch.setattr(procfs, "_PROC", tmp_path)
+    fake_process(tmp_path, 7, comm)
+    ticks_per_s, page_bytes = os.sysconf("SC_CLK_TCK"), os.sysconf("SC_PAGE_SIZE")
+    assert procfs.usage(7, 4242) == procfs.ProcessUsage((14 + 15) / ticks_per_s, 24 * page_bytes)
+
+
+def test_the_use_of_a_later_process_with_the_same_pid_is_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(procfs, "_PROC", tmp_path)
+    fake_process(tmp_path, 7, b"qemu")
+    assert procfs.usage(7, 4241) is None
+    assert procfs.usage(8, 4242) is None
+    assert procfs.usage(0, 0) is None
+
+
+def test_our_own_use_is_what_the_interpreter_says() -> None:
+    before = os.times()
+    used = procfs.usage(os.getpid(), procfs.start_ticks(os.getpid()))
+    after = os.times()
+    assert used is not None
+    # Each of the two times is counted in whole ticks.
+    assert before.user + before.system - 0.03 <= used.cpu_s <= after.user + after.system + 0.03
+    status = Path("/proc/self/status").read_text()
+    resident_kib = int(status.partition("VmRSS:")[2].split()[0])
+    assert used.resident_bytes == pytest.approx(resident_kib * 1024, rel=0.2)
 
 
 def test_a_process_that_is_gone_has_no_start_and_no_command_line(

@@ -24,8 +24,8 @@ def sparkline(
 def _block(value: float | None, top: float, blocks: str) -> str:
     if value is None:
         return " "
-    share = value / top if top > 0 else 0.0
-    return blocks[min(max(int(share * len(blocks)), 0), len(blocks) - 1)]
+    share = min(max(value / top, 0.0), 1.0) if top > 0 else 0.0
+    return blocks[min(int(share * len(blocks)), len(blocks) - 1)]
 
 
 def columns(
