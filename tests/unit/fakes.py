@@ -57,6 +57,7 @@ class Processes:
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(procfs, "start_ticks", lambda pid: self.ticks.get(pid, 0))
+        patch.setattr(procfs, "usage", self._usage)
         patch.setattr(procfs, "command_line", lambda pid: self.argv.get(pid, ()))
         patch.setattr(procfs, "own_processes", lambda: iter(list(self.argv.items())))
         patch.setattr(procfs, "open_pidfd", self._open)
@@ -85,6 +86,11 @@ class Processes:
     def close(self) -> None:
         for pid in {pid for _, pid in self._pidfds.values()}:
             self.end(pid)
+
+    def _usage(self, pid: int, expected_start_ticks: int) -> procfs.ProcessUsage | None:
+        if self.ticks.get(pid) != expected_start_ticks:
+            return None
+        return procfs.ProcessUsage(cpu_s=1.0, resident_bytes=1 << 20)
 
     def _open(self, pid: int, is_it: Callable[[tuple[str, ...]], bool]) -> int:
         if pid not in self.argv or not is_it(self.argv[pid]):

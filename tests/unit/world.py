@@ -32,6 +32,7 @@ from banger.services.liveness import Liveness
 from banger.services.network import Networking
 from banger.services.operations import Operations, Progress
 from banger.services.prune import Prune
+from banger.services.stats import StatsService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_spec import ChangeRequest, CreateRequest
@@ -103,6 +104,13 @@ class World:
         )
         self.health = Health(paths, self.hypervisor, self.liveness, self.agents)
         self.prune = Prune(self.vms, self.lifecycle, self.storage)
+        self.stats = StatsService(
+            vms=self.vms,
+            agents=self.agents,
+            handles=self.handles,
+            storage=self.storage,
+            interval_s=0,
+        )
 
     async def start(self, reference: str, **options: float) -> Vm:
         with OperationLog("vm.start") as log:
@@ -130,6 +138,7 @@ class World:
             return await self.lifecycle.change(reference, request.applied, log, hot=request.hot)
 
     async def close(self) -> None:
+        await self.stats.close()
         await self.operations.close()
         for vm in await self.store.vms():
             self.liveness.unwatch(vm.id)

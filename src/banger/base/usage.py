@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from banger.base.model import Record, VmState
+from banger.base.model import Record, Vm, VmState
 
 
 class HostUsage(Record, frozen=True):
@@ -67,6 +67,12 @@ class UsagePoint(Record, frozen=True):
     host_memory_bytes: int
     guest_cpu_percent: float | None
     guest_memory_percent: float | None
+
+
+class ListedVm(Vm, frozen=True):
+    """A VM as `vm.list` gives it: with its last recent sample, None where there is none."""
+
+    usage: Sample | None = None
 
 
 class VmStats(Record, frozen=True):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from banger.base.model import VmState
 from banger.base.units import format_age
 from banger.base.usage import GuestUsage, Sample, VmStats
+from banger.cli.render import print_table
 
 UNKNOWN = "-"
 #: Characters between two columns.
@@ -118,6 +121,18 @@ def headings_and_rows(vms: Sequence[VmStats]) -> tuple[list[str], list[list[str]
     """All columns of a table, the cells as they come from the guest."""
     rows = [[column.cell(vm) for column in COLUMNS] for vm in vms]
     return [column.heading for column in COLUMNS], rows
+
+
+def print_fitting(
+    headings: Sequence[str], rows: Sequence[Sequence[str]], ranks: Sequence[int]
+) -> None:
+    """A table on stdout: all of it for a pipe, for a terminal the columns it has room for."""
+    if sys.stdout.isatty():
+        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
+        kept = fitting(widths, ranks, os.get_terminal_size(sys.stdout.fileno()).columns)
+        headings = [headings[at] for at in kept]
+        rows = [[row[at] for at in kept] for row in rows]
+    print_table(headings, rows)
 
 
 def fitting(widths: Sequence[int], ranks: Sequence[int], available: int) -> list[int]:

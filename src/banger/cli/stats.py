@@ -21,8 +21,8 @@ from banger.base.errors import BadRequest
 from banger.base.units import parse_duration_s
 from banger.base.usage import VmStats
 from banger.cli.app import Checked, complete_vm, connect, json_option
-from banger.cli.figures import COLUMNS, fitting, headings_and_rows
-from banger.cli.render import print_json, print_table, printable
+from banger.cli.figures import COLUMNS, headings_and_rows, print_fitting
+from banger.cli.render import print_json, printable
 
 if TYPE_CHECKING:
     from banger.cli.dashboard import Dashboard
@@ -88,15 +88,7 @@ def _once(vm_ref: str, *, as_json: bool) -> None:
 
 
 def _print_fitting(found: list[VmStats]) -> None:
-    """All of it for a pipe; for a terminal what it has room for."""
-    headings, rows = headings_and_rows(found)
-    if sys.stdout.isatty():
-        widths = [max(map(len, column)) for column in zip(headings, *rows, strict=True)]
-        ranks = [column.rank for column in COLUMNS]
-        kept = fitting(widths, ranks, os.get_terminal_size(sys.stdout.fileno()).columns)
-        headings = [headings[at] for at in kept]
-        rows = [[row[at] for at in kept] for row in rows]
-    print_table(headings, rows)
+    print_fitting(*headings_and_rows(found), [column.rank for column in COLUMNS])
 
 
 def _watch(vm_ref: str, interval_s: float, show: Show) -> int:

@@ -16,6 +16,7 @@ from banger.base.log import OperationLog
 from banger.base.model import DaemonStatus, Image, Kernel, Operation, Vm, VmState
 from banger.base.opid import current_op_id
 from banger.base.paths import Paths
+from banger.daemon.observation import Observation
 from banger.daemon.params import ImageReference, Nothing, OperationReference, VmReference
 from banger.daemon.sessions import Sessions
 from banger.daemon.verbs import Verbs
@@ -29,6 +30,7 @@ from banger.services.kernel import KernelService
 from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations
 from banger.services.prune import Prune
+from banger.services.stats import StatsService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_spec import CreateRequest
@@ -51,6 +53,7 @@ class Services:
     lifecycle: Lifecycle
     health: Health
     prune: Prune
+    stats: StatsService
     doctor: Doctor
     stop: Callable[[], None]
 
@@ -81,6 +84,7 @@ class Dispatch:
             services.prune,
             services.operations,
         )
+        observation = Observation(services.stats)
         self._methods: dict[str, Method[Any]] = {
             "daemon.status": Method(Nothing, self._status),
             "daemon.stop": Method(Nothing, self._stop, answers=True),
@@ -97,11 +101,10 @@ class Dispatch:
             "vm.create.begin": Method(CreateRequest, self._create_begin),
             "vm.create.status": Method(OperationReference, self._create_status),
             "vm.create.cancel": Method(OperationReference, self._cancel),
-            "vm.list": Method(Nothing, self._vms),
             "vm.show": Method(VmReference, self._vm),
             **{
                 name: Method(params, call, answers=True)
-                for group in (sessions, verbs)
+                for group in (sessions, verbs, observation)
                 for name, (params, call) in group.methods().items()
             },
         }
@@ -192,9 +195,6 @@ class Dispatch:
 
     async def _cancel(self, params: OperationReference, _: Connection) -> Operation:
         return await self._services.operations.cancel(params.id)
-
-    async def _vms(self, _: Nothing, __: Connection) -> list[Vm]:
-        return await self._services.vms.all()
 
     async def _vm(self, params: VmReference, _: Connection) -> Vm:
         return await self._services.vms.show(params.vm)

@@ -48,6 +48,7 @@ from banger.services.liveness import Liveness
 from banger.services.network import Networking
 from banger.services.operations import Operations
 from banger.services.prune import Prune
+from banger.services.stats import StatsService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_start import Drivers, VmStarter
@@ -207,6 +208,13 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
             images=images,
             kernels=kernels,
         ).run()
+        stats = StatsService(
+            vms=vms,
+            agents=agents,
+            handles=handles,
+            storage=drivers.storage,
+            interval_s=config.stats_poll_interval,
+        )
         services = Services(
             paths=paths,
             drivers=drivers,
@@ -218,6 +226,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
             lifecycle=lifecycle,
             health=Health(paths, drivers.hypervisor, liveness, agents),
             prune=Prune(vms, lifecycle, drivers.storage),
+            stats=stats,
             doctor=Doctor(paths, drivers, _as_checks(selection)),
             stop=stopping.set,
         )
@@ -230,7 +239,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
             stale_after_s=config.auto_stop_stale_after,
         )
         try:
-            async with maintenance.running():
+            async with maintenance.running(), stats.polling():
                 yield server
         finally:
             await server.stop()

@@ -1,4 +1,6 @@
-"""The method that looks at what VMs use: once, or again and again while its client stays."""
+"""The method that looks at what VMs use: once, or again and again while its client stays; and the
+list of VMs, which has what was seen last.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta
 
-from banger.daemon.params import Params
+from banger.daemon.params import Nothing, Params
 from banger.rpc.server import Connection
 from banger.services.stats import StatsService
 
@@ -30,7 +32,13 @@ class Observation:
         self._stats = stats
 
     def methods(self) -> Mapping[str, Row]:
-        return {"vm.stats": (StatsQuery, self._vm_stats)}
+        return {
+            "vm.list": (Nothing, self._vm_list),
+            "vm.stats": (StatsQuery, self._vm_stats),
+        }
+
+    async def _vm_list(self, _: Nothing, connection: Connection) -> None:
+        await connection.result(await self._stats.listed())
 
     async def _vm_stats(self, params: StatsQuery, connection: Connection) -> None:
         if not params.watch:

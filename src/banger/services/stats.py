@@ -20,12 +20,22 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
+
 from banger.base import procfs
 from banger.base.errors import BangerError
 from banger.base.log import get_logger
 from banger.base.model import Vm, VmState, now
 from banger.base.opid import current_op_id, new_op_id
-from banger.base.usage import GuestDisk, GuestUsage, HostUsage, Sample, UsagePoint, VmStats
+from banger.base.usage import (
+    GuestDisk,
+    GuestUsage,
+    HostUsage,
+    ListedVm,
+    Sample,
+    UsagePoint,
+    VmStats,
+)
 from banger.drivers.base import Storage
 from banger.guest import requests
 from banger.guest.channel import call
@@ -115,10 +125,21 @@ class StatsService:
         try:
             yield
         finally:
-            tasks = list(self._tasks)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await self.close()
+
+    async def close(self) -> None:
+        """End looks and requests that are open. Idempotent."""
+        tasks = list(self._tasks)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def listed(self) -> list[ListedVm]:
+        """Every VM, by name, with its last recent sample. Looks at nothing."""
+        return [
+            ListedVm(**msgspec.structs.asdict(vm), usage=self.latest(vm))
+            for vm in await self._vms.all()
+        ]
 
     async def collect(self, reference: str = "") -> list[VmStats]:
         """What this VM uses now, or (without a reference) every running one, by name.
