@@ -632,7 +632,7 @@ def test_an_interrupted_creation_is_taken_back(
 ) -> None:
     daemon.events["vm.run"] = [an_operation("boot")]
     daemon.answers["vm.run"] = lambda _: {"vm": running()}
-    daemon.answers["vm.create.cancel"] = lambda _: an_operation("boot")
+    daemon.answers["operations.cancel"] = lambda _: an_operation("boot")
     event = ProgressView.event
 
     def interrupted(view: ProgressView, raw: msgspec.Raw) -> None:
@@ -641,7 +641,7 @@ def test_an_interrupted_creation_is_taken_back(
 
     monkeypatch.setattr(ProgressView, "event", interrupted)
     assert run(["run", "--rm", "--", "true"]) == 130
-    assert daemon.calls[-1] == ("vm.create.cancel", {"id": "op-0123456789ab"})
+    assert daemon.calls[-1] == ("operations.cancel", {"id": "op-0123456789ab"})
 
 
 def test_an_image_that_was_built_is_named_and_a_failure_is_1(

@@ -16,18 +16,10 @@ from banger.base.model import DaemonStatus, Operation
 from banger.base.paths import Paths
 from banger.base.units import format_age
 from banger.cli.app import connect, json_option, note
+from banger.cli.checks import CheckLine, print_checks
 from banger.cli.render import print_json, print_table, seconds_since
 
 _STOP_TIMEOUT_S = 60.0
-
-
-class CheckLine(msgspec.Struct):
-    """One check of `doctor.run`."""
-
-    name: str
-    level: str
-    detail: str
-    hint: str = ""
 
 
 @click.group()
@@ -137,18 +129,7 @@ def doctor(*, as_json: bool) -> int:
     if as_json:
         print_json(checks)
     else:
-        print_table(
-            ("CHECK", "STATE", "DETAIL"),
-            [
-                (
-                    check.name,
-                    check.level,
-                    check.detail
-                    + (f"; {check.hint}" if check.hint and check.level != "ok" else ""),
-                )
-                for check in checks
-            ],
-        )
+        print_checks(checks)
     return 1 if any(check.level == "fail" for check in checks) else 0
 
 

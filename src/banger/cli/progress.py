@@ -8,18 +8,21 @@ from __future__ import annotations
 import sys
 import threading
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
 from banger.base.model import Operation
-from banger.cli.app import note
+from banger.cli.app import connect, note
 from banger.cli.render import printable
+from banger.rpc.client import Client
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
 _QUIET_FOR_S = 1.0
+
+T = TypeVar("T")
 
 
 class ProgressView:
@@ -91,6 +94,30 @@ class ProgressView:
         task = self._live.task_ids[0]
         total = None if percent < 0 else 100
         self._live.update(task, description=text, total=total, completed=max(percent, 0))
+
+
+def watched_call(
+    client: Client,
+    method: str,
+    params: dict[str, Any],
+    result: type[T],
+    *,
+    title: str,
+    quiet: bool = False,
+    cancels: bool = True,
+) -> T:
+    """Call a method that tells of its operation, and show that. Ctrl-C takes it back (`cancels`),
+    or leaves it to the daemon."""
+    with ProgressView(title, quiet=quiet) as view:
+        try:
+            return client.call(method, params, result, on_event=view.event)
+        except KeyboardInterrupt:
+            if cancels and view.operation_id:
+                with connect() as second:
+                    second.call("operations.cancel", {"id": view.operation_id}, Operation)
+            elif view.operation_id:
+                note(f"{title}: bangerd goes on with it; see: banger operations list")
+            raise
 
 
 def _make_live() -> Progress:

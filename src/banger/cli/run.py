@@ -9,23 +9,13 @@ from typing import Any
 import click
 import msgspec
 
-from banger.base.model import InitMode, NetworkMode, Operation, Vm
-from banger.cli.app import (
-    ARTIFACT_NAME,
-    SIZE,
-    VM_NAME,
-    AfterDashes,
-    complete_image,
-    connect,
-    guest_command,
-    note,
-    vm_argument,
-)
-from banger.cli.progress import ProgressView
+from banger.base.model import Vm
+from banger.cli.app import AfterDashes, connect, guest_command, note, vm_argument
+from banger.cli.machine import machine_options, machine_request
+from banger.cli.progress import watched_call
 from banger.cli.render import printable
 from banger.cli.session import run_session, window_size
 from banger.cli.transfer import receive_stream
-from banger.rpc.client import Client
 
 
 class VmResult(msgspec.Struct):
@@ -62,62 +52,27 @@ tty_option = click.option("-t", "--tty", is_flag=True, help="Give the command a 
 
 
 @click.command(cls=AfterDashes)
-@click.option("--name", type=VM_NAME, help="Its name (default: one is made up).")
-@click.option(
-    "--image",
-    type=ARTIFACT_NAME,
-    shell_complete=complete_image,
-    help="The image it starts from.",
-)
-@click.option("--vcpu", type=click.IntRange(1, 64), help="Number of vCPUs.")
-@click.option("--memory", type=SIZE, help="Memory, like 2G.")
-@click.option("--disk-size", type=SIZE, help="Size of its work disk /root, like 8G.")
-@click.option(
-    "--init",
-    type=click.Choice([mode.value for mode in InitMode]),
-    help="Who is PID 1: banger's own init, or the image's systemd.",
-)
-@click.option(
-    "--network",
-    type=click.Choice([mode.value for mode in NetworkMode]),
-    default="user",
-    show_default=True,
-    help="How it reaches the network.",
-)
+@machine_options
 @click.option("--rm", "remove", is_flag=True, help="Delete it when the command or shell ends.")
 @click.option("-d", "--detach", is_flag=True, help="Leave the command running; print the name.")
-@click.option(
-    "--boot-timeout",
-    type=click.FloatRange(min=1),
-    metavar="SECONDS",
-    help="How long the guest may take to come up.",
-)
-@click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 @env_option
 @stdin_option
 @tty_option
 def run(
     *,
-    name: str | None,
-    image: str | None,
-    vcpu: int | None,
-    memory: int | None,
-    disk_size: int | None,
-    init: str | None,
-    network: str,
     remove: bool,
     detach: bool,
-    boot_timeout: float | None,
     quiet: bool,
     env: tuple[str, ...],
     interactive: bool,
     tty: bool,
+    **machine: Any,
 ) -> int:
     """Run a command, or a shell, in a fresh machine.
 
     The exit status is the command's own; 125 when banger itself failed. Without --rm the machine
     keeps running afterwards.
-    """  # fmt: skip
+    """
     words = guest_command()
     if words == ():
         raise click.UsageError("there is no command after --")
@@ -128,25 +83,15 @@ def run(
     if detach and words is None and env:
         raise click.UsageError("-e is for a command: give one after --")
     _check_tty(tty)
-    create: dict[str, Any] = {
-        "name": name or "",
-        "image": image or "",
-        "vcpu_count": vcpu,
-        "memory_mib": memory,
-        "disk_size_mib": disk_size,
-        "init": init,
-        "network": network,
-        "ephemeral": remove,
-    }
-    if boot_timeout is not None:
-        create["boot_timeout_s"] = boot_timeout
+    create = machine_request(machine) | {"ephemeral": remove}
     if words is None:
         tty = tty or (sys.stdin.isatty() and sys.stdout.isatty())
     command = None
     if not (detach and words is None):
         command = _command(words or (), env, tty=tty, detach=detach)
     with connect() as client:
-        result = _create(client, {"create": create, "command": command}, quiet=quiet)
+        params = {"create": create, "command": command}
+        result = watched_call(client, "vm.run", params, VmResult, title="vm", quiet=quiet)
         made = result.vm
         if detach:
             click.echo(made.name)
@@ -163,19 +108,6 @@ def run(
             f" end it for good: banger vm delete --force {made.name}"
         )
     return status
-
-
-def _create(client: Client, params: dict[str, Any], *, quiet: bool) -> VmResult:
-    """`vm.run` up to its result. Ctrl-C takes back what was made so far."""
-    with ProgressView("vm", quiet=quiet) as view:
-        try:
-            made = client.call("vm.run", params, VmResult, on_event=view.event)
-        except KeyboardInterrupt:
-            if view.operation_id:
-                with connect() as second:
-                    second.call("vm.create.cancel", {"id": view.operation_id}, Operation)
-            raise
-    return made
 
 
 def _command(

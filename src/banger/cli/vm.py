@@ -5,23 +5,31 @@ from __future__ import annotations
 import click
 import msgspec
 
-from banger.base.errors import BangerError
 from banger.base.model import Vm, VmState
 from banger.base.units import format_age
-from banger.cli.app import complete_vm, connect, json_option, print_error, vm_argument
+from banger.cli.app import connect, json_option, vm_argument
 from banger.cli.lazy import LazyGroup
 from banger.cli.render import print_json, print_table, seconds_since
 
 _COMMANDS = {
     "run": ("banger.cli.run:run", "Run a command, or a shell, in a fresh machine."),
+    "create": ("banger.cli.lifecycle:create", "Make a machine, and start it."),
+    "list": ("banger.cli.vm:list_vms", "The machines that are there."),
+    "show": ("banger.cli.vm:show", "Everything recorded of one machine."),
+    "start": ("banger.cli.lifecycle:start", "Start machines from their disks."),
+    "stop": ("banger.cli.lifecycle:stop", "Power machines off. Their disks stay."),
+    "restart": ("banger.cli.lifecycle:restart", "Stop machines and start them again."),
+    "kill": ("banger.cli.lifecycle:kill", "End machines at once, as by pulling their plug."),
+    "delete": ("banger.cli.lifecycle:delete", "Delete machines and their disks, for good."),
+    "prune": ("banger.cli.lifecycle:prune", "Delete all machines that do not run."),
+    "set": ("banger.cli.lifecycle:set_", "Change a machine's name, vCPUs, memory or disk."),
+    "wait": ("banger.cli.lifecycle:wait", "Wait until a machine is stopped, or running."),
+    "touch": ("banger.cli.lifecycle:touch", "Note that machines are in use."),
+    "health": ("banger.cli.lifecycle:health", "Whether a machine is well."),
     "exec": ("banger.cli.run:exec_", "Run a command in a running machine."),
     "shell": ("banger.cli.run:shell", "A login shell in a running machine."),
     "cp": ("banger.cli.copy:cp", "Copy files between host and machine."),
     "logs": ("banger.cli.run:logs", "A machine's serial console."),
-    "list": ("banger.cli.vm:list_vms", "The machines that are there."),
-    "show": ("banger.cli.vm:show", "Everything recorded of one machine."),
-    "stop": ("banger.cli.vm:stop", "Power machines off. Their disks stay."),
-    "delete": ("banger.cli.vm:delete", "Delete machines and their disks, for good."),
 }
 
 
@@ -79,34 +87,3 @@ def show(*, vm_ref: str, as_json: bool) -> None:
     }
     rows = [(key, str(value)) for key, value in flat.items() if value not in ("", None)]
     print_table(("FIELD", "VALUE"), rows)
-
-
-@click.command()
-@click.argument("vm_refs", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_vm)
-def stop(*, vm_refs: tuple[str, ...]) -> int:
-    """Power machines off. Their disks stay."""
-    return _each(vm_refs, "vm.stop")
-
-
-@click.command()
-@click.argument("vm_refs", metavar="NAME...", nargs=-1, required=True, shell_complete=complete_vm)
-@click.option("-f", "--force", is_flag=True, help="Delete running ones too.")
-def delete(*, vm_refs: tuple[str, ...], force: bool) -> int:
-    """Delete machines and their disks, for good."""
-    return _each(vm_refs, "vm.delete", force=force)
-
-
-def _each(vm_refs: tuple[str, ...], method: str, **params: bool) -> int:
-    """Call a method for each and print the names of those it was done to.
-
-    Returns the exit status: an error is printed and does not keep the others from their turn.
-    """
-    status = 0
-    for vm_ref in vm_refs:
-        try:
-            with connect() as client:
-                click.echo(client.call(method, {"vm": vm_ref, **params}, Vm).name)
-        except BangerError as error:
-            print_error(error)
-            status = 1
-    return status

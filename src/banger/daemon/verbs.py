@@ -10,14 +10,28 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
+from banger.base.errors import BadRequest
 from banger.base.model import Vm
-from banger.daemon.params import DeleteVm, PruneVms, SetVm, StartVm, VmReference, WaitVm
+from banger.daemon.params import (
+    DeleteVm,
+    PortsOf,
+    PruneVms,
+    PublishPort,
+    SetVm,
+    StartVm,
+    UnpublishPort,
+    VmReference,
+    WaitVm,
+)
 from banger.rpc.server import Connection
 from banger.services.health import Health
 from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations, Progress, raise_failure
+from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.vm import VmService
+from banger.services.vm_create import VmCreator
+from banger.services.vm_spec import CreateRequest
 from banger.services.vm_start import check_boot_timeout
 from banger.services.waiting import wait_for
 
@@ -29,19 +43,24 @@ class Verbs:
     def __init__(
         self,
         vms: VmService,
+        creator: VmCreator,
         lifecycle: Lifecycle,
         health: Health,
         prune: Prune,
+        ports: PortService,
         operations: Operations,
     ) -> None:
         self._vms = vms
+        self._creator = creator
         self._lifecycle = lifecycle
         self._health = health
         self._prune = prune
+        self._ports = ports
         self._operations = operations
 
     def methods(self) -> Mapping[str, Row]:
         return {
+            "vm.create": (CreateRequest, self._create),
             "vm.start": (StartVm, self._start),
             "vm.restart": (StartVm, self._restart),
             "vm.stop": (VmReference, self._stop),
@@ -52,7 +71,21 @@ class Verbs:
             "vm.wait": (WaitVm, self._wait),
             "vm.prune": (PruneVms, self._prune_vms),
             "vm.health": (VmReference, self._check),
+            "vm.publish": (PublishPort, self._publish),
+            "vm.unpublish": (UnpublishPort, self._unpublish),
+            "vm.ports": (PortsOf, self._show_ports),
         }
+
+    async def _create(self, params: CreateRequest, connection: Connection) -> None:
+        self._creator.check(params)
+        if params.ephemeral:
+            raise BadRequest("only vm.run has a session that an ephemeral VM could belong to")
+        await self._operate(
+            connection,
+            "vm.create",
+            params.name,
+            lambda progress: self._creator.create(params, progress),
+        )
 
     async def _start(self, params: StartVm, connection: Connection) -> None:
         check_boot_timeout(params.boot_timeout_s)
@@ -140,6 +173,27 @@ class Verbs:
 
     async def _check(self, params: VmReference, connection: Connection) -> None:
         await connection.result(await self._health.check(await self._vms.show(params.vm)))
+
+    async def _publish(self, params: PublishPort, connection: Connection) -> None:
+        await self._operate(
+            connection,
+            "vm.publish",
+            params.vm,
+            lambda progress: self._ports.publish(params.vm, params.port, progress),
+        )
+
+    async def _unpublish(self, params: UnpublishPort, connection: Connection) -> None:
+        await self._operate(
+            connection,
+            "vm.unpublish",
+            params.vm,
+            lambda progress: self._ports.unpublish(
+                params.vm, params.host, params.host_port, progress
+            ),
+        )
+
+    async def _show_ports(self, params: PortsOf, connection: Connection) -> None:
+        await connection.result(await self._ports.show(params.vm))
 
     async def _operate(
         self,
