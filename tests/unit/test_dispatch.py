@@ -46,6 +46,7 @@ class Daemon:
                     lifecycle=world.lifecycle,
                     health=world.health,
                     prune=world.prune,
+                    ports=world.ports,
                     stats=world.stats,
                     doctor=Doctor(world.paths, world.drivers, []),
                     stop=self.stopping.set,

@@ -31,7 +31,9 @@ from banger.services.lifecycle import Lifecycle
 from banger.services.liveness import Liveness
 from banger.services.network import Networking
 from banger.services.operations import Operations, Progress
+from banger.services.ports import PortService
 from banger.services.prune import Prune
+from banger.services.publishing import Publishing
 from banger.services.stats import StatsService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
@@ -63,12 +65,14 @@ class World:
         self.liveness = Liveness(self.hypervisor, self.network, self.handles)
         self.kernels = KernelService(paths, store)
         self.images = ImageService(paths, store, self.operations, self.kernels)
+        self.publishing = Publishing(self.agents, self.liveness, lambda vm: self.vms.in_use(vm))
         self.capabilities = Capabilities(
             [
                 SystemDisk(paths, self.storage),
                 WorkDisk(self.storage, self.images),
                 Networking(paths, self.network, self.liveness),
                 Identity(self.liveness, self.agents),
+                self.publishing,
             ]
         )
         self.vms = VmService(
@@ -104,6 +108,7 @@ class World:
         )
         self.health = Health(paths, self.hypervisor, self.liveness, self.agents)
         self.prune = Prune(self.vms, self.lifecycle, self.storage)
+        self.ports = PortService(self.vms, self.lifecycle, self.agents, self.publishing)
         self.stats = StatsService(
             vms=self.vms,
             agents=self.agents,
@@ -143,6 +148,7 @@ class World:
         for vm in await self.store.vms():
             self.liveness.unwatch(vm.id)
         await self.vms.close()
+        await self.publishing.close()
         await self.agents.close()
 
     async def restarted(self) -> World:

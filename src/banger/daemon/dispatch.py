@@ -29,6 +29,7 @@ from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations
+from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.stats import StatsService
 from banger.services.vm import VmService
@@ -53,6 +54,7 @@ class Services:
     lifecycle: Lifecycle
     health: Health
     prune: Prune
+    ports: PortService
     stats: StatsService
     doctor: Doctor
     stop: Callable[[], None]
@@ -79,9 +81,11 @@ class Dispatch:
         sessions = Sessions(services.vms, services.creator, services.lifecycle, services.operations)
         verbs = Verbs(
             services.vms,
+            services.creator,
             services.lifecycle,
             services.health,
             services.prune,
+            services.ports,
             services.operations,
         )
         observation = Observation(services.stats)

@@ -47,7 +47,9 @@ from banger.services.lifecycle import Lifecycle
 from banger.services.liveness import Liveness
 from banger.services.network import Networking
 from banger.services.operations import Operations
+from banger.services.ports import PortService
 from banger.services.prune import Prune
+from banger.services.publishing import Publishing
 from banger.services.stats import StatsService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
@@ -156,9 +158,10 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
     store = await Store.open(paths.database)
     operations = Operations()
     agents = Agents()
+    handles = HandleCache(paths)
+    liveness = Liveness(drivers.hypervisor, drivers.network, handles)
+    publishing = Publishing(agents, liveness, lambda vm: vms.in_use(vm))
     try:
-        handles = HandleCache(paths)
-        liveness = Liveness(drivers.hypervisor, drivers.network, handles)
         kernels = KernelService(paths, store)
         images = ImageService(paths, store, operations, kernels)
         capabilities = Capabilities(
@@ -167,6 +170,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
                 WorkDisk(drivers.storage, images),
                 Networking(paths, drivers.network, liveness),
                 Identity(liveness, agents),
+                publishing,
             ]
         )
         vms = VmService(paths, store, handles, liveness, agents, capabilities)
@@ -226,6 +230,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
             lifecycle=lifecycle,
             health=Health(paths, drivers.hypervisor, liveness, agents),
             prune=Prune(vms, lifecycle, drivers.storage),
+            ports=PortService(vms, lifecycle, agents, publishing),
             stats=stats,
             doctor=Doctor(paths, drivers, _as_checks(selection)),
             stop=stopping.set,
@@ -246,6 +251,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
             await operations.close()
             await vms.close()
     finally:
+        await publishing.close()
         await agents.close()
         await store.close()
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from banger.base.model import PublishedPort
 from banger.services.vm_spec import ChangeRequest, CreateRequest
 from banger.services.vm_start import BOOT_TIMEOUT_S
 from banger.services.waiting import Goal
@@ -50,6 +51,23 @@ class PruneVms(Params, frozen=True):
     #: Only VMs that nobody has used for so long.
     unused_for_s: Annotated[float, Meta(ge=0)] = 0
     dry_run: bool = False
+
+
+class PublishPort(Params, frozen=True):
+    vm: str
+    port: PublishedPort
+
+
+class UnpublishPort(Params, frozen=True):
+    vm: str
+    host_port: int
+    #: Empty: at whichever address it is published.
+    host: str = ""
+
+
+class PortsOf(Params, frozen=True):
+    #: Empty: of all that run.
+    vm: str = ""
 
 
 class OperationReference(Params, frozen=True):

@@ -78,6 +78,8 @@ class Publishing(Capability):
 
     async def apply_config_changes(self, before: Vm, after: Vm) -> None:
         """Close what is gone, with its connections, then open what is new."""
+        if published := self._vms.get(after.id):
+            published.vm = after  # it may have another name now
         if not self._liveness.vm_alive(after):
             return
         old, new = before.spec.published_ports, after.spec.published_ports

@@ -19,6 +19,7 @@ from banger.base.paths import Paths, check_socket_path
 from banger.services.capabilities import Start
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
+from banger.services.listeners import numbered
 from banger.services.names import generate_name
 from banger.services.operations import Progress
 from banger.services.vm import VmService
@@ -72,6 +73,7 @@ class VmCreator:
                 spec = msgspec.structs.replace(spec, init=image.init)
             kernel = await self._kernels.get(image.kernel_id)
             progress.stage("preflight")
+            spec = await self._numbered(spec)
             start = await self._starter.preflight(
                 self._record(request.name, spec, image), image, kernel
             )
@@ -131,6 +133,12 @@ class VmCreator:
             created_at=moment,
             updated_at=moment,
         )
+
+    async def _numbered(self, spec: VmSpec) -> VmSpec:
+        """`spec` with a number for each port that may be any."""
+        claimed = [port for vm in await self._store.vms() for port in vm.spec.published_ports]
+        ports = await numbered(spec.published_ports, claimed)
+        return msgspec.structs.replace(spec, published_ports=ports)
 
     async def _insert(self, vm: Vm) -> Vm:
         if vm.name:

@@ -7,6 +7,7 @@ import msgspec
 from banger.base.config import VCPU_MAX, Config
 from banger.base.errors import BadRequest
 from banger.base.model import InitMode, NetworkMode, PublishedPort, Vm, VmSpec, check_vm_name
+from banger.base.ports import check_ports
 from banger.base.units import SIZE_MAX_MIB
 from banger.services.vm_start import BOOT_TIMEOUT_S, check_boot_timeout
 
@@ -85,7 +86,7 @@ class ChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def check_spec(spec: VmSpec) -> VmSpec:
-    """`spec`, when a machine of this shape is possible; BadRequest otherwise."""
+    """`spec` in normal form, when a machine of this shape is possible; BadRequest otherwise."""
     if not 1 <= spec.vcpu_count <= VCPU_MAX:
         raise BadRequest(f"{spec.vcpu_count} vCPUs are not possible (1 to {VCPU_MAX})")
     if not _MEMORY_MIN_MIB <= spec.memory_mib <= SIZE_MAX_MIB:
@@ -95,7 +96,7 @@ def check_spec(spec: VmSpec) -> VmSpec:
         )
     if not 1 <= spec.disk_size_mib <= SIZE_MAX_MIB:
         raise BadRequest(f"a work disk of {spec.disk_size_mib} MiB is not possible")
-    return spec
+    return msgspec.structs.replace(spec, published_ports=check_ports(spec.published_ports))
 
 
 def _given(value: int | None, default: int) -> int:
