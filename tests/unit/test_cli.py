@@ -457,7 +457,7 @@ def test_an_empty_listing_is_a_heading_and_an_empty_list(daemon: Daemon, capfd: 
     daemon.answers["vm.list"] = lambda _: []
     run(["ps"])
     assert capfd.readouterr().out.split() == (
-        ["NAME", "STATE", "IMAGE", "VCPU", "MEMORY", "DISK", "ADDRESS", "UP"]
+        ["NAME", "STATE", "IMAGE", "ADDRESS", "UP", "CPU", "MEMORY", "VCPU", "DISK"]
     )
     run(["ps", "--json"])
     assert json.loads(capfd.readouterr().out) == []

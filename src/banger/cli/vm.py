@@ -7,7 +7,10 @@ import msgspec
 
 from banger.base.model import Vm, VmState
 from banger.base.units import format_age
+from banger.base.usage import ListedVm
+from banger.cli import figures
 from banger.cli.app import connect, json_option, vm_argument
+from banger.cli.figures import print_fitting
 from banger.cli.lazy import LazyGroup
 from banger.cli.render import print_json, print_table, seconds_since
 
@@ -26,11 +29,16 @@ _COMMANDS = {
     "wait": ("banger.cli.lifecycle:wait", "Wait until a machine is stopped, or running."),
     "touch": ("banger.cli.lifecycle:touch", "Note that machines are in use."),
     "health": ("banger.cli.lifecycle:health", "Whether a machine is well."),
+    "stats": ("banger.cli.stats:stats", "What machines use, once or with --watch."),
     "exec": ("banger.cli.run:exec_", "Run a command in a running machine."),
     "shell": ("banger.cli.run:shell", "A login shell in a running machine."),
     "cp": ("banger.cli.copy:cp", "Copy files between host and machine."),
     "logs": ("banger.cli.run:logs", "A machine's serial console."),
 }
+
+#: Headings of the list, each with its rank: the lowest are the last to go on a narrow terminal.
+_LIST_COLUMNS = {"NAME": 0, "STATE": 1, "IMAGE": 5, "ADDRESS": 4, "UP": 6,
+                 "CPU": 2, "MEMORY": 3, "VCPU": 7, "DISK": 8}  # fmt: skip
 
 
 @click.command(cls=LazyGroup, table=_COMMANDS)
@@ -43,25 +51,27 @@ def vm() -> None:
 def list_vms(*, as_json: bool) -> None:
     """The machines that are there."""
     with connect() as client:
-        vms = client.call("vm.list", {}, list[Vm])
+        vms = client.call("vm.list", {}, list[ListedVm])
     if as_json:
         print_json(vms)
         return
-    print_table(
-        ("NAME", "STATE", "IMAGE", "VCPU", "MEMORY", "DISK", "ADDRESS", "UP"),
+    print_fitting(
+        tuple(_LIST_COLUMNS),
         [
             (
                 each.name,
                 each.runtime.state.value,
                 each.image_name,
-                str(each.spec.vcpu_count),
-                f"{each.spec.memory_mib}M",
-                f"{each.spec.disk_size_mib}M",
                 each.runtime.guest_ip or "-",
                 format_age(seconds_since(each.started_at)) if _is_running(each) else "-",
+                figures.cpu(each.usage),
+                figures.memory(each.usage),
+                str(each.spec.vcpu_count),
+                f"{each.spec.disk_size_mib}M",
             )
             for each in vms
         ],
+        ranks=tuple(_LIST_COLUMNS.values()),
     )
 
 
