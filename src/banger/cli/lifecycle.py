@@ -32,6 +32,7 @@ from banger.cli.machine import (
     quiet_option,
     vcpu_option,
 )
+from banger.cli.ports import note_ports
 from banger.cli.progress import watched_call
 from banger.cli.render import print_json, print_table
 
@@ -71,6 +72,8 @@ def create(*, no_start: bool, quiet: bool, as_json: bool, **machine: Any) -> Non
     request = machine_request(machine) | {"start": not no_start}
     with connect() as client:
         made = watched_call(client, "vm.create", request, Vm, title="vm", quiet=quiet)
+    if not quiet:
+        note_ports(made)
     _print(made, as_json=as_json)
 
 

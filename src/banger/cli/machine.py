@@ -9,6 +9,7 @@ import click
 
 from banger.base.model import InitMode, NetworkMode
 from banger.cli.app import ARTIFACT_NAME, SIZE, VM_NAME, complete_image
+from banger.cli.ports import publish_option
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -48,6 +49,7 @@ _OPTIONS = (
         show_default=True,
         help="How it reaches the network.",
     ),
+    publish_option,
     boot_timeout_option,
     quiet_option,
 )
@@ -70,6 +72,7 @@ def machine_request(options: dict[str, Any]) -> dict[str, Any]:
         "disk_size_mib": options["disk_size"],
         "init": options["init"],
         "network": options["network"],
+        "published_ports": options["ports"],
     }
     if options["boot_timeout"] is not None:
         request["boot_timeout_s"] = options["boot_timeout"]

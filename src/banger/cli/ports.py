@@ -33,7 +33,8 @@ publish_option = click.option(
 @click.command()
 @vm_argument
 @click.argument("port", metavar="[HOST:]PORT[:GUEST]", type=PORT)
-def publish(*, vm_ref: str, port: PublishedPort) -> None:
+@json_option
+def publish(*, vm_ref: str, port: PublishedPort, as_json: bool) -> None:
     """Let a port of this host lead to one of a machine's.
 
     PORT is the host's, GUEST the machine's when it is another; 0:GUEST takes any free one. The
@@ -43,10 +44,13 @@ def publish(*, vm_ref: str, port: PublishedPort) -> None:
         params = {"vm": vm_ref, "port": msgspec.to_builtins(port)}
         made = client.call("vm.publish", params, Vm)
     published = _found(made, port)
-    click.echo(format_address(published.host, published.host_port))
+    if as_json:
+        print_json(made)
+    else:
+        click.echo(format_address(published.host, published.host_port))
     if made.runtime.state is not VmState.RUNNING:
         note(f"vm {made.name} is {made.runtime.state}: the port opens when it starts")
-    warn_of_open([published])
+    _warn_if_open(published)
 
 
 def _found(vm: Vm, wanted: PublishedPort) -> PublishedPort:
@@ -58,23 +62,35 @@ def _found(vm: Vm, wanted: PublishedPort) -> PublishedPort:
     return wanted  # somebody has unpublished it meanwhile
 
 
-def warn_of_open(ports: list[PublishedPort]) -> None:
-    """Say so when others than this host's users can come in."""
-    for port in ports:
-        if not is_loopback(port.host):
-            where = format_address(port.host, port.host_port)
-            note(f"{where} is open to everybody who reaches this host, not to this host alone")
+def note_ports(vm: Vm) -> None:
+    """Say where the ports of a new machine are."""
+    leads = "leads" if vm.runtime.state is VmState.RUNNING else "will lead, once it runs,"
+    for port in vm.spec.published_ports:
+        where = format_address(port.host, port.host_port)
+        note(f"{where} {leads} to port {port.guest_port} of vm {vm.name}")
+        _warn_if_open(port)
+
+
+def _warn_if_open(port: PublishedPort) -> None:
+    if not is_loopback(port.host):
+        where = format_address(port.host, port.host_port)
+        note(f"{where} is open to everybody who reaches this host, not to its users alone")
 
 
 @click.command()
 @vm_argument
 @click.argument("port", metavar="[HOST:]PORT", type=Checked("port", parse_host_port))
-def unpublish(*, vm_ref: str, port: tuple[str, int]) -> None:
+@json_option
+def unpublish(*, vm_ref: str, port: tuple[str, int], as_json: bool) -> None:
     """Close a published port, with its connections."""
     host, host_port = port
     with connect() as client:
         params = {"vm": vm_ref, "host": host, "host_port": host_port}
-        click.echo(client.call("vm.unpublish", params, Vm).name)
+        made = client.call("vm.unpublish", params, Vm)
+    if as_json:
+        print_json(made)
+    else:
+        click.echo(made.name)
 
 
 @click.command()

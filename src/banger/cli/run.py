@@ -12,6 +12,7 @@ import msgspec
 from banger.base.model import Vm
 from banger.cli.app import AfterDashes, connect, guest_command, note, vm_argument
 from banger.cli.machine import machine_options, machine_request
+from banger.cli.ports import note_ports
 from banger.cli.progress import watched_call
 from banger.cli.render import printable
 from banger.cli.session import run_session, window_size
@@ -93,6 +94,8 @@ def run(
         params = {"create": create, "command": command}
         result = watched_call(client, "vm.run", params, VmResult, title="vm", quiet=quiet)
         made = result.vm
+        if not quiet:
+            note_ports(made)
         if detach:
             click.echo(made.name)
             status = result.exit_code
