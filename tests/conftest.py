@@ -27,6 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="keep the VMs and files of tests that fail, and say where they are",
     )
+    parser.addoption(
+        "--all-faults",
+        action="store_true",
+        help="walk the whole fault matrix, and write docs/reliability.md",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -28,14 +28,19 @@ class Process:
 
 def processes_of(directory: Path) -> list[Process]:
     """Living processes with `directory` in their command line or environment, except this one."""
+    return processes_naming(str(directory))
+
+
+def processes_naming(text: str) -> list[Process]:
+    """Living processes with `text` in their command line or environment, except this one."""
     pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
-    commands = {pid: _command(pid, directory) for pid in pids if pid != os.getpid()}
+    commands = {pid: _command(pid, text) for pid in pids if pid != os.getpid()}
     return [Process(pid, command) for pid, command in commands.items() if command is not None]
 
 
-def _command(pid: int, directory: Path) -> str | None:
-    """The command line of a process that names `directory`; None for any other."""
-    needle = os.fsencode(directory)
+def _command(pid: int, text: str) -> str | None:
+    """The command line of a process that names `text`; None for any other."""
+    needle = os.fsencode(text)
     proc = Path(f"/proc/{pid}")
     # It may end while we look, or belong to somebody else. A zombie has neither file.
     with suppress(OSError):
@@ -51,7 +56,7 @@ def end(process: Process, directory: Path) -> None:
         descriptor = os.pidfd_open(process.pid)
         try:
             # Looked at again with the descriptor open: from here on it cannot be another process.
-            if _command(process.pid, directory) is not None:
+            if _command(process.pid, str(directory)) is not None:
                 signal.pidfd_send_signal(descriptor, signal.SIGTERM)
                 if not select.select([descriptor], [], [], _END_S)[0]:
                     signal.pidfd_send_signal(descriptor, signal.SIGKILL)

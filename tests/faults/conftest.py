@@ -1,0 +1,63 @@
+"""The fault matrix: its cells as parameters, its scenes, and what was found in each."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import matrix
+from homes import Home, new_home
+from matrix import SMALL, Cell
+from reliability import Finding, write_report
+from scenes import Scenes
+
+_REPORT = Path(__file__).parents[2] / "docs/reliability.md"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "cell" in metafunc.fixturenames:
+        cells = matrix.ALL if _all_faults(metafunc.config) else matrix.REDUCED
+        metafunc.parametrize("cell", cells, ids=[cell.id for cell in cells])
+
+
+def _all_faults(config: pytest.Config) -> bool:
+    return bool(config.getoption("--all-faults"))
+
+
+@pytest.fixture
+def all_faults(request: pytest.FixtureRequest) -> bool:
+    """Whether this is the whole matrix, which has time for everything."""
+    return _all_faults(request.config)
+
+
+@pytest.fixture(scope="session")
+def seed(private_home: object) -> Iterator[Home]:
+    """The home whose image the others have copies of; it was built for a first VM there."""
+    home = new_home(Path(os.environ["HOME"]) / "seed")
+    home.banger.ok("vm", "run", "-q", "-d", *SMALL, "--name", "first")
+    home.banger.ok("vm", "delete", "--force", "first")
+    yield home
+    home.close()
+    shutil.rmtree(home.directory)
+
+
+@pytest.fixture(scope="session")
+def scenes(seed: Home) -> Iterator[Scenes]:
+    made = Scenes(seed, Path(os.environ["HOME"]))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="session")
+def findings(request: pytest.FixtureRequest) -> Iterator[dict[Cell, Finding]]:
+    """What was found in each cell. All of them go to docs/reliability.md."""
+    found: dict[Cell, Finding] = {}
+    began = time.monotonic()
+    yield found
+    if found.keys() == set(matrix.ALL):
+        write_report(_REPORT, found, time.monotonic() - began)

@@ -1,0 +1,204 @@
+"""The fault matrix as data: every stage of every operation, and what is done to it there.
+
+The stages stand here so that each cell is a test with a name; `test_fault_matrix.py` reads the
+daemon's log of unharmed operations and fails when these are not exactly the stages there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+
+from product import IMAGE
+
+#: The subject of a cell; stands in an operation's words for its name.
+SUBJECT = "SUBJECT"
+
+#: Small: what is tested is who cleans up, not how much.
+SMALL = ("--image", IMAGE, "--memory", "256M", "--vcpu", "1")
+
+
+class Fault(StrEnum):
+    """What goes wrong at the moment an operation enters a stage."""
+
+    DAEMON_KILLED = "daemon-killed"
+    MACHINE_KILLED = "machine-killed"
+    DISK_FULL = "disk-full"
+    MACHINE_HANGS = "machine-hangs"
+    AGENT_CUT = "agent-cut"
+
+
+#: What each is, for docs/reliability.md.
+EXPLAINED = {
+    Fault.DAEMON_KILLED: "SIGKILL to the daemon.",
+    Fault.MACHINE_KILLED: "SIGKILL to the VM's QEMU.",
+    Fault.DISK_FULL: (
+        "the file system that holds the files being made (the disks of all VMs; for image builds "
+        "the images) has no byte left. It gets room again once the command has ended, or does not "
+        "end."
+    ),
+    Fault.MACHINE_HANGS: (
+        "SIGSTOP to the VM's QEMU, for good: neither the guest's agent nor QMP answers any more."
+    ),
+    Fault.AGENT_CUT: "the agent's socket is removed, so that nobody can connect to the agent.",
+}
+
+#: Those that need a machine to do it to.
+ON_MACHINES = (Fault.MACHINE_KILLED, Fault.MACHINE_HANGS, Fault.AGENT_CUT)
+
+
+class Before(StrEnum):
+    """The subject, when the operation begins."""
+
+    ABSENT = "absent"
+    STOPPED = "stopped"
+    RUNNING = "running"
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    #: Whether a machine of the subject's runs when the stage begins.
+    machine: bool = False
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One command, and the stages that its operation goes through."""
+
+    #: As in the daemon's log.
+    name: str
+    before: Before
+    words: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    #: Tells operations of one name apart.
+    variant: str = ""
+    #: It makes an image or a kernel, and needs a home where that is missing.
+    builds: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} ({self.variant})" if self.variant else self.name
+
+    def command(self, subject: str) -> list[str]:
+        return [subject if word is SUBJECT else word for word in self.words]
+
+
+_BOOT_S = "30"
+
+OPERATIONS = (
+    Operation(
+        "vm.create",
+        Before.ABSENT,
+        ("vm", "run", "-q", "-d", *SMALL, "--boot-timeout", _BOOT_S, "--name", SUBJECT),
+        (
+            Stage("preflight"),
+            Stage("disks"),
+            Stage("launch"),
+            Stage("boot", machine=True),
+            Stage("setup", machine=True),
+        ),
+    ),
+    # What is taken back when a creation fails before its guest runs: no host has 10 TiB of memory.
+    Operation(
+        "vm.discard",
+        Before.ABSENT,
+        ("vm", "run", "-q", "-d", "--image", IMAGE, "--memory", "10T", "--name", SUBJECT),
+        (Stage("end"), Stage("remove_files")),
+    ),
+    Operation(
+        "vm.stop",
+        Before.RUNNING,
+        ("vm", "stop", SUBJECT),
+        (Stage("power_off", machine=True), Stage("cleanup")),
+    ),
+    Operation(
+        "vm.delete",
+        Before.RUNNING,
+        ("vm", "delete", "--force", SUBJECT),
+        (Stage("end", machine=True), Stage("remove_files")),
+    ),
+    # What every start of a daemon does, before it serves.
+    Operation(
+        "reconcile",
+        Before.RUNNING,
+        ("vm", "list"),
+        (Stage("vms", machine=True), Stage("leftovers", machine=True)),
+    ),
+)
+
+BUILDS = (
+    Operation(
+        "vm.create",
+        Before.ABSENT,
+        ("vm", "run", "-q", "-d", *SMALL, "--name", SUBJECT),
+        (Stage("image"),),
+        variant="image missing",
+        builds=True,
+    ),
+    Operation(
+        "image.build",
+        Before.ABSENT,
+        ("image", "build", "-q", IMAGE),
+        (
+            Stage("kernel download"),
+            Stage("kernel install"),
+            Stage("kernel kernel"),
+            Stage("download"),
+            Stage("install"),
+            Stage("filesystem"),
+            Stage("finish"),
+        ),
+        builds=True,
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    operation: Operation
+    stage: Stage
+    fault: Fault
+
+    @property
+    def point(self) -> str:
+        """As in FAULT_VARIABLE."""
+        return f"{self.operation.name}:{self.stage.name}"
+
+    @property
+    def id(self) -> str:
+        variant = f"[{self.operation.variant}]" if self.operation.variant else ""
+        return f"{self.point}{variant}-{self.fault}".replace(" ", "_")
+
+
+def _cells() -> Iterator[Cell]:
+    for operation in (*OPERATIONS, *BUILDS):
+        for stage in operation.stages:
+            for fault in Fault:
+                if stage.machine or fault not in ON_MACHINES:
+                    yield Cell(operation, stage, fault)
+
+
+ALL = tuple(_cells())
+
+#: Cells of the reduced form besides those of daemons killed in operations on VMs: one or two of
+#: each other fault, and two of a build, which takes long.
+_CHOSEN = {
+    (Fault.MACHINE_KILLED, "vm.create:boot"),
+    (Fault.MACHINE_KILLED, "vm.stop:power_off"),
+    (Fault.DISK_FULL, "vm.create:disks"),
+    (Fault.DISK_FULL, "vm.create:boot"),
+    (Fault.MACHINE_HANGS, "vm.delete:end"),
+    (Fault.AGENT_CUT, "vm.stop:power_off"),
+    (Fault.DAEMON_KILLED, "image.build:kernel install"),
+    (Fault.DAEMON_KILLED, "image.build:install"),
+}
+
+#: What `make test` runs: the daemon killed at every stage of every operation on VMs, and those.
+REDUCED = tuple(
+    cell
+    for cell in ALL
+    if (cell.fault, cell.point) in _CHOSEN
+    or (cell.fault is Fault.DAEMON_KILLED and cell.operation.name != "image.build")
+)

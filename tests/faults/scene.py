@@ -1,0 +1,216 @@
+"""A home in which things go wrong: its bystander, and the account of all that is in it.
+
+The account knows what each record may have on the host; what else there is was left behind.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import leftovers
+from homes import Home
+from matrix import SMALL
+from product import until
+
+#: What may be in the directories of a VM, by the state of its record.
+_FILES = {"system.qcow2", "work.qcow2", "hypervisor.log", "network.log"}
+_FILES |= {"console.log", "console.log.old"}
+_FILES_RUNNING = _FILES | {"handles.json"}
+_SOCKETS = {"control.sock", "agent.sock"}
+
+_RUNTIME = {"bangerd.sock", "bangerd.lock", "start.lock", "probes.json", "vms"}
+_STATE = {"banger.db", "banger.db-wal", "banger.db-shm", "bangerd.log", "vms"}
+_IMAGE = re.compile(r"rootfs\.ext4|work-seed(-\d+)?\.ext4|image\.json")
+_KERNEL = re.compile(r"vmlinux|config|modules\.ext4|boot-modules|initramfs-[0-9a-f]{12}\.cpio")
+
+#: A network ends when its machine has: that takes a moment.
+_SETTLES_S = 5.0
+
+BYSTANDER = "bystander"
+
+#: Counts, and tells the longest pause between two counts since it was last looked at, in hundredths
+#: of a second by the guest's clock. Nothing of it touches a disk.
+_COUNTING = """
+echo $$ >/run/pid
+count=0 longest=0 last=
+while :; do
+    read up rest </proc/uptime
+    up=${up%.*}${up#*.}
+    pause=$((up - ${last:-$up}))
+    [ $pause -le $longest ] || longest=$pause
+    if [ -e /run/looked ]; then rm /run/looked; longest=0; fi
+    last=$up count=$((count + 1))
+    echo $count $longest >/run/count
+    sleep 0.5
+done
+"""
+_TELL = """
+read pid </run/pid
+kill -0 $pid || exit 1
+while read count longest </run/count; [ -z "$longest" ]; do sleep 0.1; done
+read boot </proc/sys/kernel/random/boot_id
+echo $pid $boot $count $longest
+: >/run/looked
+"""
+
+
+@dataclass(frozen=True)
+class Sighting:
+    """The bystander at one moment. Two are of one undisturbed machine when all but the count and
+    the longest pause are equal."""
+
+    machine_pid: int
+    process_pid: int
+    boot_id: str
+    count: int
+    longest_pause_s: float
+
+
+class Scene:
+    def __init__(self, home: Home, small_disk: Path | None = None) -> None:
+        """Start the bystander in `home`, whose VMs or images are on `small_disk` if given."""
+        self.home = home
+        self._small_disk = small_disk
+        banger = home.banger
+        banger.ok("vm", "run", "-q", "-d", *SMALL, "--name", BYSTANDER, "--", "sh", "-c", _COUNTING)
+        # It may not have counted yet.
+        banger.guest(BYSTANDER, "until [ -s /run/count ]; do sleep 0.1; done")
+        self.bystander_id: str = self.record(BYSTANDER)["id"]
+        self._last = self._look()
+
+    @property
+    def small_disk(self) -> Path:
+        assert self._small_disk is not None
+        return self._small_disk
+
+    def _look(self) -> Sighting:
+        (machine,) = self._machines(self.bystander_id)
+        pid, boot_id, count, longest = self.home.banger.guest(BYSTANDER, _TELL).split()
+        return Sighting(machine.pid, int(pid), boot_id, int(count), int(longest) / 100)
+
+    def check_bystander(self) -> float:
+        """It is the same machine and process as ever, reachable, and goes on counting.
+
+        The longest pause it made since the last look, in seconds.
+        """
+        (seen,) = until(self._counted_on, "the bystander counts", 10)
+        first, self._last = self._last, seen
+        assert (seen.machine_pid, seen.process_pid, seen.boot_id) == (
+            first.machine_pid,
+            first.process_pid,
+            first.boot_id,
+        )
+        return seen.longest_pause_s
+
+    def _counted_on(self) -> list[Sighting]:
+        seen = self._look()
+        return [seen] if seen.count > self._last.count else []
+
+    def vms(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.home.banger.json("vm", "list")
+        return found
+
+    def record(self, name: str) -> dict[str, Any]:
+        """The record of the VM of this name; empty when there is none."""
+        return next((vm for vm in self.vms() if vm["name"] == name), {})
+
+    def state(self, name: str) -> str:
+        """The state of the VM of this name; empty when there is none."""
+        record = self.record(name)
+        return str(record["runtime"]["state"]) if record else ""
+
+    def _machines(self, vm_id: str) -> list[leftovers.Process]:
+        return [each for each in self.home.machines() if vm_id in each.command]
+
+    def subject_machines(self) -> list[leftovers.Process]:
+        """The machines that are not the bystander's. Asks no daemon."""
+        return [each for each in self.home.machines() if self.bystander_id not in each.command]
+
+    def subject_agent_sockets(self) -> list[Path]:
+        """Those of agents that are not the bystander's. Asks no daemon."""
+        sockets = self.home.runtime.glob("vms/*/agent.sock")
+        return [each for each in sockets if each.parent.name != self.bystander_id]
+
+    def daemons(self) -> list[leftovers.Process]:
+        return [each for each in self.home.processes() if "banger.daemon.main" in each.command]
+
+    def check_records(self) -> None:
+        """Each record says the truth about its processes, and none that work goes on."""
+        shown = {vm["id"]: self.home.banger.json("vm", "show", vm["id"]) for vm in self.vms()}
+        for vm_id, vm in shown.items():
+            state = vm["runtime"]["state"]
+            assert state in ("running", "stopped", "error"), vm
+            expected = 1 if state == "running" else 0
+            assert len(self._machines(vm_id)) == expected, (state, self._machines(vm_id))
+            if state == "error":
+                assert vm["runtime"]["last_error"]
+
+    def check_account(self) -> None:
+        """Nothing is on the host that no record accounts for.
+
+        (Locks need no look: the kernel drops them with the process that held them.)
+        """
+        deadline = time.monotonic() + _SETTLES_S
+        while left := list(self._unaccounted()):
+            assert time.monotonic() < deadline, "left behind: " + "; ".join(left)
+            time.sleep(0.1)
+
+    def _unaccounted(self) -> Iterator[str]:
+        vms = self.vms()
+        running = {vm["id"] for vm in vms if vm["runtime"]["state"] == "running"}
+        yield from self._processes(running)
+        yield from self._held()
+        home = self.home
+        yield from _others(home.runtime, _RUNTIME)
+        yield from _others(home.state, _STATE)
+        yield from _others(home.runtime / "vms", running)
+        yield from _others(home.state / "vms", {vm["id"] for vm in vms})
+        for vm in vms:
+            runs = vm["id"] in running
+            files = home.state / "vms" / vm["id"]
+            yield from _others(files, _FILES_RUNNING if runs else _FILES)
+            yield from _others(home.runtime / "vms" / vm["id"], _SOCKETS if runs else set())
+        for kind, pattern in (("image", _IMAGE), ("kernel", _KERNEL)):
+            recorded = {each["artifact_dir"] for each in home.banger.json(kind, "list")}
+            for directory in (home.data / f"{kind}s").glob("*"):
+                if str(directory) not in recorded:
+                    yield f"{directory} (of no record)"
+                    continue
+                for entry in directory.iterdir():
+                    if not pattern.fullmatch(entry.name):
+                        yield str(entry)
+
+    def _processes(self, running: set[str]) -> Iterator[str]:
+        daemons = self.daemons()
+        if len(daemons) != 1:
+            yield f"{len(daemons)} daemons"
+        for process in self.home.processes():
+            of_a_vm = any(vm_id in process.command for vm_id in running)
+            if process not in daemons and not of_a_vm:
+                yield str(process)
+        # The filter of a VM's network names nothing but its VM: all that this home ever had.
+        for vm_id in self._ids_in_log() - running:
+            for process in leftovers.processes_naming(vm_id):
+                yield str(process)
+
+    def _ids_in_log(self) -> set[str]:
+        return set(re.findall(r'"vm_id": ?"([0-9a-f]{12})"', self.home.log))
+
+    def _held(self) -> Iterator[str]:
+        for held in leftovers.mounts_and_loops_of(self.home.directory):
+            if self._small_disk is None or " tmpfs " not in held:
+                yield held
+
+
+def _others(directory: Path, known: set[str]) -> Iterator[str]:
+    """What is in `directory` besides entries of `known` names."""
+    with suppress(FileNotFoundError):
+        for entry in sorted(directory.iterdir()):
+            if entry.name not in known:
+                yield str(entry)

@@ -1,0 +1,149 @@
+"""What is found after a fault: nothing left over, true records, a VM that can be used, and a
+bystander that never noticed.
+
+`make faults` runs all cells and writes docs/reliability.md, `make test` the reduced form.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+
+import pytest
+
+import matrix
+from harm import strike
+from homes import Home
+from matrix import SMALL, Before, Cell, Fault, Operation
+from product import IMAGE
+from reliability import GONE, Finding
+from scene import Scene
+from scenes import Scenes
+
+pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
+
+_numbers = itertools.count()
+
+#: The bystander counts twice a second; on busy processors it has to wait for its turn.
+_PAUSE_MAX_S = 5.0
+
+
+def _stages(log: str, operation: str) -> list[str]:
+    """The stages that an operation has gone through by a daemon's log, each once."""
+    records = [json.loads(line) for line in log.splitlines()]
+    return list(
+        dict.fromkeys(
+            record["stage"]
+            for record in records
+            if record["message"] == "operation stage" and record["operation"] == operation
+        )
+    )
+
+
+def _expected(operation: Operation) -> list[str]:
+    return [stage.name for stage in operation.stages]
+
+
+def test_every_stage_of_a_build_is_in_the_matrix(seed: Home) -> None:
+    missing_image, build = matrix.BUILDS
+    assert _stages(seed.log, build.name) == _expected(build)
+    assert _stages(seed.log, missing_image.name)[:1] == _expected(missing_image)
+
+
+@pytest.mark.parametrize("operation", matrix.OPERATIONS, ids=lambda operation: operation.title)
+def test_every_stage_of_an_operation_is_in_the_matrix(operation: Operation, scenes: Scenes) -> None:
+    with scenes.scene(without_image=False, small=False) as scene:
+        name = _prepare(scene, operation.before)
+        scene.home.banger.ok("daemon", "stop")
+        begins = len(scene.home.log)
+        scene.home.banger.run(*operation.command(name))
+        assert _stages(scene.home.log[begins:], operation.name) == _expected(operation)
+        if scene.record(name):
+            scene.home.banger.ok("vm", "delete", "--force", name)
+
+
+def test_after_a_fault(
+    cell: Cell, scenes: Scenes, findings: dict[Cell, Finding], all_faults: bool
+) -> None:
+    if cell.fault is Fault.DISK_FULL and os.geteuid() != 0:
+        pytest.skip("run the tests as root, which can mount a small file system")
+    try:
+        small = cell.fault is Fault.DISK_FULL
+        with scenes.scene(without_image=cell.operation.builds, small=small) as scene:
+            findings[cell] = _walk(scene, cell, thorough=all_faults)
+    except BaseException as error:
+        findings[cell] = Finding(failed=str(error).partition("\n")[0])
+        raise
+
+
+def _walk(scene: Scene, cell: Cell, *, thorough: bool) -> Finding:
+    name = _prepare(scene, cell.operation.before)
+    ended_s = strike(scene, cell, name)
+    began = time.monotonic()
+    scene.vms()
+    answered_s = time.monotonic() - began
+    scene.check_records()
+    scene.check_account()
+    pause_s = scene.check_bystander()
+    state = scene.state(name)
+    if cell.operation.name == "image.build":
+        _check_build(scene, again=thorough)
+    elif (state or cell.operation.before is Before.ABSENT) and (
+        thorough or not cell.operation.builds  # it would build the image
+    ):
+        _use(scene, cell, name)
+    if scene.record(name):
+        scene.home.banger.ok("vm", "delete", "--force", name)
+    assert scene.record(name) == {}
+    scene.check_account()
+    pause_s = max(pause_s, scene.check_bystander())
+    assert pause_s < _PAUSE_MAX_S
+    shown = "ok" if cell.operation.name == "image.build" else state or GONE
+    return Finding(shown, answered_s, ended_s, pause_s)
+
+
+def _prepare(scene: Scene, before: Before) -> str:
+    """A name, and under it the VM that the operation expects, with a file on its work disk."""
+    name = f"subject-{next(_numbers)}"
+    if before is Before.ABSENT:
+        return name
+    banger = scene.home.banger
+    banger.ok("vm", "run", "-q", "-d", *SMALL, "--name", name)
+    banger.guest(name, f"echo {name} >/root/kept; sync")
+    if before is Before.STOPPED:
+        banger.ok("vm", "stop", name)
+    return name
+
+
+def _use(scene: Scene, cell: Cell, name: str) -> None:
+    """Whatever was found, the VM can be had, runs a command, and has what it had before."""
+    if cell.operation.name == "vm.delete":
+        return  # what is left of it is there to be deleted again
+    banger = scene.home.banger
+    state = scene.state(name)
+    if not state:
+        banger.ok("vm", "run", "-q", "-d", *SMALL, "--name", name)
+    elif state != "running":
+        banger.ok("vm", "start", name)
+    elif banger.run("vm", "exec", name, "--", "true").returncode:
+        # Its machine hangs: that is for its user to end.
+        banger.ok("vm", "stop", name)
+        banger.ok("vm", "start", name)
+    if cell.operation.before is Before.ABSENT:
+        banger.guest(name, "true")
+    else:
+        assert banger.guest(name, "cat /root/kept") == f"{name}\n"
+    scene.check_records()
+    scene.check_account()
+
+
+def _check_build(scene: Scene, *, again: bool) -> None:
+    banger = scene.home.banger
+    if IMAGE in {image["name"] for image in banger.json("image", "list")}:
+        banger.ok("image", "delete", IMAGE)
+    if again:
+        banger.ok("image", "build", "-q", IMAGE)
+        banger.ok("vm", "run", "-q", "--rm", *SMALL, "--", "true")
+        banger.ok("image", "delete", IMAGE)
