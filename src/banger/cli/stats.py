@@ -21,8 +21,9 @@ from banger.base.errors import BadRequest
 from banger.base.units import parse_duration_s
 from banger.base.usage import VmStats
 from banger.cli.app import Checked, complete_vm, connect, json_option
-from banger.cli.figures import COLUMNS, headings_and_rows, print_fitting
+from banger.cli.figures import print_fitting
 from banger.cli.render import print_json, printable
+from banger.cli.stats_columns import COLUMNS, headings_and_rows
 
 if TYPE_CHECKING:
     from banger.cli.dashboard import Dashboard
