@@ -33,6 +33,7 @@ from banger.guest.frames import (
     HELLO_MAGIC,
     FrameType,
     encode,
+    parse_fields,
 )
 from banger.guest.frames import field as hello_field
 
@@ -134,6 +135,8 @@ class Agent:
     def __init__(self) -> None:
         self.silent = False
         self.opened: list[int] = []
+        #: The fields of each SETUP, by tag.
+        self.setups: list[dict[int, bytes]] = []
         #: kind -> payload of the EXIT; None never answers. Others are answered with EXIT 0.
         self.exits: dict[int, bytes | None] = {}
         self.stdout: dict[int, bytes] = {}
@@ -181,6 +184,8 @@ class Agent:
             writer.write(encode(FrameType.HELLO, 0, HELLO_MAGIC + nonce + fields))
         if kind == FrameType.OPEN:
             self.opened.append(payload[0])
+            if payload[0] == requests.Setup.KIND:
+                self.setups.append(parse_fields(payload[1:]))
             if out := self.stdout.get(payload[0]):
                 writer.write(encode(FrameType.DATA, stream, out))
             exit_ = self.exits.get(payload[0], EXIT_0)

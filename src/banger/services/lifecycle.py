@@ -93,8 +93,9 @@ class Lifecycle:
         return await self._starter.preflight(vm, image, kernel)
 
     async def _start(self, start: Start, stages: Stages, boot_timeout_s: float) -> Vm:
-        vm = start.vm = await self._vms.mark_starting(start.vm)
+        vm = start.vm
         try:
+            start.vm = await self._vms.mark_starting(vm)
             return await self._starter.run(start, stages, boot_timeout_s=boot_timeout_s)
         except GuestLost as error:
             await asyncio.shield(self._vms.mark_failed(vm, error))
@@ -166,29 +167,30 @@ class Lifecycle:
         because the machine is gone.
         """
         vm = await self._vms.resolve(reference)
-        await self._end_now(vm, stages)
+        await self._end_now(vm, stages, "killed")
         async with self._vms.locked(vm.id, stages) as vm:
             if vm.runtime.state not in (VmState.RUNNING, VmState.STARTING):
                 return vm
             stages.stage("cleanup")
             return await asyncio.shield(self._vms.mark_ended(vm, "killed"))
 
-    async def _end_now(self, vm: Vm, stages: Stages) -> None:
-        if not self._liveness.vm_alive(vm):
-            return
-        stages.stage("end")
-        try:
-            await self._liveness.end(vm)
-        except BaseException:
-            if vm.runtime.state is VmState.RUNNING:
-                self._vms.watch(vm)
-            raise
+    async def _end_now(self, vm: Vm, stages: Stages, reason: str) -> None:
+        """End the machine without the lock. It stays watched: should this operation go no further,
+        its end is recorded all the same, with `reason`."""
+        if self._liveness.vm_alive(vm):
+            stages.stage("end")
+            self._vms.end_reasons[vm.id] = reason
+            try:
+                await self._liveness.end(vm)
+            except BangerError:
+                del self._vms.end_reasons[vm.id]
+                raise
 
     async def delete(self, reference: str, stages: Stages, *, force: bool = False) -> Vm:
         """Delete a VM and all its files. Conflict for a running one unless `force`."""
         found = await self._vms.settled(reference)
         if force:
-            await self._end_now(found, stages)
+            await self._end_now(found, stages, "its deletion was cancelled")
         async with self._vms.locked(found.id, stages) as vm:
             if self._liveness.vm_alive(vm) and not force:
                 raise Conflict(

@@ -116,7 +116,6 @@ class Liveness:
 
         Idempotent. Raises Internal when the kernel does not let the process die.
         """
-        self.unwatch(vm.id)
         pidfd = self._open_machine(vm)
         if pidfd >= 0:
             try:

@@ -51,6 +51,8 @@ class VmService:
         self._agents = agents
         self._capabilities = capabilities
         self.locks = Locks(Rank.VM)
+        #: Why machines end that somebody is ending without their lock, by the VM's id.
+        self.end_reasons: dict[str, str] = {}
         self._ending: set[asyncio.Task[None]] = set()
         self._sessions: Counter[str] = Counter()
         self._changed = asyncio.Event()
@@ -241,11 +243,13 @@ class VmService:
 
     async def _release(self, vm: Vm) -> None:
         """End the machine and what belongs to its run; then forget its handles."""
+        self._liveness.unwatch(vm.id)
         await self._liveness.end(vm)
         await self._agents.drop(vm.id)
         await self._capabilities.cleanup(vm)
         shutil.rmtree(self._paths.vm(vm.id).runtime, ignore_errors=True)
         self._handles.clear(vm.id)
+        self.end_reasons.pop(vm.id, None)
 
     async def keep(self, vm: Vm) -> None:
         """A VM made for a session outlives it after all; nothing if it is gone."""
@@ -271,8 +275,11 @@ class VmService:
         try:
             async with self.locked(vm_id) as vm:
                 if vm.runtime.state is VmState.RUNNING and not self._liveness.vm_alive(vm):
-                    get_logger().info("vm ended by itself", vm_id=vm.id, vm_name=vm.name)
-                    await self.mark_ended(vm, "the guest powered off or its process ended")
+                    reason = self.end_reasons.get(
+                        vm.id, "the guest powered off or its process ended"
+                    )
+                    get_logger().info("vm ended", reason=reason, **vm_attributes(vm))
+                    await self.mark_ended(vm, reason)
         except NotFound:
             pass  # deleted meanwhile
         except BangerError as error:
