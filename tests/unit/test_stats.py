@@ -18,7 +18,7 @@ from banger.base.errors import BadRequest, NotFound, UnknownMethod
 from banger.base.model import Handles, Vm, VmState
 from banger.base.paths import Paths
 from banger.base.procfs import ProcessUsage
-from banger.base.usage import GuestDisk, GuestUsage, HostUsage, Sample, VmStats
+from banger.base.usage import GuestDisk, GuestUsage, HostUsage, ListedVm, Sample, VmStats
 from banger.daemon.observation import Observation, StatsQuery
 from banger.guest import requests
 from banger.guest.stats import GuestStats
@@ -302,6 +302,18 @@ async def test_the_latest_is_told_without_a_look_while_it_is_recent(
     assert fleet.service.latest(fleet.vms["box"]) is None
 
 
+async def test_the_list_has_every_vm_and_looks_at_none(fleet: Fleet) -> None:
+    guest = await fleet.add("box")
+    await fleet.add("off")
+    fleet.stop("off")
+    assert [each.usage for each in await fleet.service.listed()] == [None, None]
+    assert guest.opened == []
+    sample = await fleet.sample()
+    box, off = await fleet.service.listed()
+    assert (box.name, box.usage) == ("box", sample)
+    assert (off.name, off.usage, off.runtime) == ("off", None, fleet.vms["off"].runtime)
+
+
 async def test_a_process_that_has_just_ended_has_no_sample(fleet: Fleet) -> None:
     await fleet.add("box")
     fleet.busy.clear()
@@ -542,6 +554,20 @@ async def test_a_client_gets_what_all_or_one_use(served: Fleet) -> None:
     assert found == (await served.service.collect("b"))[0]
     with pytest.raises(NotFound):
         await call(served, {"vm": "c"})
+
+
+async def test_a_client_that_lists_gets_the_records_with_what_was_seen_last(served: Fleet) -> None:
+    await served.add("box")
+    sample = await served.sample()
+
+    def work() -> tuple[list[ListedVm], list[Vm]]:
+        with Client.connect(served.paths, start=False) as client:
+            listed = client.call("vm.list", {}, list[ListedVm])
+            return listed, client.call("vm.list", {}, list[Vm])
+
+    listed, plain = await asyncio.wait_for(asyncio.to_thread(work), _TIMEOUT_S)
+    assert [each.usage for each in listed] == [sample]
+    assert plain == [served.vms["box"]], "a client that knows nothing of usage reads the record"
 
 
 @pytest.mark.parametrize("interval_s", [0, 0.4, 3601, -1, "2s"])

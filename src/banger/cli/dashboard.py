@@ -114,10 +114,11 @@ class Dashboard:
             " Ctrl-C ends",
             style="dim",
             no_wrap=True,
-            overflow="ellipsis",
+            overflow="crop",
         )
 
     def _table(self, found: list[VmStats], options: ConsoleOptions) -> Table:
+        # Cropped, not with an ellipsis: a terminal may have ASCII only.
         blocks = ASCII_BLOCKS if options.ascii_only else BLOCKS
         table = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
         cells: list[list[Text]] = [[] for _ in found]
@@ -125,7 +126,7 @@ class Dashboard:
         kept, graph_width = _layout(headings, rows, options.max_width)
         for at, is_graph in kept:
             heading = headings[at]
-            table.add_column("" if is_graph else heading, no_wrap=True, overflow="ellipsis")
+            table.add_column("" if is_graph else heading, no_wrap=True, overflow="crop")
             for row, vm, texts in zip(rows, found, cells, strict=True):
                 if is_graph:
                     drawn = self._graph(_GRAPHS[heading], vm, graph_width, blocks)
