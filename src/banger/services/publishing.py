@@ -57,13 +57,13 @@ class Publishing(Capability):
         return [await self._check(start.vm, port) for port in start.vm.spec.published_ports]
 
     async def _check(self, vm: Vm, port: PublishedPort) -> Check:
-        name = f"port {format_address(port.host, port.host_port)}"
         problem = self._taken(vm, port)
         if problem is None and port not in self._open(vm.id):
             problem = await probe(port)
         if problem is None:
-            return Check(name, Level.OK, "free to be published")
-        return Check(name, Level.FAIL, problem.message, problem.hint)
+            where = format_address(port.host, port.host_port)
+            return Check("published port", Level.OK, f"{where} is free")
+        return Check("published port", Level.FAIL, problem.message, problem.hint)
 
     async def post_start(self, vm: Vm) -> None:
         """Open all that can be; raises the first failure then."""
