@@ -140,15 +140,20 @@ class Agent:
         #: kind -> payload of the EXIT; None never answers. Others are answered with EXIT 0.
         self.exits: dict[int, bytes | None] = {}
         self.stdout: dict[int, bytes] = {}
-        self.on_shutdown: Callable[[], None] = lambda: None
+        #: What a SHUTDOWN does instead of ending the machine.
+        self.on_shutdown: Callable[[], None] | None = None
+        #: Ends the machine behind an agent's socket.
+        self.power_offs: dict[Path, Callable[[], None]] = {}
         self._servers: dict[Path, asyncio.Server] = {}
         self._tasks: dict[asyncio.Task[None], Path] = {}
 
     async def listen(self, path: Path) -> None:
         def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.create_task(self._serve(reader, writer))
+            task = asyncio.create_task(self._serve(path, reader, writer))
             self._tasks[task] = path
             task.add_done_callback(self._tasks.pop)
+            # One that is cancelled before its first step closes nothing itself.
+            task.add_done_callback(lambda _: writer.close())
 
         self._servers[path] = await asyncio.start_unix_server(accept, path, limit=1 << 20)
 
@@ -164,12 +169,17 @@ class Agent:
             self.hang_up(path)
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(
+        self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         try:
             await reader.readexactly(FRAME_LIMIT_BYTES + HEADER.size)
             while True:
                 kind, stream, length = HEADER.unpack(await reader.readexactly(HEADER.size))
-                self._answer(writer, kind, stream, await reader.readexactly(length))
+                payload = await reader.readexactly(length)
+                self._answer(writer, kind, stream, payload)
+                if (kind, payload[:1]) == (FrameType.OPEN, bytes([requests.Shutdown.KIND])):
+                    self._shut_down(path)
         except (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError):
             pass
         finally:
@@ -191,8 +201,10 @@ class Agent:
             exit_ = self.exits.get(payload[0], EXIT_0)
             if exit_ is not None:
                 writer.write(encode(FrameType.EXIT, stream, exit_))
-            if payload[0] == requests.Shutdown.KIND and exit_ == EXIT_0:
-                self.on_shutdown()
+
+    def _shut_down(self, path: Path) -> None:
+        if self.exits.get(requests.Shutdown.KIND, EXIT_0) == EXIT_0:
+            (self.on_shutdown or self.power_offs.get(path, lambda: None))()
 
 
 class Hypervisor:
@@ -220,6 +232,8 @@ class Hypervisor:
 
     async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:
         helper = network.pid if network is not None else 0
+        if network is not None:
+            os.close(network.fd)
         try:
             await self.gate.passed()
         except BaseException:
@@ -236,7 +250,7 @@ class Hypervisor:
             self.agent.hang_up(machine.agent_socket)
 
         self.processes.on_end[pid] = then
-        self.agent.on_shutdown = lambda: self.processes.end(pid)
+        self.agent.power_offs[machine.agent_socket] = lambda: self.processes.end(pid)
         if not self.boots:
             self.processes.end(pid)
         return pid
@@ -313,6 +327,7 @@ class Network:
         log.touch()
         return NetworkAttachment(
             guest=GuestNetwork("02:00:00:00:00:01", "172.16.0.2/24", "172.16.0.1", "172.16.0.3"),
+            fd=os.open(os.devnull, os.O_RDONLY),
             pid=self.processes.start("network", vm_id),
         )
 

@@ -1,0 +1,113 @@
+"""What the daemon does by itself: it stops what nobody uses, and lets held machines run on."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from banger.base.model import Vm, VmState, now
+from banger.daemon import maintenance as module
+from banger.daemon.maintenance import Maintenance
+from banger.drivers.base import Check, Level, MachineStatus
+from banger.guest import requests
+from world import World, made_world
+
+
+@pytest.fixture
+async def world(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    async with made_world(short_path, monkeypatch) as made:
+        yield made
+
+
+def maintenance(world: World, stale_after_s: float = 0) -> Maintenance:
+    return Maintenance(
+        paths=world.paths,
+        hypervisor=world.hypervisor,
+        vms=world.vms,
+        lifecycle=world.lifecycle,
+        stale_after_s=stale_after_s,
+    )
+
+
+async def unused(world: World, vm: Vm, hours: float) -> None:
+    await world.store.touch_vm(vm.id, now() - timedelta(hours=hours))
+
+
+async def states(world: World) -> dict[str, str]:
+    return {vm.name: vm.runtime.state.value for vm in await world.vms.all()}
+
+
+async def test_what_nobody_used_for_too_long_is_stopped_with_the_reason(world: World) -> None:
+    stale, used = await world.create("stale"), await world.create("used")
+    await unused(world, stale, 25)
+    await unused(world, used, 23)
+    await maintenance(world, 24 * 3600).once()
+    assert await states(world) == {"stale": "stopped", "used": "running"}
+    assert (await world.vms.show("stale")).runtime.last_error == "nobody used it for 1d"
+    assert requests.Shutdown.KIND in world.agent.opened
+
+
+async def test_a_session_keeps_a_vm_however_long_it_lasts(world: World) -> None:
+    vm = await world.create()
+    async with world.vms.in_use(vm):
+        await unused(world, vm, 100)
+        await maintenance(world, 3600).once()
+    assert await states(world) == {"box": "running"}
+
+
+async def test_by_default_nothing_is_stopped(world: World) -> None:
+    vm = await world.create()
+    await unused(world, vm, 10_000)
+    await maintenance(world).once()
+    assert await states(world) == {"box": "running"}
+
+
+@pytest.mark.parametrize("room", [True, False])
+async def test_a_machine_held_by_a_full_disk_runs_on_once_there_is_room(
+    world: World, monkeypatch: pytest.MonkeyPatch, room: bool
+) -> None:
+    vm = await world.create()
+    held = Path(vm.runtime.api_socket)
+    world.hypervisor.statuses[held] = MachineStatus.DISK_FULL
+    level = Level.OK if room else Level.FAIL
+    monkeypatch.setattr(module, "check_free_disk", lambda *_: Check("disk space", level, ""))
+    await maintenance(world).once()
+    assert (held in world.hypervisor.statuses) == (not room)
+
+
+async def test_a_machine_that_somebody_paused_stays_paused(world: World) -> None:
+    vm = await world.create()
+    held = Path(vm.runtime.api_socket)
+    world.hypervisor.statuses[held] = MachineStatus.PAUSED
+    await maintenance(world).once()
+    assert world.hypervisor.statuses[held] is MachineStatus.PAUSED
+
+
+async def test_while_there_is_room_machines_are_asked_now_and_then_only(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.create()
+    asked: list[Path] = []
+    status = world.hypervisor.status
+
+    async def counting(socket: Path) -> MachineStatus:
+        asked.append(socket)
+        return await status(socket)
+
+    monkeypatch.setattr(world.hypervisor, "status", counting)
+    rounds = maintenance(world)
+    for _ in range(12):
+        await rounds.once()
+    assert len(asked) == 2
+
+
+async def test_a_hypervisor_that_does_not_answer_stops_nothing_else(world: World) -> None:
+    await world.create("one")
+    two = await world.create("two")
+    world.hypervisor.can_quit = False
+    await unused(world, two, 100)
+    await maintenance(world, 3600).once()
+    assert await states(world) == {"one": VmState.RUNNING.value, "two": VmState.STOPPED.value}
