@@ -167,7 +167,13 @@ class Agent:
     async def close(self) -> None:
         for path in list(self._servers):
             self.hang_up(path)
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        # What the kernel has accepted reaches us some steps of the loop later, and what is closed
+        # is gone one step later still.
+        for _ in range(5):
+            await asyncio.sleep(0)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _serve(
         self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
