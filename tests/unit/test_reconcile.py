@@ -124,6 +124,48 @@ async def test_a_guest_that_was_lost_is_kept_to_be_looked_into(world: World) -> 
     assert directory.exists()
 
 
+async def test_a_vm_that_was_being_started_is_stopped_with_the_reason(world: World) -> None:
+    """Nobody has been told that it runs, and its guest may not have its identity."""
+    vm = await world.create()
+    await world.vms.save(vm, state=VmState.STARTING)
+    following = await next_daemon(world)
+    (stopped,) = await following.store.vms()
+    assert stopped.runtime.state is VmState.STOPPED
+    assert stopped.runtime.last_error == "bangerd ended while it was being started"
+    assert world.processes.argv == {}
+    assert Path(vm.runtime.work_disk).exists()
+    await following.start("box")
+    await following.delete("box", force=True)
+    await following.assert_nothing_left()
+
+
+async def test_after_a_reboot_of_the_host_nothing_runs_whoever_has_the_pids_now(
+    world: World,
+) -> None:
+    """All processes gone, sockets and handles of another boot, pids used again by others."""
+    vm = await world.create()
+    handles = world.handles.get(vm.id)
+    await world.close()
+    world.processes.end(handles.pid)
+    other = world.processes.start("somebody-else")
+    file = world.paths.vm(vm.id).handles
+    file.write_bytes(
+        msgspec.json.encode(
+            msgspec.structs.replace(
+                handles, boot_id="another", pid=other, pid_start_ticks=1, network_pid=other
+            )
+        )
+    )
+    following = await next_daemon(world)
+    (stopped,) = await following.store.vms()
+    assert stopped.runtime.state is VmState.STOPPED
+    assert world.processes.alive(other)
+    assert world.processes.killed == []
+    assert not file.exists()
+    assert not Path(vm.runtime.agent_socket).parent.exists()
+    world.processes.end(other)
+
+
 async def test_stopped_vms_stay_as_they_are(world: World) -> None:
     await world.create()
     stopped = await world.stop("box")

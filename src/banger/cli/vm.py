@@ -65,7 +65,7 @@ def list_vms(*, as_json: bool) -> None:
                 each.name,
                 each.runtime.state.value,
                 each.image_name,
-                each.runtime.guest_ip or "-",
+                (_is_running(each) and each.runtime.guest_ip) or "-",
                 format_age(seconds_since(each.started_at)) if _is_running(each) else "-",
                 figures.cpu(each.usage),
                 figures.memory(each.usage),
