@@ -276,6 +276,44 @@ async def test_a_client_that_breaks_off_ends_its_connection_in_the_guest() -> No
         await end.was_reset.wait()
 
 
+@pytest.mark.parametrize("finished", [False, True])
+async def test_a_client_that_breaks_off_while_the_guest_takes_nothing_is_noticed(
+    finished: bool,
+) -> None:
+    guest = Guest()
+    async with forwarding(guest) as (forward, _):
+        _, writer = client = await dial(forward.port)
+        end = await guest.ends.get()
+        end.reads.clear()
+        writer.write(b"x")
+        if finished:
+            writer.write_eof()
+        await end.waits.wait()
+        connection: socket.socket = writer.get_extra_info("socket")
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        await hang_up(client)
+        await end.was_reset.wait()
+
+
+async def test_a_client_that_only_waits_for_its_answer_is_not_taken_for_broken() -> None:
+    guest = Guest()
+    async with forwarding(guest) as (forward, _):
+        reader, writer = client = await dial(forward.port)
+        end = await guest.ends.get()
+        end.reads.clear()
+        await end.say(Eof())  # both directions are closed now, with input still on its way
+        assert await reader.read() == b""
+        writer.write(b"x" * 100_000)
+        writer.write_eof()
+        await end.waits.wait()
+        await asyncio.sleep(0.1)
+        end.reads.set()
+        await end.finished.wait()
+        assert len(end.received) == 100_000
+        await end.say(_OVER)
+        await hang_up(client)
+
+
 async def test_what_the_guest_takes_no_more_of_ends_with_its_exit() -> None:
     guest = Guest()
     async with forwarding(guest) as (forward, _):

@@ -9,6 +9,7 @@ resets the client's connection: what was cut short must not look complete.
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import struct
 from collections.abc import Awaitable, Callable
@@ -31,6 +32,48 @@ _RESET = struct.pack("ii", 1, 0)
 _ORDERLY = struct.pack("ii", 0, 0)
 
 
+#: A client that is gone for good and was heard to finish looks like one that waits for its answer:
+#: after a minute of silence it is asked whether it is there (seconds; then how many times).
+_KEEPALIVE = (
+    (socket.TCP_KEEPIDLE, 60),
+    (socket.TCP_KEEPINTVL, 15),
+    (socket.TCP_KEEPCNT, 4),
+)
+
+
+class Breaks:
+    """Tells when connections break that nobody reads or writes at that moment.
+
+    A client that goes away while the guest takes nothing would else keep its place for ever.
+    """
+
+    def __init__(self) -> None:
+        self._epoll = select.epoll()
+        self._watched: dict[int, Callable[[], object]] = {}
+        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
+
+    def watch(self, client: socket.socket, broken: Callable[[], object]) -> None:
+        """Call `broken` when the kernel holds an error for `client`."""
+        self._watched[client.fileno()] = broken
+        # Errors are told unasked, and so are hang-ups: those once only, they may be in good order.
+        self._epoll.register(client, select.EPOLLET)
+
+    def forget(self, client: socket.socket) -> None:
+        """It is about to be closed."""
+        del self._watched[client.fileno()]
+        self._epoll.unregister(client)
+
+    def _look(self) -> None:
+        for descriptor, event in self._epoll.poll(0):
+            if event & select.EPOLLERR:
+                self._watched[descriptor]()
+
+    def close(self) -> None:
+        if not self._epoll.closed:
+            asyncio.get_running_loop().remove_reader(self._epoll.fileno())
+            self._epoll.close()
+
+
 class Forward:
     """A listening socket of the host and its connections, until `close`.
 
@@ -49,6 +92,7 @@ class Forward:
         self._listener = listener
         self._connect = connect
         self._admission = admission
+        self._breaks = Breaks()
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
@@ -56,6 +100,7 @@ class Forward:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._listener.close()
+        self._breaks.close()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as connections:
@@ -70,6 +115,7 @@ class Forward:
                 task = connections.create_task(self._serve(client))
                 # A task that is cancelled before its first step never gets to a `finally`.
                 task.add_done_callback(partial(self._ended, client))
+                self._breaks.watch(client, task.cancel)
 
     async def _accept(self) -> socket.socket:
         while True:
@@ -83,10 +129,13 @@ class Forward:
                 continue
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             client.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEPALIVE:
+                client.setsockopt(socket.IPPROTO_TCP, option, value)
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return client
 
     def _ended(self, client: socket.socket, _: asyncio.Task[None]) -> None:
+        self._breaks.forget(client)
         client.close()
         self._admission.leave()
 
