@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -255,6 +256,19 @@ def test_ctrl_c_is_how_watching_ends(
     monkeypatch.setattr(stats_command._Lines, "show", interrupted)
     assert run(["vm", "stats", "--watch", *more]) == 0
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_reader_that_is_gone_is_not_the_daemon_being_gone(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch, capfd: Captured
+) -> None:
+    watched(daemon, [a_machine()])
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stats_command, "_print_json_lines", full)
+    assert run(["vm", "stats", "--watch", "--json"]) == 1
+    assert capfd.readouterr().err == "error: No space left on device\n"
 
 
 def test_a_machine_that_is_gone_ends_watching_with_the_reason(

@@ -41,6 +41,14 @@ class _Ended(Exception):
         self.status = 128 + number
 
 
+class _Unwritable(Exception):
+    """What came cannot be shown, for this reason."""
+
+    def __init__(self, reason: OSError) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 def _interval(text: str) -> float:
     seconds = parse_duration_s(text)
     if not _LEAST_S <= seconds <= _MOST_S:
@@ -95,13 +103,19 @@ def _print_fitting(found: list[VmStats]) -> None:
 def _watch(vm_ref: str, interval_s: float, show: Show) -> int:
     """Show what comes until the daemon ends it, with an error; the user does by a signal."""
     params = {"vm": vm_ref, "watch": True, "interval_s": interval_s}
-    with connect() as client:
-        client.call(
-            "vm.stats",
-            params,
-            list[VmStats],
-            on_event=lambda raw: show(msgspec.json.decode(raw, type=list[VmStats])),
-        )
+
+    def tell(raw: msgspec.Raw) -> None:
+        try:
+            show(msgspec.json.decode(raw, type=list[VmStats]))
+        except OSError as error:
+            # As itself the client would take it for the end of its own connection.
+            raise _Unwritable(error) from error
+
+    try:
+        with connect() as client:
+            client.call("vm.stats", params, list[VmStats], on_event=tell)
+    except _Unwritable as unwritable:
+        raise unwritable.reason from None
     return 0
 
 
