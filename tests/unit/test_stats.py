@@ -232,7 +232,10 @@ async def test_who_asks_at_the_same_time_shares_a_look(fleet: Fleet) -> None:
     assert len(guest.opened) == 2
 
 
-async def test_a_client_that_goes_away_does_not_end_the_look_of_others(fleet: Fleet) -> None:
+async def test_a_client_that_goes_away_does_not_end_the_look_of_others(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats_module, "ANSWER_TIMEOUT_S", 0.1)
     guest = await fleet.add("box")
     guest.exits[_KIND] = None
     going = asyncio.create_task(fleet.one())
@@ -345,7 +348,7 @@ async def test_a_guest_that_was_late_is_not_waited_for_until_it_answers_again(
     fleet: Fleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stats_module, "ANSWER_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(stats_module, "_LATE_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(stats_module, "_LATE_TIMEOUT_S", 1)
     guest = await fleet.add("box")
     guest.exits[_KIND] = None
     await fleet.one()
@@ -354,7 +357,7 @@ async def test_a_guest_that_was_late_is_not_waited_for_until_it_answers_again(
     for _ in range(20):
         fleet.clock.now += 5
         assert (await fleet.sample()).guest is None
-    assert time.perf_counter() - started < 0.25
+    assert time.perf_counter() - started < 0.9
     assert len(guest.opened) == 1, "one request at a time"
     del guest.exits[_KIND]
     async with asyncio.timeout(_TIMEOUT_S):
