@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
-from banger.base.errors import BangerError, Conflict
-from banger.base.log import get_logger
+from banger.base.errors import BangerError, Conflict, NotFound
+from banger.base.log import get_logger, vm_attributes
 from banger.base.model import InitMode, Vm, VmState
 from banger.drivers.base import Hypervisor
 from banger.guest.channel import call
@@ -101,7 +101,7 @@ class Lifecycle:
             await asyncio.shield(self._vms.mark_failed(vm, error))
             raise
         except asyncio.CancelledError:
-            await asyncio.shield(self._vms.mark_ended(vm, "its start was cancelled"))
+            await asyncio.shield(self._end_cancelled(vm, "its start was cancelled"))
             raise
         except Exception as error:
             reason = f"it could not start: {error}"
@@ -136,11 +136,17 @@ class Lifecycle:
         """An ending was interrupted: watch the machine again, or record that it has ended."""
         if self._liveness.vm_alive(vm):
             self._vms.watch(vm)
-            return
+        else:
+            await self._end_cancelled(vm, "")
+
+    async def _end_cancelled(self, vm: Vm, reason: str) -> None:
+        """End and clean up what was interrupted. Raises nothing in place of the interruption."""
         try:
-            await self._vms.mark_ended(vm, "")
-        except BangerError as error:
-            get_logger().error("clean-up failed", vm_id=vm.id, error=error.message)
+            await self._vms.mark_ended(vm, reason)
+        except NotFound:
+            pass  # its row was being deleted, and is
+        except (BangerError, OSError) as error:
+            get_logger().error("clean-up failed", error=str(error), **vm_attributes(vm))
 
     async def _power_off(self, vm: Vm, stages: Stages) -> None:
         """Ask the agent, then press the button; whatever then still runs is ended by clean-up."""
@@ -200,7 +206,7 @@ class Lifecycle:
             try:
                 await self._vms.remove(vm, stages)
             except asyncio.CancelledError:
-                await asyncio.shield(self._vms.mark_ended(vm, "its deletion was cancelled"))
+                await asyncio.shield(self._end_cancelled(vm, "its deletion was cancelled"))
                 raise
             return vm
 
