@@ -165,6 +165,7 @@ class Scene:
         vms = self.vms()
         running = {vm["id"] for vm in vms if vm["runtime"]["state"] == "running"}
         yield from self._processes(running)
+        yield from self._ports(vms)
         yield from self._held()
         home = self.home
         yield from _others(home.runtime, _RUNTIME)
@@ -202,10 +203,35 @@ class Scene:
     def _ids_in_log(self) -> set[str]:
         return set(re.findall(r'"vm_id": ?"([0-9a-f]{12})"', self.home.log))
 
+    def _ports(self, vms: list[dict[str, Any]]) -> Iterator[str]:
+        """TCP ports of the host where the daemon listens, or does not, against the records."""
+        published = {
+            port["host_port"]
+            for vm in vms
+            if vm["runtime"]["state"] == "running"
+            for port in vm["spec"]["published_ports"]
+        }
+        for port in _listening_ports(self.home.daemon_pid()) ^ published:
+            yield f"port {port}, " + ("not served" if port in published else "of nobody")
+
     def _held(self) -> Iterator[str]:
         for held in leftovers.mounts_and_loops_of(self.home.directory):
             if self._small_disk is None or " tmpfs " not in held:
                 yield held
+
+
+def _listening_ports(pid: int) -> set[int]:
+    """The TCP ports that a process listens at (proc_net(5): state 0A)."""
+    sockets = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            sockets.add(str(descriptor.readlink()))
+    lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {
+        int(fields[1].partition(":")[2], 16)
+        for fields in lines
+        if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets
+    }
 
 
 def _others(directory: Path, known: set[str]) -> Iterator[str]:
