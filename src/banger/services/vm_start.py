@@ -11,9 +11,11 @@ import asyncio
 import secrets
 import time
 from collections import deque
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -121,7 +123,7 @@ class VmStarter:
         try:
             await self._await_agent(vm, boot_timeout_s)
             stages.stage("setup")
-            await self._set_up(start)
+            await self._while_it_runs(vm, self._set_up(start), _SETUP_TIMEOUT_S)
         except BangerError as error:
             raise GuestLost(error, vm) from error
         await self._capabilities.post_start(vm)
@@ -167,26 +169,30 @@ class VmStarter:
         )
 
     async def _await_agent(self, vm: Vm, timeout_s: float) -> None:
-        """Wait for the agent; a machine that ends meanwhile ends the wait."""
-        connecting = asyncio.ensure_future(self._agents.connect(vm, timeout_s))
+        try:
+            await self._while_it_runs(vm, self._agents.connect(vm, timeout_s), timeout_s)
+        except OperationTimeout as error:
+            raise OperationTimeout(f"no answer within {timeout_s:g} s") from error
+
+    async def _while_it_runs(
+        self, vm: Vm, work: Coroutine[Any, Any, object], timeout_s: float
+    ) -> None:
+        """Await `work`, which takes `timeout_s` at most; a machine that ends meanwhile ends it."""
+        working = asyncio.ensure_future(work)
         ending = asyncio.ensure_future(self._liveness.wait_exit(vm, timeout_s))
         try:
-            await asyncio.wait({connecting, ending}, return_when=asyncio.FIRST_COMPLETED)
-            if connecting.done() and connecting.exception() is None:
-                return
-            if connecting.done() and not isinstance(connecting.exception(), OperationTimeout):
+            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
+            failure = working.exception() if working.done() else None
+            if isinstance(failure, Unavailable):
                 # Its sockets close before its process is gone: that is what to tell of.
                 await asyncio.wait({ending}, timeout=_EXIT_AFTER_CLOSE_S)
-            if ending.done() and ending.result():
+            if ending.done() and ending.result() and (failure or not working.done()):
                 raise Unavailable("the machine ended while it booted")
-            try:
-                await connecting
-            except OperationTimeout as error:
-                raise OperationTimeout(f"no answer within {timeout_s:g} s") from error
+            await working
         finally:
-            for task in (connecting, ending):
+            for task in (working, ending):
                 task.cancel()
-            await asyncio.gather(connecting, ending, return_exceptions=True)
+            await asyncio.gather(working, ending, return_exceptions=True)
 
     async def _set_up(self, start: Start) -> None:
         channel = await self._agents.channel(start.vm)
