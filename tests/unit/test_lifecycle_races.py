@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from banger.base.errors import Unavailable
 from banger.base.log import OperationLog
+from banger.base.model import Vm, VmState
+from banger.guest.channel import AgentChannel
+from banger.services.vm_start import GuestLost
 from world import World, made_world
 
 
@@ -41,3 +45,62 @@ async def test_a_prune_that_is_cancelled_when_a_row_goes_prunes_no_more(
         with pytest.raises(asyncio.CancelledError):
             await pruning
     assert [vm.name for vm in await world.store.vms()] == ["second"]
+
+
+async def without_agent(world: World) -> Vm:
+    """A VM that runs, at whose agent's socket nobody listens any more."""
+    vm = await world.create()
+    world.agent.hang_up(Path(vm.runtime.agent_socket))
+    world.processes.on_end.clear()
+    await world.agents.drop(vm.id)
+    return vm
+
+
+async def wait_for_attempt(world: World) -> None:
+    async with asyncio.timeout(10):
+        while not world.agents._attempts:
+            await asyncio.sleep(0.001)
+
+
+async def test_a_kill_ends_a_stop_that_waits_for_an_agent(world: World) -> None:
+    vm = await without_agent(world)
+    stopping = asyncio.create_task(world.stop("box"))
+    await wait_for_attempt(world)
+    async with asyncio.timeout(5):
+        await world.kill("box")
+        await stopping
+    assert not world.liveness.vm_alive(vm)
+
+
+async def test_a_machine_that_ends_by_itself_ends_a_change_that_waits_for_its_agent(
+    world: World,
+) -> None:
+    vm = await without_agent(world)
+    renaming = asyncio.create_task(world.change("box", name="crate"))
+    await wait_for_attempt(world)
+    world.processes.end(world.liveness.pid(vm))
+    async with asyncio.timeout(5):
+        with pytest.raises(Unavailable):
+            await renaming
+        await world.vms.close()
+    (after,) = await world.store.vms()
+    assert (after.name, after.runtime.state) == ("box", VmState.STOPPED)
+
+
+async def test_a_machine_that_ends_between_its_hello_and_its_setup_ends_its_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create(start=False)
+    real = world.agents.channel
+
+    async def channel(vm: Vm) -> AgentChannel:
+        greeted = await real(vm)
+        world.processes.end(world.liveness.pid(vm))
+        while not greeted.closed:
+            await asyncio.sleep(0)
+        return await real(vm)
+
+    monkeypatch.setattr(world.agents, "channel", channel)
+    async with asyncio.timeout(10):
+        with pytest.raises(GuestLost, match="the machine ended while it booted"):
+            await world.start(vm.name)

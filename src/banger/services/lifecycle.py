@@ -189,8 +189,10 @@ class Lifecycle:
             try:
                 await self._liveness.end(vm)
             except BangerError:
-                del self._vms.end_reasons[vm.id]
+                self._vms.end_reasons.pop(vm.id, None)
                 raise
+            # Whoever has the lock may be waiting for its agent to answer.
+            await self._agents.drop(vm.id)
 
     async def delete(self, reference: str, stages: Stages, *, force: bool = False) -> Vm:
         """Delete a VM and all its files. Conflict for a running one unless `force`."""

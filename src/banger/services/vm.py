@@ -272,6 +272,8 @@ class VmService:
 
     async def _process_ended(self, vm_id: str) -> None:
         current_op_id.set(new_op_id())  # not that of the operation which began to watch it
+        # Whoever has the lock may be waiting for its agent to answer.
+        await self._agents.drop(vm_id)
         try:
             async with self.locked(vm_id) as vm:
                 if vm.runtime.state is VmState.RUNNING and not self._liveness.vm_alive(vm):
