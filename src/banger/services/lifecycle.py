@@ -188,8 +188,9 @@ class Lifecycle:
             self._vms.end_reasons[vm.id] = reason
             try:
                 await self._liveness.end(vm)
-            except BangerError:
-                self._vms.end_reasons.pop(vm.id, None)
+            except BaseException:
+                if self._liveness.vm_alive(vm):  # when it ends after all, then not by this
+                    self._vms.end_reasons.pop(vm.id, None)
                 raise
             # Whoever has the lock may be waiting for its agent to answer.
             await self._agents.drop(vm.id)
