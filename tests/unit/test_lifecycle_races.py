@@ -104,3 +104,46 @@ async def test_a_machine_that_ends_between_its_hello_and_its_setup_ends_its_star
     async with asyncio.timeout(10):
         with pytest.raises(GuestLost, match="the machine ended while it booted"):
             await world.start(vm.name)
+
+
+async def test_a_kill_that_was_cancelled_is_not_why_a_machine_ends_later(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create()
+    asked = asyncio.Event()
+
+    async def hang(control_socket: Path) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(world.hypervisor, "quit", hang)
+    killing = asyncio.create_task(world.kill("box"))
+    await asyncio.wait_for(asked.wait(), 10)
+    killing.cancel()
+    await asyncio.gather(killing, return_exceptions=True)
+    assert world.liveness.vm_alive(vm)
+    world.processes.end(world.liveness.pid(vm))
+    async with asyncio.timeout(10):
+        while (after := (await world.store.vms())[0]).runtime.state is not VmState.STOPPED:
+            await asyncio.sleep(0.001)
+    assert after.runtime.last_error == "the guest powered off or its process ended"
+
+
+async def test_a_change_that_is_cancelled_while_it_is_recorded_is_taken_back(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record is written all the same, and the guest would never have heard of its name."""
+    await world.create()
+    real = world.store.update_vm
+    changing: asyncio.Task[Vm]
+
+    async def cancelled_meanwhile(vm: Vm) -> None:
+        if vm.name == "crate":
+            changing.cancel()
+        await real(vm)
+
+    monkeypatch.setattr(world.store, "update_vm", cancelled_meanwhile)
+    changing = asyncio.create_task(world.change("box", name="crate"))
+    with pytest.raises(asyncio.CancelledError):
+        await changing
+    assert [vm.name for vm in await world.store.vms()] == ["box"]

@@ -231,11 +231,12 @@ class Lifecycle:
                     f'vm "{before.name}" is running', hint=f"first: banger vm stop {before.name}"
                 )
             stages.stage("record")
-            after = await self._vms.save(after)
-            stages.stage("apply")
             try:
+                after = await self._vms.save(after)
+                stages.stage("apply")
                 await self._capabilities.apply_config_changes(before, after)
             except BaseException:
+                # Cancelled while it was saved, too: the transaction is done all the same.
                 await asyncio.shield(self._vms.save(before))
                 raise
             return after
