@@ -97,6 +97,8 @@ class Processes:
         if pid not in self.argv or not is_it(self.argv[pid]):
             return -1
         readable, writable = os.pipe()
+        if before := self._pidfds.get(readable):  # its reader has closed it: the number is free
+            os.close(before[0])
         self._pidfds[readable] = (writable, pid)
         return readable
 
@@ -153,13 +155,24 @@ class Agent:
             self._tasks[task] = path
             task.add_done_callback(self._tasks.pop)
             # One that is cancelled before its first step closes nothing itself.
-            task.add_done_callback(lambda _: writer.close())
+            task.add_done_callback(lambda _: writer.transport.abort())
 
-        self._servers[path] = await asyncio.start_unix_server(accept, path, limit=1 << 20)
+        if path in self._servers:  # of a launch that was cancelled just here
+            self.hang_up(path)
+        server = self._servers[path] = await asyncio.start_unix_server(
+            accept, path, limit=1 << 20, start_serving=False
+        )
+        await server.start_serving()
 
     def hang_up(self, path: Path) -> None:
         """The machine behind this socket is gone."""
-        self._servers.pop(path).close()
+        server, loop = self._servers.pop(path), asyncio.get_running_loop()
+        for listening in server.sockets:
+            loop.remove_reader(listening.fileno())
+        path.unlink(missing_ok=True)
+        # What was accepted in this step of the loop belongs to the server in the next: Python 3.11
+        # would leak it if that were closed by then.
+        loop.call_soon(loop.call_soon, server.close)
         for task, of in self._tasks.items():
             if of == path:
                 task.cancel()
@@ -174,6 +187,8 @@ class Agent:
             for task in self._tasks:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
+        for _ in range(3):
+            await asyncio.sleep(0)
 
     async def _serve(
         self, path: Path, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
