@@ -1,4 +1,4 @@
-.PHONY: demo test check faults bench setup clean
+.PHONY: demo test check faults bench docs setup clean
 
 demo:  ## set up, build the default image once, run one command on a real VM
 	@scripts/demo
@@ -14,6 +14,9 @@ faults: setup  ## the whole fault matrix; writes docs/reliability.md
 
 bench: setup  ## measure, print a table, write bench/results.json
 	@.venv/bin/python -m bench
+
+docs: setup  ## write the pages that are made from the code
+	@.venv/bin/python -c 'from banger.base.config import markdown; print(markdown(), end="")' >docs/config.md
 
 setup:  ## system packages and .venv with the development tools
 	@scripts/setup --dev

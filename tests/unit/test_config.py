@@ -16,6 +16,7 @@ from banger.base.config import (
     Setting,
     effective,
     load_config,
+    markdown,
     parse_log_level,
 )
 from banger.base.errors import BadRequest
@@ -163,3 +164,22 @@ def test_the_settings_in_force_say_where_they_come_from(tmp_path: Path) -> None:
     file.write_text("memory = 1")
     with pytest.raises(BadRequest, match="unknown setting"):
         effective(file, {})
+
+
+def test_the_page_about_the_settings_is_the_tables() -> None:
+    page = Path(__file__).parents[2] / "docs" / "config.md"
+    assert page.read_text(encoding="utf-8") == markdown(), "run: make docs"
+    assert all(f"`{setting.key}`" in markdown() for setting in SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [('"24h"', 86400), ('"2h30m"', 9000), ('"0"', 0), ("0", 0), ('"90s"', 90)]
+)
+def test_a_duration_is_in_seconds(tmp_path: Path, text: str, seconds: float) -> None:
+    assert load(tmp_path, f"auto_stop_stale_after = {text}").auto_stop_stale_after == seconds
+
+
+@pytest.mark.parametrize("text", ['"soon"', "24", '"1"', '"-1h"', '"0.1s"', "true", '"10ms"'])
+def test_what_is_no_duration_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BadRequest, match="auto_stop_stale_after: "):
+        load(tmp_path, f"auto_stop_stale_after = {text}")

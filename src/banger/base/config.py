@@ -178,6 +178,27 @@ def effective(file: Path, environment: Mapping[str, str] = os.environ) -> list[E
     return shown
 
 
+def markdown() -> str:
+    """docs/config.md: every setting, by the table."""
+    rows = "".join(
+        f"| `{setting.key}` | `{setting.default}` | {setting.help} |\n" for setting in SETTINGS
+    )
+    return f"""# Configuration
+
+`~/.config/banger/config.toml` (`$XDG_CONFIG_HOME/banger/config.toml`), read when the daemon starts:
+after a change, `banger daemon restart`; machines run on. All settings are optional. A key with a dot
+stands in the table of its first part: `[vm_defaults]`, then `memory = "4G"`. Sizes are written like
+`512M` or `8G`, durations like `30s`, `2h30m` or `7d`, 0 for never. An unknown key is an error that
+names the nearest known one. `banger config show` prints what is in force, and where it comes from;
+`BANGER_LOG_LEVEL` in the environment wins over `log_level`.
+
+| setting | default | what it says |
+|---|---|---|
+{rows}
+This page is made from the table in `src/banger/base/config.py` by `make docs`.
+"""
+
+
 def _given(file: Path) -> dict[str, object]:
     """What `file` says, by key; every key is known."""
     try:
