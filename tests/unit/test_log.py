@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import os
+import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,27 @@ def test_the_log_file_is_private_and_appended_to(tmp_path: Path) -> None:
             file.write("x\n")
     assert path.read_text() == "x\nx\n"
     assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_full_disk_loses_records_and_stops_nothing() -> None:
+    with open_log(Path("/dev/full")) as file:
+        configure(file, "info")
+        get_logger().info("lost")
+
+
+def test_a_record_that_was_cut_short_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    _, hard = limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with open_log(path) as file:
+        file.write("{}\n")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+        try:
+            file.write("cut short\n")
+            file.write("lost\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        file.write("{}\n")
+    assert path.read_text() == "{}\ncu\n{}\n"
 
 
 def test_a_vm_is_named_by_its_ids_and_what_is_set_of_its_addresses() -> None:

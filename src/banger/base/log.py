@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
 import time
 from collections.abc import Mapping, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, BinaryIO, Self, TextIO, cast
 
 import structlog
 
@@ -76,10 +78,28 @@ def get_logger() -> Any:
     return structlog.get_logger()
 
 
+class _LogFile(io.FileIO):
+    """A record that cannot be written is lost: a full disk must not stop what it tells of."""
+
+    _torn = False
+
+    def write(self, data: Any) -> int:
+        line = (b"\n" if self._torn else b"") + bytes(data)
+        with suppress(OSError):  # then not a byte of it was written
+            self._torn = super().write(line) != len(line)
+        return len(data)
+
+
 def open_log(path: Path) -> TextIO:
-    """The log file, for appending, line-buffered, readable by its owner only."""
+    """The log file, for appending, readable by its owner only. Writing to it never fails."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    return os.fdopen(descriptor, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
+    # Each record is one write(2): nothing is kept back that could fail later.
+    return io.TextIOWrapper(
+        cast("BinaryIO", _LogFile(descriptor, "w")),
+        encoding="utf-8",
+        errors="backslashreplace",
+        write_through=True,
+    )
 
 
 class OperationLog:
