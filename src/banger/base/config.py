@@ -186,10 +186,10 @@ def markdown() -> str:
     return f"""# Configuration
 
 `~/.config/banger/config.toml` (`$XDG_CONFIG_HOME/banger/config.toml`), read when the daemon starts:
-after a change, `banger daemon restart`; machines run on. All settings are optional. A key with a dot
-stands in the table of its first part: `[vm_defaults]`, then `memory = "4G"`. Sizes are written like
-`512M` or `8G`, durations like `30s`, `2h30m` or `7d`, 0 for never. An unknown key is an error that
-names the nearest known one. `banger config show` prints what is in force, and where it comes from;
+after a change, `banger daemon restart`; machines run on. All settings are optional. A key with a
+dot stands in the table of its first part: `[vm_defaults]`, then `memory = "4G"`. Sizes are written
+like `512M` or `8G`, durations like `30s`, `2h30m` or `7d`, 0 for never. An unknown key is an error
+that names the nearest known one. `banger config show` prints what is in force, and where it comes from;
 `BANGER_LOG_LEVEL` in the environment wins over `log_level`.
 
 | setting | default | what it says |
