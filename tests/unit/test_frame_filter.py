@@ -16,10 +16,19 @@ from hypothesis import strategies as st
 
 from banger.drivers.network import frame_filter
 from banger.drivers.network.frame_filter import (
+    CONNECTIONS_MAX,
+    FAR_S,
     FRAME_BYTES_MAX,
     LENGTH_MAX,
+    REPEAT_S,
+    SHARED_S,
+    WINDOW_BYTES_MIN,
+    WINDOWS_BYTES,
+    Backlog,
     BadStream,
     Outlet,
+    Pace,
+    from_passt,
     passes,
     sift,
 )
@@ -188,3 +197,208 @@ def test_nothing_is_sent_after_a_mark_before_it_was_read(
     assert waiting.wait(10)
     assert list(reads(theirs, 300)) == [200, 100]
     sender.join()
+
+
+SYN, ACK, FIN_ACK, RST = 0x02, 0x10, 0x11, 0x04
+SCALE = 7
+NO_OPTIONS = b""
+#: A maximum segment size, nothing, and the window scale.
+SYN_OPTIONS = b"\x02\x04\x05\xb4\x01\x03\x03" + bytes([SCALE])
+
+
+def checksum(data: bytes) -> int:
+    """The Internet checksum (RFC 1071); 0 over what contains its own."""
+    data += b"\0" * (len(data) % 2)
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    while total >> 16:
+        total = (total & 0xFFFF) + (total >> 16)
+    return ~total & 0xFFFF
+
+
+def segment(
+    flags: int, *, port: int = 40000, acknowledged: int = 1, window: int = 500,
+    options: bytes = NO_OPTIONS, data: bytes = b"",
+) -> bytes:  # fmt: skip
+    """A frame of a segment from the guest to a peer, after its length."""
+    peer = socket.inet_aton("192.0.2.1")
+    words = 5 + len(options) // 4
+    head = struct.pack("!HHIIBBHHH", port, 80, 7, acknowledged, words << 4, flags, window, 0, 0)
+    tcp = head + options + data
+    total = checksum(GUEST + peer + struct.pack("!HH", 6, len(tcp)) + tcp)
+    tcp = tcp[:16] + struct.pack("!H", total) + tcp[18:]
+    packet = struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(tcp), 1, 0x4000, 64, 6, 0) + GUEST + peer
+    return framed(bytes(12) + b"\x08\x00" + packet + tcp)
+
+
+def window_of(frame: bytes) -> int:
+    """The window of such a frame, whose checksum is right."""
+    packet = frame[18:]
+    pseudo = packet[12:20] + struct.pack("!HH", 6, len(packet) - 20)
+    assert checksum(pseudo + packet[20:]) == 0
+    return int.from_bytes(packet[34:36], "big")
+
+
+def opened(*ports: int, after_s: float = 0.0) -> Pace:
+    """Connections whose peers have answered, at the time of `after_s`; they began at 0."""
+    pace = Pace()
+    for port in ports:
+        frame = segment(SYN, port=port, options=SYN_OPTIONS)
+        assert pace.paced(frame, 0.0) == frame
+    for port in ports:
+        assert pace.paced(segment(ACK, port=port), after_s)
+    return pace
+
+
+def test_passt_is_told_of_a_smaller_window_than_a_socket_holds() -> None:
+    pace = opened(40000)
+    told = window_of(pace.paced(segment(ACK, acknowledged=2, window=65535), 0.1))
+    assert told << SCALE == WINDOWS_BYTES
+    assert window_of(pace.paced(segment(ACK, acknowledged=3, window=400), 0.1)) == 400
+
+
+@given(st.integers(0, 65535), st.integers(0, 2**32 - 1), st.binary(max_size=20))
+@example(0xFFFF, 0, b"")
+def test_what_carries_something_goes_on_with_a_right_checksum(
+    window: int, acknowledged: int, data: bytes
+) -> None:
+    pace = opened(40000)
+    for flags in (FIN_ACK, RST, ACK | 0x08):
+        for _ in range(3):
+            frame = segment(flags, acknowledged=acknowledged, window=window, data=data)
+            paced = pace.paced(frame, 0.0)
+            assert window_of(paced) == min(window, WINDOWS_BYTES >> SCALE)
+            assert (paced[:52], paced[56:]) == (frame[:52], frame[56:])
+
+
+@given(st.binary(min_size=14, max_size=100), st.booleans())
+def test_no_frame_upsets_it(rest: bytes, known: bool) -> None:
+    frame = bytes(12) + b"\x08\x00\x45" + rest[:8] + b"\x06" + rest[8:10] + GUEST + rest[10:]
+    if passes(frame, GUEST):
+        pace = opened(40000) if known else Pace()
+        assert len(pace.paced(framed(frame), 0.0)) in {0, 4 + len(frame)}
+
+
+def test_connections_share_what_a_socket_holds() -> None:
+    ports = range(40000, 40010)
+    pace = opened(*ports)
+
+    def told(port: int, now: float) -> int:
+        frame = segment(ACK, port=port, acknowledged=int(now * 1000), window=65535)
+        return window_of(pace.paced(frame, now)) << SCALE
+
+    assert sum(told(port, 0.5) for port in ports) <= WINDOWS_BYTES
+    assert told(40000, SHARED_S + 0.5) <= WINDOWS_BYTES / 10, "the others were there just before"
+    assert told(40000, 2 * SHARED_S + 0.6) == WINDOWS_BYTES, "the others are quiet"
+
+
+def test_many_connections_get_a_little_each() -> None:
+    pace = opened(*range(1000, 2000))
+    told = window_of(pace.paced(segment(ACK, port=1000, acknowledged=2, window=65535), 0.5))
+    assert told << SCALE == WINDOW_BYTES_MIN
+
+
+def test_a_far_peers_window_is_what_it_needs() -> None:
+    """Or a download from far away would be slow: passt shows the peer the guest's window."""
+    pace = opened(40000, after_s=0.1)
+    frame = segment(ACK, acknowledged=2, window=65535)
+    assert window_of(pace.paced(frame, 0.1)) << SCALE == pytest.approx(5_000_000, abs=1 << SCALE)
+
+
+def test_a_loss_makes_a_far_peers_window_that_of_others() -> None:
+    pace = opened(40000, after_s=2 * FAR_S)
+    assert pace.paced(segment(ACK), 2 * FAR_S), "repeats what opened() said last"
+    frame = segment(ACK, acknowledged=2, window=65535)
+    assert window_of(pace.paced(frame, 0.2)) << SCALE == WINDOWS_BYTES
+
+
+def test_a_repetition_goes_on_seldom_and_unchanged() -> None:
+    """passt takes only the same window for a repetition, and answers each with all it has."""
+    pace = opened(40000)
+    frame = segment(ACK, acknowledged=2, window=65535)
+    paced = pace.paced(frame, 1.0)
+    times = [1.0 + REPEAT_S * 0.3 * step for step in range(9)]
+    repetitions = [pace.paced(frame, time) for time in times]
+    assert repetitions == [paced, b"", b"", b"", paced, b"", b"", b"", paced]
+
+
+def test_a_window_that_seems_the_same_is_no_repetition() -> None:
+    """passt would answer a guest that reads on by sending again."""
+    pace = opened(40000)
+    assert pace.paced(segment(ACK, acknowledged=2, window=60000), 1.0)
+    assert not pace.paced(segment(ACK, acknowledged=2, window=61000), 2.0)
+    assert pace.paced(segment(ACK, acknowledged=2, window=0), 2.0)
+    assert pace.paced(segment(ACK, acknowledged=2, window=61000), 2.0)
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        framed(ARP),
+        framed(ipv4_frame("192.0.2.1")),
+        segment(ACK, port=40001, window=65535),
+        segment(ACK, window=65535)[:24] + b"\x20" + segment(ACK, window=65535)[25:],
+        segment(ACK, window=65535)[:57],
+    ],
+    ids=["ARP", "no TCP", "unknown", "fragment", "cut"],
+)
+def test_what_is_no_segment_of_a_known_connection_goes_on_as_it_is(frame: bytes) -> None:
+    pace = opened(40000)
+    assert [pace.paced(frame, 1.0) for _ in range(3)] == [frame] * 3
+
+
+def test_a_connection_not_used_for_long_is_forgotten_before_others() -> None:
+    pace = opened(1, 2)
+    pace.paced(segment(ACK, port=1, acknowledged=2), 0.0)
+    for port in range(1000, 1000 + CONNECTIONS_MAX - 1):
+        pace.paced(segment(SYN, port=port, options=SYN_OPTIONS), 0.0)
+    told = [
+        window_of(pace.paced(segment(ACK, port=port, acknowledged=3, window=65535), 0.0))
+        for port in (1, 2)
+    ]
+    assert told[0] << SCALE <= WINDOWS_BYTES
+    assert told[1] == 65535
+
+
+@pytest.mark.parametrize(
+    ("options", "widest"),
+    [
+        (b"", 65535),
+        (b"\x03\x03\x03\x00", WINDOWS_BYTES >> 3),
+        (b"\x01\x03\x03\xff", WINDOWS_BYTES >> 14),
+        (b"\x00\x03\x03\x07", 65535),
+        (b"\x02\x00\x03\x03", 65535),
+        (b"\x01\x01\x03\x03", 65535),
+    ],
+    ids=["none", "3", "too many", "after the end", "no length", "cut"],
+)
+def test_windows_are_read_as_the_syn_has_it(options: bytes, widest: int) -> None:
+    pace = Pace()
+    pace.paced(segment(SYN, options=options), 0.0)
+    assert window_of(pace.paced(segment(ACK, window=65535), 0.0)) == widest
+
+
+def test_passt_is_read_while_the_hypervisor_takes_nothing() -> None:
+    """passt drops what does not go at once. Its socket alone holds some 200 KiB."""
+    backlog = Backlog()
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        reader = threading.Thread(target=from_passt, args=(ours, backlog))
+        reader.start()
+        theirs.settimeout(10)
+        theirs.sendall(b"x" * (3 << 20))
+        theirs.shutdown(socket.SHUT_WR)
+        reader.join()
+    assert backlog.take() == b"x" * (3 << 20)
+
+
+def test_a_full_backlog_waits_for_the_hypervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_filter, "BACKLOG_BYTES", 10)
+    backlog = Backlog()
+    backlog.put(b"ten bytes.")
+    second = threading.Thread(target=backlog.put, args=(b"more",))
+    second.start()
+    second.join(0.05)
+    assert second.is_alive()
+    assert backlog.take() == b"ten bytes."
+    assert backlog.take() == b"more"
+    second.join()

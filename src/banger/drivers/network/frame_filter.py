@@ -22,6 +22,19 @@ no read of passt may end but where a frame does, whatever the guest sends:
   drops the descriptor, for passt takes none. Then nothing is sent until that frame has been read:
   passt waits for edges (EPOLLET), and would not see what was behind the mark before it came to it.
 
+What passt cannot send to us at once it drops, and takes for sent (tap.c, tap_send_frames). Data it
+sends again later, but never a FIN: a guest without it waits for the end of its connection until
+passt resets it, 18 s later. So passt is read whether or not the hypervisor takes more (`Backlog`),
+and the guest's acknowledgements, by which passt sends, go on with changes (`Pace`):
+
+- passt sends what the guest's window takes as fast as memory is: megabytes, more than a socket
+  holds before its reader gets to run. So windows are told smaller. Those for far peers are told
+  larger: passt shows the peer a window of the guest's size, and what the network brings, comes no
+  faster than that.
+- passt sends all of it again for each acknowledgement that repeats one (tcp.c, tcp_data_from_tap),
+  which the guest answers with as many repetitions: a storm that keeps the socket full. So
+  repetitions go on seldom.
+
 It is a program of its own, run by file name: it lives as long as its machine, past the daemon,
 and ends when either side does, which ends the other. It uses the standard library only, and of
 that little: a machine should not wait for it, nor pay for it (12 ms, 9 MB).
@@ -38,6 +51,8 @@ import sys
 import termios
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Callable
 
 #: Both sides put a frame's length before it, in network byte order.
 _LENGTH_BYTES = 4
@@ -48,6 +63,23 @@ FRAME_BYTES_MAX = _ETHERNET_BYTES + 1500
 #: The largest IPv4 packet and its Ethernet header: no guest's interface sends more.
 LENGTH_MAX = _ETHERNET_BYTES + 65535
 _READ_BYTES = 1 << 18
+#: The windows of all connections with peers that are not far, together. The socket of passt holds
+#: so much at once where Linux has its defaults (net.core.wmem_max).
+WINDOWS_BYTES = 1 << 18
+#: The least of one.
+WINDOW_BYTES_MIN = 1 << 13
+#: How long a connection that says nothing has its share of them.
+SHARED_S = 1.0
+#: A peer is far when it takes longer to answer; a busy host takes some of it itself.
+FAR_S = 0.05
+#: What the window for a far peer lets come.
+BYTES_PER_S = 50_000_000
+#: Longer than what is on its way takes to arrive, shorter than passt's own patience of 2 s.
+REPEAT_S = 0.1
+#: A few windows of far peers.
+BACKLOG_BYTES = 1 << 22
+#: How many connections are known at once; the window of others is left as it is.
+CONNECTIONS_MAX = 1024
 #: Far from what one read of passt takes, and so seldom that it costs nothing.
 MARK_BYTES = 1 << 20
 #: How often to look whether a mark has been read: no event tells of an empty send queue.
@@ -59,6 +91,16 @@ _LOOPBACK = 127
 #: Clouds hand out a host's credentials at 169.254.169.254, to whoever asks from that host.
 _LINK_LOCAL = b"\xa9\xfe"
 _FIRST_MULTICAST = 224
+
+# TCP (RFC 9293, 3.1): bits of the flags, and kinds of options.
+_TCP = 6
+_TCP_BYTES = 20
+_SYN = 0x02
+_ACK = 0x10
+_OPTION_END = 0
+_OPTION_NOTHING = 1
+_OPTION_WINDOW_SCALE = 3
+_WINDOW_SCALE_MAX = 14  # RFC 7323, 2.3
 
 
 class BadStream(Exception):
@@ -104,6 +146,134 @@ def sift(data: bytes, guest: bytes) -> tuple[list[bytes], int]:
     return kept, position
 
 
+class _Connection:
+    """What the guest last said of a connection. Windows are in units of 2 ** scale bytes."""
+
+    __slots__ = ("acknowledged", "far", "opened_at", "repeat_at", "scale", "told", "window")
+
+    def __init__(self, scale: int, opened_at: float) -> None:
+        self.scale = scale
+        self.opened_at = opened_at
+        #: The window that a far peer needs, in bytes; 0 for another's, None before it has answered.
+        self.far: int | None = None
+        self.acknowledged = b""
+        self.window = -1
+        #: What passt was told instead.
+        self.told = -1
+        self.repeat_at = 0.0
+
+    def answered(self, now: float) -> None:
+        """passt answers a SYN when the peer has: how far that is, is known then."""
+        away = now - self.opened_at
+        self.far = int(away * BYTES_PER_S) if away > FAR_S else 0
+
+    def repeats(self, now: float) -> bool:
+        """Whether a repetition may go on. It tells of a loss, thus of too large a window."""
+        self.far = 0
+        if now < self.repeat_at:
+            return False
+        self.repeat_at = now + REPEAT_S
+        return True
+
+
+class Pace:
+    """Keeps passt from sending more to the guest than finds room (see above).
+
+    It knows a connection by its SYN, and forgets those that were not used for longest. Times are
+    in seconds of time.monotonic.
+    """
+
+    def __init__(self) -> None:
+        self._connections: OrderedDict[bytes, _Connection] = OrderedDict()
+        self._sharing: set[bytes] = set()
+        self._shared_before = 0
+        self._shared_until = 0.0
+
+    def paced(self, frame: bytes, now: float) -> bytes:
+        """A frame that passes, with its length before it, as it may go on; or nothing.
+
+        What is no whole segment of TCP stays as it is.
+        """
+        start = _LENGTH_BYTES + _ETHERNET_BYTES
+        if frame[start - 2 : start] != _IPV4 or frame[start + 9] != _TCP:
+            return frame
+        tcp = start + (frame[start] & 0x0F) * 4
+        fragment = int.from_bytes(frame[start + 6 : start + 8], "big") & 0x3FFF
+        if fragment or tcp < start + _IPV4_BYTES or len(frame) < tcp + _TCP_BYTES:
+            return frame
+        # Ports and the other address; the guest's own is always the same.
+        key = frame[tcp : tcp + 4] + frame[start + 16 : start + 20]
+        payload = tcp + (frame[tcp + 12] >> 4) * 4
+        flags = frame[tcp + 13]
+        if flags & _SYN:
+            self._open(key, _window_scale(frame[tcp + _TCP_BYTES : payload]), now)
+            return frame
+        connection = self._connections.get(key)
+        if connection is None:
+            return frame
+        self._connections.move_to_end(key)
+        if connection.far is None:
+            connection.answered(now)
+        window = int.from_bytes(frame[tcp + 14 : tcp + 16], "big")
+        widest = (connection.far or self._share(key, now)) >> connection.scale
+        told = min(window, max(widest, 1))
+        acknowledged = frame[tcp + 8 : tcp + 12]
+        end = start + int.from_bytes(frame[start + 2 : start + 4], "big")
+        pure = flags == _ACK and end == payload
+        repeated = pure and (acknowledged, told) == (connection.acknowledged, connection.told)
+        # Where the window that the guest means has changed, it is no repetition, and tells nothing.
+        if repeated and not (window == connection.window and connection.repeats(now)):
+            connection.window = window
+            return b""
+        connection.acknowledged = acknowledged
+        connection.window = window
+        connection.told = told
+        return _with_window(frame, tcp, told)
+
+    def _open(self, key: bytes, scale: int, now: float) -> None:
+        self._connections[key] = _Connection(scale, now)
+        self._connections.move_to_end(key)
+        if len(self._connections) > CONNECTIONS_MAX:
+            self._connections.popitem(last=False)
+
+    def _share(self, key: bytes, now: float) -> int:
+        """What a connection has of all windows, by how many there are now or were just before."""
+        if now >= self._shared_until:
+            self._shared_before = len(self._sharing)
+            self._sharing.clear()
+            self._shared_until = now + SHARED_S
+        if len(self._sharing) < CONNECTIONS_MAX:
+            self._sharing.add(key)
+        return max(WINDOWS_BYTES // max(self._shared_before, len(self._sharing)), WINDOW_BYTES_MIN)
+
+
+def _window_scale(options: bytes) -> int:
+    """By how many bits the windows of a connection are shifted, as its SYN has it (RFC 7323)."""
+    position = 0
+    while position + 2 < len(options) and options[position] != _OPTION_END:
+        if options[position] == _OPTION_NOTHING:
+            position += 1
+        elif options[position] == _OPTION_WINDOW_SCALE:
+            return min(options[position + 2], _WINDOW_SCALE_MAX)
+        else:
+            position += max(options[position + 1], 2)
+    return 0
+
+
+def _with_window(frame: bytes, tcp: int, told: int) -> bytes:
+    """A frame whose segment of TCP begins at `tcp`, with the window `told`."""
+    window = int.from_bytes(frame[tcp + 14 : tcp + 16], "big")
+    if window == told:
+        return frame
+    # RFC 1624, equation 3: the checksum of what differs by one word.
+    checksum = int.from_bytes(frame[tcp + 16 : tcp + 18], "big")
+    total = (checksum ^ 0xFFFF) + (window ^ 0xFFFF) + told
+    total = (total & 0xFFFF) + (total >> 16)
+    total = (total & 0xFFFF) + (total >> 16)
+    words = told.to_bytes(2, "big") + (total ^ 0xFFFF).to_bytes(2, "big")
+    return frame[: tcp + 14] + words + frame[tcp + 18 :]
+
+
 class Outlet:
     """The way to passt, which no read of passt leaves but behind a whole frame (see above)."""
 
@@ -133,19 +303,54 @@ class Outlet:
 
 def from_guest(hypervisor: socket.socket, outlet: Outlet, guest: bytes) -> None:
     """Pass on what may pass until the hypervisor's side ends. Blocks; holds one read at most."""
+    pace = Pace()
     pending = b""
     while data := hypervisor.recv(_READ_BYTES):
         pending += data
         kept, done = sift(pending, guest)
         pending = pending[done:]
+        now = time.monotonic()
         for frame in kept:
-            outlet.send(frame)
+            if paced := pace.paced(frame, now):
+                outlet.send(paced)
 
 
-def to_guest(passt: socket.socket, hypervisor: socket.socket) -> None:
-    """Pass on everything until passt's side ends. Blocks."""
+class Backlog:
+    """What passt has sent and the hypervisor has not taken.
+
+    It is bounded, for a guest may take nothing. When it is full, passt is not read.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._held = bytearray()
+
+    def put(self, data: bytes) -> None:
+        """Blocks while it is full."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._held) < BACKLOG_BYTES)
+            self._held += data
+            self._changed.notify_all()
+
+    def take(self) -> bytearray:
+        """All of it. Blocks while there is nothing."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._held)
+            held, self._held = self._held, bytearray()
+            self._changed.notify_all()
+        return held
+
+
+def from_passt(passt: socket.socket, backlog: Backlog) -> None:
+    """Take everything until passt's side ends. Blocks."""
     while data := passt.recv(_READ_BYTES):
-        hypervisor.sendall(data)
+        backlog.put(data)
+
+
+def to_guest(backlog: Backlog, hypervisor: socket.socket) -> None:
+    """Pass on everything, for good. Blocks."""
+    while True:
+        hypervisor.sendall(backlog.take())
 
 
 def main(argv: list[str]) -> None:
@@ -154,16 +359,19 @@ def main(argv: list[str]) -> None:
     hypervisor = socket.socket(fileno=int(argv[3]))
     passt = socket.socket(fileno=int(argv[4]))
 
-    def inward() -> None:
+    backlog = Backlog()
+
+    def relay(target: Callable[..., None], *args: object) -> None:
         try:
-            to_guest(passt, hypervisor)
+            target(*args)
         except OSError:
             pass  # the other side is gone: the end all the same
         finally:
             # The main thread sits in recv; only the end of the process stops it.
             os._exit(0)
 
-    threading.Thread(target=inward, daemon=True).start()
+    for relayed in ((from_passt, passt, backlog), (to_guest, backlog, hypervisor)):
+        threading.Thread(target=relay, args=relayed, daemon=True).start()
     try:
         from_guest(hypervisor, Outlet(passt, os.open(os.devnull, os.O_RDONLY)), guest)
     except BadStream as error:

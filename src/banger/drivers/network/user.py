@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import os
 import socket
 import struct
@@ -42,6 +43,9 @@ _ROUTES = Path("/proc/net/route")
 _ROUTE_UP = 0x1  # RTF_UP
 _START_TIMEOUT_S = 10.0
 _LOG_TAIL_CHARACTERS = 1000
+#: How far passt may be ahead of the filter: beyond it, passt drops frames. Linux gives an ordinary
+#: user less, twice net.core.wmem_max, which is 425984 bytes by default.
+_SEND_BUFFER_BYTES = 1 << 20
 
 
 class PasstNetwork:
@@ -57,7 +61,7 @@ class PasstNetwork:
         return [Check("network user", Level.OK, f"{path}, without the host's loopback")]
 
     async def attach(self, vm_id: str, log: Path) -> NetworkAttachment:
-        """See `Network.attach`. The pid is the filter's: when it ends, passt does.
+        """See `Network.attach`. When the filter ends, so does passt, unless it spins.
 
         Takes as long as passt needs to start, 10 to 15 ms. Raises PreconditionFailed when passt is
         not installed, Unavailable (with the end of its log) when it does not serve.
@@ -66,13 +70,15 @@ class PasstNetwork:
         # Close-on-exec all of them: each process gets the ends it is told of, and no other.
         hypervisor, outer = socket.socketpair()
         inner, passt = socket.socketpair()
+        passt.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         try:
             with outer, inner:
                 with passt:
                     argv = passt_argv(passt.fileno(), log, uplink=has_default_route(_ROUTES))
                     fds = [passt.fileno()]
                     env = proc.BARE_ENVIRONMENT
-                    proc.watch(proc.spawn_detached(argv, log=log, pass_fds=fds, env=env))
+                    server = proc.spawn_detached(argv, log=log, pass_fds=fds, env=env)
+                    proc.watch(server)
                 await _serves(inner, mac, log)
                 fds = [outer.fileno(), inner.fileno()]
                 argv = filter_argv(vm_id, *fds)
@@ -82,16 +88,26 @@ class PasstNetwork:
             raise
         proc.watch(sifter)
         guest = GuestNetwork(mac, f"{GUEST_ADDRESS}/{PREFIX_LENGTH}", GATEWAY, DNS)
-        return NetworkAttachment(guest=guest, fd=hypervisor.detach(), pid=sifter.pid)
+        return NetworkAttachment(guest=guest, fd=hypervisor.detach(), pids=(sifter.pid, server.pid))
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
-        return filter_argv(vm_id, 0, 0)[:-2] == list(argv[:-2])
+        return filter_argv(vm_id, 0, 0)[:-2] == list(argv[:-2]) or _is_passt_of(argv, vm_id)
 
 
 def mac_address(vm_id: str) -> str:
     """The VM's MAC address: always the same, of the locally administered unicast ones."""
     digest = hashlib.sha256(vm_id.encode()).digest()
     return ":".join(f"{octet:02x}" for octet in (0x02, *digest[:5]))
+
+
+def _is_passt_of(argv: tuple[str, ...], vm_id: str) -> bool:
+    """passt is told apart by its log, which lies in the VM's directory."""
+    if not argv or Path(argv[0]).name.partition(".")[0] != PASST:  # passt.avx2 runs where it can
+        return False
+    return any(
+        option == "--log-file" and Path(value).parent.name == vm_id
+        for option, value in itertools.pairwise(argv)
+    )
 
 
 async def _serves(inner: socket.socket, mac: str, log: Path) -> None:
