@@ -24,7 +24,7 @@ no read of passt may end but where a frame does, whatever the guest sends:
 
 What passt cannot send to us at once it drops, and takes for sent (tap.c, tap_send_frames). Data it
 sends again later, but never a FIN: a guest without it waits for the end of its connection until
-passt resets it, 18 s later. So passt is read whether or not the hypervisor takes more (`Backlog`),
+passt resets it, 16 s later. So passt is read whether or not the hypervisor takes more (`Backlog`),
 and the guest's acknowledgements, by which passt sends, go on with changes (`Pace`):
 
 - passt sends what the guest's window takes as fast as memory is: megabytes, more than a socket
