@@ -209,6 +209,9 @@ class VmService:
             await self._release(vm)
         except (BangerError, OSError):
             get_logger().exception("clean-up failed", **vm_attributes(vm))
+        # Kept, it is nobody's session any more: the next daemon would remove it once it is mended.
+        spec = msgspec.structs.replace(vm.spec, ephemeral=False)
+        vm = msgspec.structs.replace(vm, spec=spec)
         return await self.save(vm, state=VmState.ERROR, last_error=error.message)
 
     async def mark_ended(self, vm: Vm, reason: str) -> Vm:
