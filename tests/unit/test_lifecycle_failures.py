@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from banger.base.model import VmState
+from banger.base.errors import Conflict, Internal
+from banger.base.model import Vm, VmState
 from banger.guest import requests
 from banger.services.vm_spec import CreateRequest
+from banger.services.vm_start import GuestLost
 from world import World, ended, made_world
 
 _BUSY = b"\x02\0\0\0\x10busy"
@@ -34,3 +36,63 @@ async def test_a_vm_that_was_kept_for_its_failure_outlives_the_daemon_once_it_ru
     await following.reconcile()
     assert (await following.vms.show("box")).runtime.state is VmState.RUNNING
     await following.close()
+
+
+def hold_on(world: World) -> None:
+    """Machines that run now cannot be ended, as if their disks hung."""
+    world.hypervisor.can_quit = False
+    world.processes.immortal |= set(world.processes.argv)
+
+
+def let_go(world: World) -> None:
+    world.hypervisor.can_quit = True
+    world.processes.immortal.clear()
+
+
+def machines(world: World) -> list[tuple[str, ...]]:
+    return [argv for argv in world.processes.argv.values() if argv[0] == "machine"]
+
+
+async def test_a_start_that_cannot_be_cleaned_up_tells_its_own_failure_and_the_next_one_starts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.create(start=False)
+
+    async def taken(vm: Vm) -> None:
+        hold_on(world)
+        raise Conflict("the port is in use")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.publishing, "post_start", taken)
+        with pytest.raises(Conflict, match="the port is in use"):
+            await world.start("box")
+    assert len(machines(world)) == 1
+    let_go(world)
+    started = await world.start("box")
+    assert started.runtime.state is VmState.RUNNING
+    assert len(machines(world)) == 1
+
+
+@pytest.mark.parametrize("verb", ["start", "restart"])
+async def test_a_machine_that_could_not_be_ended_has_no_second_one_beside_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    await world.create(start=False)
+
+    async def refuse(vm: Vm, timeout_s: float) -> None:
+        hold_on(world)
+        raise Internal("no agent")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.agents, "connect", refuse)
+        with pytest.raises(GuestLost):
+            await world.start("box")
+    assert (await world.vms.show("box")).runtime.state is VmState.ERROR
+    with pytest.raises(Internal, match="cannot be killed"):
+        await getattr(world, verb)("box")
+    assert len(machines(world)) == 1
+    let_go(world)
+    await getattr(world, verb)("box")
+    assert len(machines(world)) == 1
+    await world.delete("box", force=True)
+    await world.assert_nothing_left()

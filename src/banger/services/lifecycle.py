@@ -65,10 +65,10 @@ class Lifecycle:
         """
         vm_id = (await self._vms.settled(reference)).id
         async with self._vms.locked(vm_id, stages) as vm:
-            if self._liveness.vm_alive(vm):
-                return vm
-            if vm.runtime.state is VmState.RUNNING:  # it has ended, and nobody has noticed yet
-                vm = await self._vms.mark_ended(vm, "")
+            if vm.runtime.state is VmState.RUNNING:
+                if self._liveness.vm_alive(vm):
+                    return vm
+                vm = await self._vms.mark_ended(vm, "")  # it has ended, unnoticed so far
             start = await self._preflight(vm, stages)
             return await self._start(start, stages, boot_timeout_s)
 
@@ -101,11 +101,11 @@ class Lifecycle:
             await asyncio.shield(self._vms.mark_failed(vm, error))
             raise
         except asyncio.CancelledError:
-            await asyncio.shield(self._end_cancelled(vm, "its start was cancelled"))
+            await asyncio.shield(self._end_broken_off(vm, "its start was cancelled"))
             raise
         except Exception as error:
             reason = f"it could not start: {error}"
-            await asyncio.shield(self._vms.mark_ended(vm, reason))
+            await asyncio.shield(self._end_broken_off(vm, reason))
             raise
 
     async def stop(self, reference: str, stages: Stages, *, reason: str = "") -> Vm:
@@ -137,10 +137,10 @@ class Lifecycle:
         if self._liveness.vm_alive(vm):
             self._vms.watch(vm)
         else:
-            await self._end_cancelled(vm, "")
+            await self._end_broken_off(vm, "")
 
-    async def _end_cancelled(self, vm: Vm, reason: str) -> None:
-        """End and clean up what was interrupted. Raises nothing in place of the interruption."""
+    async def _end_broken_off(self, vm: Vm, reason: str) -> None:
+        """End and clean up what went no further. Raises nothing in place of what broke it off."""
         try:
             await self._vms.mark_ended(vm, reason)
         except NotFound:
@@ -209,7 +209,7 @@ class Lifecycle:
             try:
                 await self._vms.remove(vm, stages)
             except asyncio.CancelledError:
-                await asyncio.shield(self._end_cancelled(vm, "its deletion was cancelled"))
+                await asyncio.shield(self._end_broken_off(vm, "its deletion was cancelled"))
                 raise
             return vm
 

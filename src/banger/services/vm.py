@@ -189,7 +189,12 @@ class VmService:
     # State: each of these is called with the VM's lock held.
 
     async def mark_starting(self, vm: Vm) -> Vm:
-        """Record that a start is under way: should this daemon die, the next one ends it."""
+        """Record that a start is under way: should this daemon die, the next one ends it.
+
+        What a clean-up that failed has left of an earlier run is ended first: two machines must
+        not have the same disks.
+        """
+        await self._release(vm)
         return await self.save(vm, state=VmState.STARTING, last_error="")
 
     async def mark_running(self, vm: Vm) -> Vm:
@@ -287,8 +292,8 @@ class VmService:
                     await self.mark_ended(vm, reason)
         except NotFound:
             pass  # deleted meanwhile
-        except BangerError as error:
-            get_logger().error("clean-up failed", vm_id=vm_id, error=error.message)
+        except (BangerError, OSError) as error:
+            get_logger().error("clean-up failed", vm_id=vm_id, error=str(error))
 
     async def changes(self) -> AsyncGenerator[None, None]:
         """Now, and after each change of any VM's record (some may be skipped)."""
