@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from bench import cli_start, cold_run, exec_latency, rpc, vm_list
+from bench import cli_start, cold_run, exec_latency, reconcile, rpc, vm_list
 from bench.home import Home
 from bench.measure import Figure, percentile
 
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Home], list[Figure]]] = {
     "cli_start": cli_start.measure,
     "rpc": rpc.measure,
     "vm_list": vm_list.measure,
+    "reconcile": reconcile.measure,
     "exec_latency": exec_latency.measure,
     "cold_run": cold_run.measure,
 }
