@@ -95,7 +95,7 @@ async def test_a_machine_boots_answers_and_quits(
     network = await PasstNetwork().attach(VM_ID, tmp_path / "network.log")
     pid = await hypervisor.launch(machine, network)
     try:
-        assert hypervisor.owns(procfs.command_line(pid), machine.control_socket)
+        assert hypervisor.control_socket(procfs.command_line(pid)) == machine.control_socket
         await console_says(machine, "hello, host")
         with socket.socket(socket.AF_UNIX) as agent:
             agent.connect(str(machine.agent_socket))
@@ -157,7 +157,7 @@ async def test_a_cancelled_launch_leaves_no_process(
         started = [
             pid
             for pid, argv in procfs.own_processes()
-            if hypervisor.owns(argv, machine.control_socket)
+            if hypervisor.control_socket(argv) == machine.control_socket
         ]
     launching.cancel()
     with pytest.raises(asyncio.CancelledError):

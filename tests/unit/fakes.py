@@ -298,8 +298,8 @@ class Hypervisor:
         if not self.can_quit:
             raise Unavailable("no answer")
 
-    def owns(self, argv: tuple[str, ...], control_socket: Path) -> bool:
-        return argv == ("machine", str(control_socket))
+    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+        return Path(argv[1]) if argv[:1] == ("machine",) else None
 
 
 class Storage:

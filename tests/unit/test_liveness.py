@@ -43,12 +43,9 @@ class Ourselves(Hypervisor):
         super().__init__(Processes(), Agent())
         self.is_it = True
 
-    def owns(self, argv: tuple[str, ...], control_socket: Path) -> bool:
-        return (
-            self.is_it
-            and str(control_socket) == SOCKET
-            and argv == procfs.command_line(os.getpid())
-        )
+    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+        ours = argv == procfs.command_line(os.getpid())
+        return Path(SOCKET) if self.is_it and ours else None
 
 
 @pytest.fixture
@@ -258,7 +255,7 @@ def test_a_machine_is_found_again_by_its_control_socket(
     liveness._handles.set("v", Handles(pid=5, pid_start_ticks=6, boot_id="old", network_pid=8))
     other = processes.start("machine", "/another.sock")
     pid = processes.start("machine", SOCKET)
-    assert liveness.rediscover(vm, list(procfs.own_processes()))
+    assert liveness.rediscover(vm, liveness.machines(procfs.own_processes()))
     assert liveness.vm_alive(vm)
     assert liveness.pid(vm) == pid != other
     assert HandleCache(paths).load("v").pid == pid
@@ -271,6 +268,6 @@ def test_of_a_machine_that_is_gone_the_recorded_handles_are_kept(
     vm = a_running_vm()
     recorded = Handles(pid=5, pid_start_ticks=6, boot_id="old", network_pid=8)
     liveness._handles.set("v", recorded)
-    assert not liveness.rediscover(vm, list(procfs.own_processes()))
+    assert not liveness.rediscover(vm, liveness.machines(procfs.own_processes()))
     assert liveness._handles.get("v") == recorded
     assert not liveness.vm_alive(vm)

@@ -15,7 +15,7 @@ from banger.drivers.hypervisor.qemu_argv import (
     Accelerator,
     HostFacts,
     Inherited,
-    names_control_socket,
+    control_socket_in,
     option_value,
     qemu_argv,
 )
@@ -130,18 +130,32 @@ def test_every_path_with_commas_is_quoted() -> None:
 
 def test_a_process_is_recognised_by_its_control_socket() -> None:
     argv = qemu_argv(MACHINE, TCG, Inherited(7))
-    owns = QemuHypervisor("auto", Path("/nowhere")).owns
-    assert owns(argv, MACHINE.control_socket)
-    assert owns(("/usr/bin/qemu-system-x86_64", *argv[1:]), MACHINE.control_socket)
-    assert not owns(argv, Path("/r/control.soc"))
-    assert not owns(argv, MACHINE.agent_socket)
-    assert not owns(("tail", *argv[1:]), MACHINE.control_socket)
-    assert not owns((), MACHINE.control_socket)
+    found = QemuHypervisor("auto", Path("/nowhere")).control_socket
+    assert found(argv) == MACHINE.control_socket
+    assert found(("/usr/bin/qemu-system-x86_64", *argv[1:])) == MACHINE.control_socket
+    assert found(("tail", *argv[1:])) is None
+    assert found(()) is None
 
 
-def test_a_control_socket_with_a_comma_is_recognised() -> None:
-    odd = replace(MACHINE, control_socket=Path("/r,s/control.sock"))
-    assert names_control_socket(qemu_argv(odd, TCG, Inherited(7)), odd.control_socket)
+@given(st.text(st.characters(exclude_characters="\0/"), min_size=1))
+def test_any_control_socket_is_recognised(name: str) -> None:
+    odd = replace(MACHINE, control_socket=Path("/r") / name / "control.sock")
+    assert control_socket_in(qemu_argv(odd, TCG, Inherited(7))) == odd.control_socket
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "socket,id=control,path=/r,server=off,path=/s,server=on,wait=off",
+        "socket,id=control,path=/r,server=on",
+        "socket,id=agent,path=/r,server=on,wait=off",
+        "socket,id=control,path=,server=on,wait=off",
+        "socket,id=control,path=,,server=on,wait=off",
+    ],
+)
+def test_another_chardev_is_not_taken_for_a_control_socket(value: str) -> None:
+    assert control_socket_in(("qemu-system-x86_64", "-chardev", value)) is None
+    assert control_socket_in(("qemu-system-x86_64", "-chardev")) is None
 
 
 def test_the_tsc_rate_is_half_of_bogomips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,7 +162,6 @@ class World:
         await Reconciler(
             paths=self.paths,
             store=self.store,
-            drivers=self.drivers,
             capabilities=self.capabilities,
             vms=self.vms,
             liveness=self.liveness,

@@ -205,7 +205,6 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         await Reconciler(
             paths=paths,
             store=store,
-            drivers=drivers,
             capabilities=capabilities,
             vms=vms,
             liveness=liveness,

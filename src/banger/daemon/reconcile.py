@@ -9,7 +9,7 @@ ours is ever without one, unless somebody moved the database away, and then it i
 from __future__ import annotations
 
 import shutil
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 from banger.base import procfs
@@ -21,7 +21,6 @@ from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.liveness import Liveness
 from banger.services.vm import VmService
-from banger.services.vm_start import Drivers
 from banger.store.store import Store
 
 
@@ -31,7 +30,6 @@ class Reconciler:
         *,
         paths: Paths,
         store: Store,
-        drivers: Drivers,
         capabilities: Capabilities,
         vms: VmService,
         liveness: Liveness,
@@ -40,7 +38,6 @@ class Reconciler:
     ) -> None:
         self._paths = paths
         self._store = store
-        self._drivers = drivers
         self._capabilities = capabilities
         self._vms = vms
         self._liveness = liveness
@@ -50,24 +47,22 @@ class Reconciler:
     async def run(self) -> None:
         """One pass over /proc, then each VM. A VM that cannot be reconciled stops nothing."""
         with OperationLog("reconcile") as log:
-            processes = list(procfs.own_processes())
+            machines = self._liveness.machines(procfs.own_processes())
             records = await self._store.vms()
             log.stage("vms", f"{len(records)} records")
             for vm in records:
                 try:
-                    await self._reconcile(vm, processes, log)
+                    await self._reconcile(vm, machines, log)
                 except Exception:
                     # A supervisor's boundary: one VM's trouble must not keep the daemon down.
                     get_logger().exception("vm not reconciled", **vm_attributes(vm))
             log.stage("leftovers")
-            self._report_strangers({vm.id for vm in records}, processes)
+            self._report_strangers({vm.id for vm in records}, machines)
             await self._images.remove_leftovers()
             await self._kernels.remove_leftovers()
 
-    async def _reconcile(
-        self, vm: Vm, processes: list[tuple[int, tuple[str, ...]]], log: OperationLog
-    ) -> None:
-        alive = self._liveness.rediscover(vm, processes)
+    async def _reconcile(self, vm: Vm, machines: Mapping[Path, int], log: OperationLog) -> None:
+        alive = self._liveness.rediscover(vm, machines)
         half_made = vm.runtime.state is VmState.CREATING
         session_over = vm.spec.ephemeral and vm.runtime.state is not VmState.ERROR
         if half_made or session_over:
@@ -87,27 +82,22 @@ class Reconciler:
             get_logger().warning("vm is gone", **vm_attributes(vm))
             await self._vms.mark_ended(vm, "its process was gone when bangerd started")
 
-    def _report_strangers(
-        self, known: set[str], processes: list[tuple[int, tuple[str, ...]]]
-    ) -> None:
+    def _report_strangers(self, known: set[str], machines: Mapping[Path, int]) -> None:
         """VM directories and machines without a record; sockets of nobody's are removed."""
-        for entry in _entries(self._paths.vms_dir):
-            if entry.name not in known:
-                get_logger().warning("not in the database, left alone", path=str(entry))
-        for entry in _entries(self._paths.vms_runtime_dir):
-            if entry.name in known:
-                continue
+        for entry in _strangers(self._paths.vms_dir, known):
+            get_logger().warning("not in the database, left alone", path=str(entry))
+        for entry in _strangers(self._paths.vms_runtime_dir, known):
             # Not by Paths.vm: whatever lies there need not have a name of our shape.
             control_socket = VmPaths(directory=entry, runtime=entry).control_socket
-            owns = partial(self._drivers.hypervisor.owns, control_socket=control_socket)
-            pids = [pid for pid, argv in processes if owns(argv)]
-            if pids:
+            if pid := machines.get(control_socket):
                 get_logger().warning(
-                    "a machine without a record, left alone", vm_id=entry.name, pid=pids[0]
+                    "a machine without a record, left alone", vm_id=entry.name, pid=pid
                 )
             else:
                 shutil.rmtree(entry, ignore_errors=True)
 
 
-def _entries(directory: Path) -> list[Path]:
-    return sorted(directory.iterdir()) if directory.is_dir() else []
+def _strangers(directory: Path, known: set[str]) -> list[Path]:
+    """What is in `directory` under other names than those."""
+    entries = directory.iterdir() if directory.is_dir() else ()
+    return sorted(entry for entry in entries if entry.name not in known)

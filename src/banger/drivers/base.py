@@ -141,8 +141,8 @@ class Hypervisor(Protocol):
         """Let a machine that is held run on. Raises Unavailable when it cannot be asked."""
         ...
 
-    def owns(self, argv: tuple[str, ...], control_socket: Path) -> bool:
-        """Whether a process with this command line is the machine behind `control_socket`."""
+    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+        """The control socket of the machine that a process with this command line is, if it is."""
         ...
 
 

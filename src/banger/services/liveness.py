@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -60,15 +60,24 @@ class Liveness:
         self._handles.set(vm.id, handles)
         return handles
 
-    def rediscover(self, vm: Vm, processes: list[tuple[int, tuple[str, ...]]]) -> bool:
-        """After a daemon's restart: find the VM's process by its control socket.
+    def machines(self, processes: Iterable[tuple[int, tuple[str, ...]]]) -> dict[Path, int]:
+        """The pids of all machines among these processes, by their control sockets."""
+        found: dict[Path, int] = {}
+        for pid, argv in processes:
+            if (socket := self._hypervisor.control_socket(argv)) is not None:
+                found.setdefault(socket, pid)
+        return found
+
+    def rediscover(self, vm: Vm, machines: Mapping[Path, int]) -> bool:
+        """After a daemon's restart: find the VM's process among `machines`, by its control socket.
 
         A live process is preferred over the recorded pid; what else was recorded is kept. Whether
         the VM runs.
         """
+        pid = machines.get(Path(vm.runtime.api_socket), 0)
+        if not pid and vm.runtime.state is VmState.STOPPED:
+            return False  # its handles were cleared before it was recorded as stopped
         handles = self._handles.load(vm.id)
-        is_machine = self._is_machine(vm)
-        pid = next((pid for pid, argv in processes if is_machine(argv)), 0)
         if not pid:
             return False
         found = msgspec.structs.replace(
@@ -155,4 +164,4 @@ class Liveness:
 
     def _is_machine(self, vm: Vm) -> Callable[[tuple[str, ...]], bool]:
         socket = Path(vm.runtime.api_socket)
-        return lambda argv: self._hypervisor.owns(argv, socket)
+        return lambda argv: self._hypervisor.control_socket(argv) == socket

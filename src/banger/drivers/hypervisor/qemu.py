@@ -35,7 +35,7 @@ from banger.drivers.hypervisor.qemu_argv import (
     Accelerator,
     HostFacts,
     Inherited,
-    names_control_socket,
+    control_socket_in,
     qemu_argv,
 )
 
@@ -150,8 +150,9 @@ class QemuHypervisor:
         async with _qmp(control_socket) as client:
             await client.execute("cont")
 
-    def owns(self, argv: tuple[str, ...], control_socket: Path) -> bool:
-        return names_control_socket(argv, control_socket)
+    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+        """See `Hypervisor.control_socket`."""
+        return control_socket_in(argv)
 
 
 def tsc_khz() -> int:

@@ -69,7 +69,7 @@ def qemu_argv(
 ) -> tuple[str, ...]:
     """The whole command line. `mac` is that of the interface when there is a network.
 
-    The control socket is in it by its path: `names_control_socket` finds a process by that.
+    The control socket is in it by its path: `control_socket_in` finds it again.
     """
     return (
         QEMU,
@@ -90,16 +90,17 @@ def qemu_argv(
     )
 
 
-def names_control_socket(argv: tuple[str, ...], control_socket: Path) -> bool:
-    """Whether a command line is that of a QEMU of ours with this control socket."""
-    return (
-        bool(argv)
-        and Path(argv[0]).name == QEMU
-        and any(
-            option == "-chardev" and value == _control_chardev(control_socket)
-            for option, value in itertools.pairwise(argv)
-        )
-    )
+def control_socket_in(argv: tuple[str, ...]) -> Path | None:
+    """The control socket in a command line of `qemu_argv`; None in any other."""
+    if not argv or argv[0].rpartition("/")[2] != QEMU:
+        return None
+    before, after = _control_chardev(Path("\0")).split("\0")
+    for option, value in itertools.pairwise(argv):
+        if option == "-chardev" and value.startswith(before) and value.endswith(after):
+            path = value[len(before) : len(value) - len(after)].replace(",,", ",")
+            if value == _control_chardev(Path(path)):
+                return Path(path)
+    return None
 
 
 def _processor(machine: Machine, accelerator: Accelerator) -> tuple[str, ...]:
