@@ -329,9 +329,11 @@ async def test_a_machine_that_cannot_be_killed_stays_watched(world: World) -> No
 
 @pytest.mark.parametrize("verb", ["start", "stop", "restart", "set", "rename"])
 async def test_nothing_is_done_to_a_vm_that_is_being_created(world: World, verb: str) -> None:
-    await world.store.insert_vm(a_vm("box", state=VmState.CREATING))
-    with pytest.raises(Conflict, match='vm "box" is still being created'):
-        await VERBS[verb][1](world)
+    vm = a_vm("box", state=VmState.CREATING)
+    await world.store.insert_vm(vm)
+    async with world.vms.locks.hold(vm.id):
+        with pytest.raises(Conflict, match='vm "box" is still being created'):
+            await VERBS[verb][1](world)
 
 
 # Change.

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from banger.base.errors import Conflict, Internal
+from banger.base.errors import BangerError, Conflict, Internal, PreconditionFailed
 from banger.base.model import Vm, VmState
 from banger.guest import requests
 from banger.services.vm_spec import CreateRequest
@@ -96,3 +96,40 @@ async def test_a_machine_that_could_not_be_ended_has_no_second_one_beside_it(
     assert len(machines(world)) == 1
     await world.delete("box", force=True)
     await world.assert_nothing_left()
+
+
+async def test_a_creation_whose_failure_could_not_be_recorded_can_be_deleted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk fails the guest and then the database."""
+    world.agent.exits[requests.Setup.KIND] = _BUSY
+
+    async def full(vm: Vm) -> None:
+        raise Internal("the database failed: database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world.store, "update_vm", full)
+        done = await ended(world.begin(CreateRequest(name="box", image="base")))
+    assert done.error is not None
+    assert "disk is full" in done.error.message
+    with pytest.raises(Conflict, match='vm "box" was not created to its end'):
+        await world.start("box")
+    await world.delete("box")
+    await world.assert_nothing_left()
+
+
+async def test_a_change_that_cannot_be_taken_back_tells_why_it_failed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Somebody takes the old name while the guest refuses the new one."""
+    await world.create("box")
+
+    async def refuse(before: Vm, after: Vm) -> None:
+        if after.name == "crate":
+            await world.create("box", start=False)
+            raise PreconditionFailed("no")
+
+    monkeypatch.setattr(world.publishing, "apply_config_changes", refuse)
+    with pytest.raises(BangerError, match="no"):
+        await world.change("box", name="crate")
+    assert {vm.name for vm in await world.store.vms()} == {"box", "crate"}

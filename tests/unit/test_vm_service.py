@@ -171,10 +171,12 @@ async def test_a_stopped_vm_is_deleted_without_force(world: World) -> None:
 
 
 async def test_a_vm_that_is_being_created_is_neither_stopped_nor_deleted(world: World) -> None:
-    await world.store.insert_vm(a_vm("box", state=VmState.CREATING))
-    for attempt in (world.stop("box"), world.delete("box", force=True)):
-        with pytest.raises(Conflict, match="is still being created"):
-            await attempt
+    vm = a_vm("box", state=VmState.CREATING)
+    await world.store.insert_vm(vm)
+    async with world.vms.locks.hold(vm.id):
+        for attempt in (world.stop("box"), world.delete("box", force=True)):
+            with pytest.raises(Conflict, match="is still being created"):
+                await attempt
 
 
 async def test_files_that_cannot_be_removed_keep_the_record(

@@ -197,7 +197,7 @@ class Lifecycle:
 
     async def delete(self, reference: str, stages: Stages, *, force: bool = False) -> Vm:
         """Delete a VM and all its files. Conflict for a running one unless `force`."""
-        found = await self._vms.settled(reference)
+        found = await self._vms.settled(reference, half_made=True)
         if force:
             await self._end_now(found, stages, "its deletion was cancelled")
         async with self._vms.locked(found.id, stages) as vm:
@@ -237,6 +237,14 @@ class Lifecycle:
                 await self._capabilities.apply_config_changes(before, after)
             except BaseException:
                 # Cancelled while it was saved, too: the transaction is done all the same.
-                await asyncio.shield(self._vms.save(before))
+                await asyncio.shield(self._take_back(before))
                 raise
             return after
+
+    async def _take_back(self, before: Vm) -> None:
+        """Record what was before a change. Raises nothing in place of what broke it off."""
+        try:
+            await self._vms.save(before)
+        except BangerError as error:
+            # Another VM may have got the old name meanwhile.
+            get_logger().error("change not taken back", error=str(error), **vm_attributes(before))

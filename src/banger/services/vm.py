@@ -79,13 +79,24 @@ class VmService:
             raise NotFound(f'vm "{reference}" not found', hint="see: banger vm list")
         return matches[0]
 
-    async def settled(self, reference: str) -> Vm:
-        """The VM of a reference; Conflict while it is being created."""
+    async def settled(self, reference: str, *, half_made: bool = False) -> Vm:
+        """The VM of a reference; Conflict while it is being created.
+
+        One whose creation failed, with no room to record even that, is only given who wants
+        `half_made` ones.
+        """
         vm = await self.resolve(reference)
-        if vm.runtime.state is VmState.CREATING:
+        if vm.runtime.state is not VmState.CREATING:
+            return vm
+        if self.locks.held(vm.id):
             raise Conflict(
                 f'vm "{vm.name}" is still being created',
                 hint="wait for it, or interrupt the command that creates it",
+            )
+        if not half_made:
+            raise Conflict(
+                f'vm "{vm.name}" was not created to its end',
+                hint=f"banger vm delete --force {vm.name}, and create it again",
             )
         return vm
 
