@@ -42,7 +42,7 @@ def measure(home: Home) -> list[Figure]:  # noqa: ARG001 - a home of its own, wi
                     floor_name="the same without records",
                     floor=lambda: _start_s(own, None, []),
                     rounds=_ROUNDS,
-                    target=Target(times=3),
+                    target=Target(times=2),
                 )
             ]
         finally:
