@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
@@ -55,6 +56,20 @@ async def test_a_session_keeps_a_vm_however_long_it_lasts(world: World) -> None:
     async with world.vms.in_use(vm):
         await unused(world, vm, 100)
         await maintenance(world, 3600).once()
+    assert await states(world) == {"box": "running"}
+
+
+async def test_a_vm_that_is_used_while_its_lock_is_waited_for_runs_on(world: World) -> None:
+    """As by a restart, which takes a while: what was decided before it holds no more."""
+    vm = await world.create()
+    await unused(world, vm, 100)
+    async with world.vms.locked(vm.id):
+        round_ = asyncio.create_task(maintenance(world, 3600).once())
+        async with asyncio.timeout(10):
+            while world.vms.locks._users[vm.id] < 2:
+                await asyncio.sleep(0.001)
+        await world.vms.touch(vm.id)
+    await round_
     assert await states(world) == {"box": "running"}
 
 

@@ -177,6 +177,28 @@ async def test_what_was_used_of_late_is_not_pruned(world: World) -> None:
     assert [each.vm.name for each in await pruned(world, 3600)] == ["old"]
 
 
+async def test_what_is_used_while_others_are_pruned_stays_with_the_reason(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("one", "two"):
+        await world.create(name)
+        await world.stop(name)
+        used = await world.vms.resolve(name)
+        await world.store.touch_vm(used.id, now() - timedelta(hours=2))
+    delete = world.store.delete_vm
+
+    async def slow(vm_id: str) -> None:
+        await world.vms.touch(used.id)
+        await delete(vm_id)
+
+    monkeypatch.setattr(world.store, "delete_vm", slow)
+    one, two = await pruned(world, 3600)
+    assert one.error is None
+    assert two.error is not None
+    assert two.error.message == 'vm "two" was used meanwhile'
+    assert [vm.name for vm in await world.vms.all()] == ["two"]
+
+
 async def test_one_that_cannot_be_deleted_stays_with_the_reason_and_the_others_go(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,9 +121,9 @@ class World:
         with OperationLog("vm.start") as log:
             return await self.lifecycle.start(reference, log, **options)
 
-    async def stop(self, reference: str, **options: str) -> Vm:
+    async def stop(self, reference: str, *, reason: str = "") -> Vm:
         with OperationLog("vm.stop") as log:
-            return await self.lifecycle.stop(reference, log, **options)
+            return await self.lifecycle.stop(reference, log, reason=reason)
 
     async def restart(self, reference: str) -> Vm:
         with OperationLog("vm.restart") as log:

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from banger.base.errors import BangerError, NotFound
+from banger.base.errors import BangerError, Conflict, NotFound
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState, now
 from banger.base.opid import current_op_id, new_op_id
@@ -103,15 +103,23 @@ class Maintenance:
     async def _stop_stale(self, vms: list[Vm]) -> None:
         if not self._stale_after_s:
             return
-        limit = timedelta(seconds=self._stale_after_s)
-        for vm in vms:
-            if self._vms.has_sessions(vm.id) or now() - (vm.touched_at or vm.created_at) < limit:
-                continue
-            reason = f"nobody used it for {format_age(self._stale_after_s)}"
+        reason = f"nobody used it for {format_age(self._stale_after_s)}"
+        for vm in filter(self._is_stale, vms):
             try:
                 with OperationLog("vm.stop", reason=reason) as log:
-                    await self._lifecycle.stop(vm.id, log, reason=reason)
-            except NotFound:
-                pass  # deleted meanwhile
+                    await self._lifecycle.stop(vm.id, log, reason=reason, check=self._check_stale)
+            except (NotFound, Conflict):
+                pass  # deleted or used meanwhile
             except BangerError as error:
                 get_logger().error("stale vm not stopped", error=error.message)
+
+    def _is_stale(self, vm: Vm) -> bool:
+        unused = now() - (vm.touched_at or vm.created_at)
+        return not self._vms.has_sessions(vm.id) and unused >= timedelta(
+            seconds=self._stale_after_s
+        )
+
+    def _check_stale(self, vm: Vm) -> None:
+        """Raises Conflict for a VM that was used while its lock was waited for."""
+        if not self._is_stale(vm):
+            raise Conflict(f'vm "{vm.name}" was used meanwhile')

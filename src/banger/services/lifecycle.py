@@ -108,15 +108,25 @@ class Lifecycle:
             await asyncio.shield(self._end_broken_off(vm, reason))
             raise
 
-    async def stop(self, reference: str, stages: Stages, *, reason: str = "") -> Vm:
+    async def stop(
+        self,
+        reference: str,
+        stages: Stages,
+        *,
+        reason: str = "",
+        check: Callable[[Vm], None] | None = None,
+    ) -> Vm:
         """Power the guest off; end it when it does not go. A stopped VM stays as it is.
 
-        `reason` goes on the record, when it is not the user's own wish.
+        `reason` goes on the record, when it is not the user's own wish; then `check`, called with
+        the record under the lock, may raise: much may have happened since it was looked at.
         """
         vm_id = (await self._vms.settled(reference)).id
         async with self._vms.locked(vm_id, stages) as vm:
             if vm.runtime.state not in (VmState.RUNNING, VmState.STARTING):
                 return vm
+            if check is not None:
+                check(vm)
             return await self._stop(vm, stages, reason=reason)
 
     async def _stop(self, vm: Vm, stages: Stages, *, reason: str) -> Vm:
@@ -195,8 +205,18 @@ class Lifecycle:
             # Whoever has the lock may be waiting for its agent to answer.
             await self._agents.drop(vm.id)
 
-    async def delete(self, reference: str, stages: Stages, *, force: bool = False) -> Vm:
-        """Delete a VM and all its files. Conflict for a running one unless `force`."""
+    async def delete(
+        self,
+        reference: str,
+        stages: Stages,
+        *,
+        force: bool = False,
+        check: Callable[[Vm], None] | None = None,
+    ) -> Vm:
+        """Delete a VM and all its files. Conflict for a running one unless `force`.
+
+        `check` is as for `stop`.
+        """
         found = await self._vms.settled(reference, half_made=True)
         if force:
             await self._end_now(found, stages, "its deletion was cancelled")
@@ -206,6 +226,8 @@ class Lifecycle:
                     f'vm "{vm.name}" is running',
                     hint=f"stop it first, or: banger vm delete --force {vm.name}",
                 )
+            if check is not None:
+                check(vm)
             try:
                 await self._vms.remove(vm, stages)
             except asyncio.CancelledError:

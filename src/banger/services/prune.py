@@ -6,7 +6,7 @@ import asyncio
 from datetime import timedelta
 from pathlib import Path
 
-from banger.base.errors import BangerError
+from banger.base.errors import BangerError, Conflict
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import ErrorInfo, Record, Vm, VmState, now
 from banger.base.opid import current_op_id
@@ -33,17 +33,21 @@ class Prune:
     async def run(self, unused_for_s: float, stages: Stages, *, dry_run: bool) -> list[Pruned]:
         """Delete every VM that is stopped or failed and that nobody used for `unused_for_s`.
 
-        One that cannot be deleted, or that somebody has started meanwhile, stays, with the reason.
+        One that cannot be deleted, or that somebody has used meanwhile, stays, with the reason.
         """
         candidates = [vm for vm in await self._vms.all() if _may_go(vm, unused_for_s)]
-        return [await self._one(vm, stages, dry_run=dry_run) for vm in candidates]
+        return [await self._one(vm, unused_for_s, stages, dry_run=dry_run) for vm in candidates]
 
-    async def _one(self, vm: Vm, stages: Stages, *, dry_run: bool) -> Pruned:
+    async def _one(self, vm: Vm, unused_for_s: float, stages: Stages, *, dry_run: bool) -> Pruned:
+        def check(vm: Vm) -> None:
+            if not _may_go(vm, unused_for_s):
+                raise Conflict(f'vm "{vm.name}" was used meanwhile')
+
         size_bytes = await asyncio.to_thread(self._size_bytes, vm)
         if dry_run:
             return Pruned(vm=vm, size_bytes=size_bytes)
         try:
-            await self._lifecycle.delete(vm.id, stages)
+            await self._lifecycle.delete(vm.id, stages, check=check)
         except BangerError as error:
             get_logger().warning("not pruned", error=error.message, **vm_attributes(vm))
             reason = ErrorInfo(
