@@ -644,6 +644,38 @@ def test_an_interrupted_creation_is_taken_back(
     assert daemon.calls[-1] == ("operations.cancel", {"id": "op-0123456789ab"})
 
 
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        (OperationState.CANCELLED, "vm box: taking it back\nvm box is stopped\n"),
+        (
+            OperationState.COMPLETED,
+            "vm box: taking it back\nvm box: too late, it is done\nvm box is stopped\n",
+        ),
+    ],
+)
+def test_an_interrupted_restart_says_what_it_leaves(
+    daemon: Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Captured,
+    ended: OperationState,
+    said: str,
+) -> None:
+    daemon.events["vm.restart"] = [an_operation("boot")]
+    daemon.answers["vm.restart"] = lambda _: running()
+    daemon.answers["operations.cancel"] = lambda _: an_operation("boot", state=ended)
+    daemon.answers["vm.show"] = lambda _: a_vm("box", state=VmState.STOPPED)
+    event = ProgressView.event
+
+    def interrupted(view: ProgressView, raw: msgspec.Raw) -> None:
+        event(view, raw)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ProgressView, "event", interrupted)
+    assert run(["vm", "restart", "box", "other"]) == 130
+    assert capfd.readouterr().err.lstrip("\n") == said + "\n"
+
+
 def test_an_image_that_was_built_is_named_and_a_failure_is_1(
     daemon: Daemon, capfd: Captured
 ) -> None:

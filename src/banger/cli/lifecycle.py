@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import click
@@ -298,12 +299,23 @@ def _each(
             print_error(error)
             status = 1
             continue
+        except KeyboardInterrupt:
+            if cancels:
+                _tell_state(vm_ref)
+            raise
         done.append(vm)
         if not as_json:
             click.echo(vm.name)
     if as_json:
         print_json(done)
     return status
+
+
+def _tell_state(vm_ref: str) -> None:
+    """Say what an interrupted start or restart has left: the machine may have run before."""
+    with suppress(BangerError), connect() as client:
+        vm = client.call("vm.show", {"vm": vm_ref}, Vm)
+        note(f"vm {vm.name} is {vm.runtime.state}")
 
 
 def _print(vm: Vm, *, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import msgspec
 
-from banger.base.model import Operation
+from banger.base.model import Operation, OperationState
 from banger.cli.app import connect, note
 from banger.cli.render import printable
 from banger.rpc.client import Client
@@ -43,6 +43,11 @@ class ProgressView:
         """The operation that is shown; empty before its first event."""
         return self._state.id if self._state is not None else ""
 
+    @property
+    def title(self) -> str:
+        """What it is about; of a machine whose name was made up that name, once it is known."""
+        return self._title
+
     def __enter__(self) -> Self:
         if self._timer is not None:
             self._timer.daemon = True
@@ -66,6 +71,8 @@ class ProgressView:
         """One state of the operation, as it comes over the wire."""
         with self._lock:
             self._state = msgspec.json.decode(raw, type=Operation)
+            if self._state.vm is not None:
+                self._title = f"vm {self._state.vm.name}"
             self._show()
 
     def _begin(self) -> None:
@@ -77,8 +84,6 @@ class ProgressView:
         if not self._loud or self._state is None:
             return
         stage, detail = self._state.stage, printable(self._state.detail)
-        if self._state.vm is not None:
-            self._title = f"vm {self._state.vm.name}"
         if sys.stderr.isatty():
             self._draw(stage, detail, self._state.percent)
         elif stage != self._shown_stage:
@@ -107,17 +112,26 @@ def watched_call(
     cancels: bool = True,
 ) -> T:
     """Call a method that tells of its operation, and show that. Ctrl-C takes it back (`cancels`),
-    or leaves it to the daemon."""
+    or leaves it to the daemon, and says so."""
     with ProgressView(title, quiet=quiet) as view:
         try:
             return client.call(method, params, result, on_event=view.event)
         except KeyboardInterrupt:
-            if cancels and view.operation_id:
-                with connect() as second:
-                    second.call("operations.cancel", {"id": view.operation_id}, Operation)
-            elif view.operation_id:
-                note(f"{title}: bangerd goes on with it; see: banger operations list")
+            if view.operation_id:
+                _interrupt(view, cancels=cancels)
             raise
+
+
+def _interrupt(view: ProgressView, *, cancels: bool) -> None:
+    """What Ctrl-C does to the operation: cancel it and wait for its clean-up, or leave it alone."""
+    if not cancels:
+        note(f"{view.title}: bangerd goes on with it; see: banger operations list")
+        return
+    note(f"{view.title}: taking it back")
+    with connect() as second:
+        ended = second.call("operations.cancel", {"id": view.operation_id}, Operation)
+    if ended.state is OperationState.COMPLETED:
+        note(f"{view.title}: too late, it is done")
 
 
 def _make_live() -> Progress:
