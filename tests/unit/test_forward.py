@@ -21,6 +21,7 @@ from banger.base.errors import BangerError, Unavailable
 from banger.base.model import PublishedPort
 from banger.guest.channel import AgentStream, Data, Eof, Event, ExitKind, StreamEnded
 from banger.guest.channel import Exit as GuestExit
+from banger.services import admission as admission_module
 from banger.services.admission import Admission
 from banger.services.forward import Forward
 from banger.services.listeners import bind, open_listener
@@ -344,6 +345,23 @@ async def test_closing_resets_the_connections_and_frees_the_port() -> None:
     assert descriptors() == before
 
 
+async def test_a_closing_that_is_cancelled_leaves_nothing_open() -> None:
+    before = descriptors()
+    guest = Guest()
+    async with forwarding(guest) as (forward, _):
+        client = await dial(forward.port)
+        await guest.ends.get()
+        closing = asyncio.create_task(forward.close())
+        await asyncio.sleep(0)
+        closing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await closing
+        bind(forward.port.host, forward.port.host_port).close()
+        assert await is_reset(client)
+        await hang_up(client)
+    assert descriptors() == before
+
+
 # How many
 
 
@@ -448,5 +466,33 @@ async def test_a_use_that_cannot_be_noted_harms_no_connection() -> None:
     await asyncio.sleep(0)
     await admission.enter()
     admission.leave()
+    admission.leave()
+    await admission.close()
+
+
+async def test_a_vm_is_in_use_again_by_who_comes_while_the_end_of_its_use_is_noted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A connection that lasts would else not keep its VM from being stopped as unused."""
+    monkeypatch.setattr(admission_module, "_LINGER_S", 0)
+    entered: asyncio.Queue[None] = asyncio.Queue()
+    noting, noted = asyncio.Event(), asyncio.Event()
+
+    @asynccontextmanager
+    async def in_use() -> AsyncIterator[None]:
+        entered.put_nowait(None)
+        yield
+        noting.set()
+        await noted.wait()
+
+    admission = Admission(asyncio.Semaphore(9), in_use)
+    async with asyncio.timeout(_TIMEOUT_S):
+        await admission.enter()
+        await entered.get()
+        admission.leave()
+        await noting.wait()
+        await admission.enter()
+        noted.set()
+        await entered.get()
     admission.leave()
     await admission.close()

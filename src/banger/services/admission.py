@@ -66,11 +66,12 @@ class Admission:
     async def _hold(self) -> None:
         current_op_id.set(new_op_id())
         try:
-            async with self._in_use():
-                while self._count:
-                    self._none_left.clear()
-                    await self._none_left.wait()
-                    await asyncio.sleep(_LINGER_S)
+            while self._count:  # there may be one again when the end of a use has been noted
+                async with self._in_use():
+                    while self._count:
+                        self._none_left.clear()
+                        await self._none_left.wait()
+                        await asyncio.sleep(_LINGER_S)
         except Exception:
             # A supervisor's boundary: connections go on, noted or not.
             get_logger().exception("cannot note the use of a published port")

@@ -96,11 +96,16 @@ class Forward:
         self._task = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Listen no more, and reset the connections. Idempotent."""
+        """Listen no more, and reset the connections. Idempotent; done even when cancelled."""
         self._task.cancel()
-        await asyncio.gather(self._task, return_exceptions=True)
-        self._listener.close()
-        self._breaks.close()
+        try:
+            await asyncio.wait({self._task})
+        except asyncio.CancelledError:
+            await asyncio.wait({self._task})  # some steps of the loop, and nothing is left open
+            raise
+        finally:
+            self._listener.close()
+            self._breaks.close()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as connections:
