@@ -252,13 +252,14 @@ class Hypervisor:
         return self.found
 
     async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:
-        helper = network.pid if network is not None else 0
+        helpers = network.pids if network is not None else ()
         if network is not None:
             os.close(network.fd)
         try:
             await self.gate.passed()
         except BaseException:
-            self.processes.end(helper)  # as a real one: its end of the network is closed
+            for helper in helpers:  # as a real one: its end of the network is closed
+                self.processes.end(helper)
             raise
         self.machines.append(machine)
         machine.console_log.write_bytes(self.console)
@@ -267,7 +268,8 @@ class Hypervisor:
         self.pids[machine.control_socket] = pid
 
         def then() -> None:
-            self.processes.end(helper)
+            for helper in helpers:
+                self.processes.end(helper)
             self.agent.hang_up(machine.agent_socket)
 
         self.processes.on_end[pid] = then
@@ -349,7 +351,7 @@ class Network:
         return NetworkAttachment(
             guest=GuestNetwork("02:00:00:00:00:01", "172.16.0.2/24", "172.16.0.1", "172.16.0.3"),
             fd=os.open(os.devnull, os.O_RDONLY),
-            pid=self.processes.start("network", vm_id),
+            pids=(self.processes.start("network", vm_id),),
         )
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:

@@ -140,7 +140,7 @@ async def test_a_clean_up_that_fails_keeps_the_handles_so_that_it_can_be_done_ag
 ) -> None:
     vm = await world.create()
     world.capabilities._all = (*world.capabilities._all, Stubborn())
-    network_pid = world.handles.get(vm.id).network_pid
+    network_pid = world.handles.get(vm.id).network[0].pid
     with pytest.raises(BangerError, match="it will not go"):
         await world.stop("box")
     assert not world.processes.alive(network_pid)  # the others had their turn

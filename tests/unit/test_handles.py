@@ -11,11 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from banger.base.model import Handles
+from banger.base.model import Handles, ProcessId
 from banger.base.paths import Paths
 from banger.services.handles import HandleCache
 
-HANDLES = Handles(pid=7, pid_start_ticks=8, boot_id="b", network_pid=9, network_pid_start_ticks=10)
+HANDLES = Handles(
+    pid=7, pid_start_ticks=8, boot_id="b", network=(ProcessId(pid=9, start_ticks=10),)
+)
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_any_content_gives_a_record_with_a_pid_that_can_be_asked_about(
     paths.vm("v").handles.write_bytes(content)
     handles = HandleCache(paths).load("v")
     assert 0 <= handles.pid < 2**31
-    assert 0 <= handles.network_pid < 2**31
+    assert all(0 <= process.pid < 2**31 for process in handles.network)
 
 
 def test_unknown_fields_are_ignored_and_an_empty_record_is_empty(paths: Paths) -> None:

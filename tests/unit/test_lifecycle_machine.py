@@ -252,7 +252,8 @@ class Hypervisor(fakes.Hypervisor):
             pid = await super().launch(machine, network)
         except BaseException:
             if network is not None:
-                self.processes.end(network.pid)
+                for helper in network.pids:
+                    self.processes.end(helper)
             raise
         if self._moods.whim(30):
             self.processes.end(pid)

@@ -12,7 +12,7 @@ import pytest
 
 from banger.base import procfs
 from banger.base.errors import Internal
-from banger.base.model import Handles, Vm, VmState
+from banger.base.model import Handles, ProcessId, Vm, VmState
 from banger.base.paths import Paths
 from banger.services.handles import HandleCache
 from banger.services.liveness import Liveness
@@ -69,7 +69,7 @@ def real(paths: Paths, ourselves: Ourselves, monkeypatch: pytest.MonkeyPatch) ->
 def test_a_process_with_our_pid_start_boot_and_command_line_is_alive(real: Liveness) -> None:
     vm = a_running_vm()
     assert not real.vm_alive(vm)
-    handles = real.record(vm, pid=os.getpid(), network_pid=0)
+    handles = real.record(vm, pid=os.getpid(), network_pids=())
     assert handles.pid_start_ticks == procfs.start_ticks(os.getpid())
     assert real.vm_alive(vm)
     assert real.pid(vm) == os.getpid()
@@ -77,7 +77,7 @@ def test_a_process_with_our_pid_start_boot_and_command_line_is_alive(real: Liven
 
 @pytest.mark.parametrize("state", [VmState.STOPPED, VmState.ERROR])
 def test_a_vm_that_is_not_recorded_as_running_is_not_alive(real: Liveness, state: VmState) -> None:
-    real.record(a_running_vm(), pid=os.getpid(), network_pid=0)
+    real.record(a_running_vm(), pid=os.getpid(), network_pids=())
     assert real.vm_alive(a_running_vm(VmState.CREATING))
     assert not real.vm_alive(a_running_vm(state))
 
@@ -97,7 +97,7 @@ def test_a_pid_that_is_used_again_is_not_alive(
     real: Liveness, paths: Paths, wrong: dict[str, object]
 ) -> None:
     vm = a_running_vm()
-    handles = real.record(vm, pid=os.getpid(), network_pid=0)
+    handles = real.record(vm, pid=os.getpid(), network_pids=())
     real._handles.set("v", msgspec.structs.replace(handles, **wrong))
     assert not real.vm_alive(vm)
 
@@ -106,7 +106,7 @@ async def test_a_process_with_another_command_line_is_neither_alive_nor_signalle
     real: Liveness, ourselves: Ourselves
 ) -> None:
     vm = a_running_vm()
-    real.record(vm, pid=os.getpid(), network_pid=os.getpid())
+    real.record(vm, pid=os.getpid(), network_pids=(os.getpid(),))
     ourselves.is_it = False
     assert not real.vm_alive(vm)
     assert await real.wait_exit(vm, 5)
@@ -116,7 +116,7 @@ async def test_a_process_with_another_command_line_is_neither_alive_nor_signalle
 
 def test_looking_leaves_no_descriptor_open(real: Liveness, ourselves: Ourselves) -> None:
     vm = a_running_vm()
-    real.record(vm, pid=os.getpid(), network_pid=0)
+    real.record(vm, pid=os.getpid(), network_pids=())
     before = descriptors()
     real.vm_alive(vm)
     ourselves.is_it = False
@@ -149,7 +149,7 @@ def started(liveness: Liveness, processes: Processes, hypervisor: Hypervisor) ->
     vm = a_running_vm()
     pid = processes.start("machine", SOCKET)
     hypervisor.pids[Path(SOCKET)] = pid
-    liveness.record(vm, pid=pid, network_pid=processes.start("network", "v"))
+    liveness.record(vm, pid=pid, network_pids=(processes.start("network", "v"),))
     return vm
 
 
@@ -157,7 +157,7 @@ async def test_ending_asks_the_hypervisor_and_kills_no_one_who_goes(
     liveness: Liveness, processes: Processes, hypervisor: Hypervisor
 ) -> None:
     vm = started(liveness, processes, hypervisor)
-    network_pid = liveness._handles.get("v").network_pid
+    network_pid = liveness._handles.get("v").network[0].pid
     before = descriptors()
     processes.on_end[liveness.pid(vm)] = lambda: processes.end(network_pid)
     await liveness.end(vm)
@@ -175,7 +175,7 @@ async def test_a_hypervisor_that_does_not_quit_is_killed_and_so_is_a_network_tha
     handles = liveness._handles.get("v")
     await asyncio.wait_for(liveness.end(vm), 10)
     await asyncio.wait_for(liveness.end_network(vm), 10)
-    assert processes.killed == [handles.pid, handles.network_pid]
+    assert processes.killed == [handles.pid, handles.network[0].pid]
     assert processes.argv == {}
 
 
@@ -194,7 +194,7 @@ async def test_a_network_pid_that_is_used_again_is_left_alone(
     liveness: Liveness, processes: Processes, hypervisor: Hypervisor
 ) -> None:
     vm = started(liveness, processes, hypervisor)
-    network_pid = liveness._handles.get("v").network_pid
+    network_pid = liveness._handles.get("v").network[0].pid
     processes.argv[network_pid] = ("network", "of another vm")
     await liveness.end(vm)
     assert processes.alive(network_pid)
@@ -252,21 +252,28 @@ def test_a_machine_is_found_again_by_its_control_socket(
     liveness: Liveness, processes: Processes, hypervisor: Hypervisor, paths: Paths
 ) -> None:
     vm = a_running_vm()
-    liveness._handles.set("v", Handles(pid=5, pid_start_ticks=6, boot_id="old", network_pid=8))
+    liveness._handles.set(
+        "v",
+        Handles(
+            pid=5, pid_start_ticks=6, boot_id="old", network=(ProcessId(pid=8, start_ticks=9),)
+        ),
+    )
     other = processes.start("machine", "/another.sock")
     pid = processes.start("machine", SOCKET)
     assert liveness.rediscover(vm, liveness.machines(procfs.own_processes()))
     assert liveness.vm_alive(vm)
     assert liveness.pid(vm) == pid != other
     assert HandleCache(paths).load("v").pid == pid
-    assert liveness._handles.get("v").network_pid == 8  # what else was recorded is kept
+    assert liveness._handles.get("v").network[0].pid == 8  # what else was recorded is kept
 
 
 def test_of_a_machine_that_is_gone_the_recorded_handles_are_kept(
     liveness: Liveness, processes: Processes
 ) -> None:
     vm = a_running_vm()
-    recorded = Handles(pid=5, pid_start_ticks=6, boot_id="old", network_pid=8)
+    recorded = Handles(
+        pid=5, pid_start_ticks=6, boot_id="old", network=(ProcessId(pid=8, start_ticks=9),)
+    )
     liveness._handles.set("v", recorded)
     assert not liveness.rediscover(vm, liveness.machines(procfs.own_processes()))
     assert liveness._handles.get("v") == recorded

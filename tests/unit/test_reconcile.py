@@ -9,7 +9,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from banger.base.model import VmState
+from banger.base.model import ProcessId, VmState
 from records import a_vm
 from world import World, made_world
 
@@ -66,9 +66,9 @@ async def test_a_network_helper_that_outlived_its_machine_is_ended(world: World)
     await world.close()
     world.processes.on_end.clear()
     world.processes.end(handles.pid)
-    assert world.processes.alive(handles.network_pid)
+    assert world.processes.alive(handles.network[0].pid)
     await next_daemon(world)
-    assert world.processes.killed == [handles.network_pid]
+    assert world.processes.killed == [handles.network[0].pid]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"pid":-1}', b'{"pid":1e30}', None])
@@ -152,7 +152,11 @@ async def test_after_a_reboot_of_the_host_nothing_runs_whoever_has_the_pids_now(
     file.write_bytes(
         msgspec.json.encode(
             msgspec.structs.replace(
-                handles, boot_id="another", pid=other, pid_start_ticks=1, network_pid=other
+                handles,
+                boot_id="another",
+                pid=other,
+                pid_start_ticks=1,
+                network=(ProcessId(pid=other, start_ticks=1),),
             )
         )
     )

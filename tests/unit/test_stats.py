@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from banger.base import procfs
 from banger.base.errors import BadRequest, NotFound, UnknownMethod
-from banger.base.model import Handles, Vm, VmState
+from banger.base.model import Handles, ProcessId, Vm, VmState
 from banger.base.paths import Paths
 from banger.base.procfs import ProcessUsage
 from banger.base.usage import GuestDisk, GuestUsage, HostUsage, ListedVm, Sample, VmStats
@@ -175,7 +175,7 @@ async def test_the_process_of_the_network_counts(fleet: Fleet) -> None:
     await fleet.add("box")
     fleet.busy[77] = 1.5
     handles = fleet.handles.get("id-box")
-    handles = msgspec.structs.replace(handles, network_pid=77, network_pid_start_ticks=154)
+    handles = msgspec.structs.replace(handles, network=(ProcessId(pid=77, start_ticks=154),))
     fleet.handles.set("id-box", handles)
     host = (await fleet.sample()).host
     assert host.memory_bytes == 10 << 20

@@ -67,7 +67,7 @@ async def test_a_vm_that_was_made_runs_and_has_its_identity(world: World) -> Non
     assert Path(vm.runtime.work_disk).read_text().endswith(" 99")
     handles = world.handles.get(vm.id)
     assert world.processes.alive(handles.pid)
-    assert world.processes.alive(handles.network_pid)
+    assert all(world.processes.alive(each.pid) for each in handles.network)
 
 
 async def test_what_the_request_does_not_say_is_the_configurations(world: World) -> None:
@@ -80,7 +80,7 @@ async def test_what_the_request_does_not_say_is_the_configurations(world: World)
 async def test_a_vm_without_a_network_has_none(world: World) -> None:
     vm = await world.create(network=NetworkMode.NONE)
     assert vm.runtime.guest_ip == ""
-    assert world.handles.get(vm.id).network_pid == 0
+    assert world.handles.get(vm.id).network == ()
     assert [argv[0] for argv in world.processes.argv.values()] == ["machine"]
 
 

@@ -129,6 +129,13 @@ class Vm(Record, frozen=True):
 Pid = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 
 
+class ProcessId(Record, frozen=True):
+    """A process of one boot: its pid, and when it started (field 22 of ``/proc/PID/stat``)."""
+
+    pid: Pid
+    start_ticks: int
+
+
 class Handles(Record, frozen=True):
     """What is true of the running process. In memory and in the VM's ``handles.json`` only."""
 
@@ -136,8 +143,8 @@ class Handles(Record, frozen=True):
     #: Field 22 of ``/proc/PID/stat``: with the pid it names one process of this boot.
     pid_start_ticks: int = 0
     boot_id: str = ""
-    network_pid: Pid = 0
-    network_pid_start_ticks: int = 0
+    #: Those that serve its network.
+    network: tuple[ProcessId, ...] = ()
 
 
 class Image(Record, frozen=True):

@@ -62,12 +62,12 @@ class NetworkAttachment:
     """A network ready for a machine: what the guest sets, and what the host side made for it.
 
     ``fd`` is a connected stream socket for the hypervisor to inherit (the driver that launches
-    closes our copy), or -1. ``pid`` is the process that serves it, or 0.
+    closes our copy), or -1. ``pids`` are the processes that serve it.
     """
 
     guest: GuestNetwork
     fd: int = -1
-    pid: int = 0
+    pids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -190,5 +190,5 @@ class Network(Protocol):
         ...
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
-        """Whether a process with this command line is the helper that `attach` started."""
+        """Whether a process with this command line is one of those that `attach` started."""
         ...

@@ -12,7 +12,7 @@ import msgspec
 from banger.base import procfs
 from banger.base.errors import BangerError, Internal
 from banger.base.log import get_logger
-from banger.base.model import Handles, Vm, VmState
+from banger.base.model import Handles, ProcessId, Vm, VmState
 from banger.drivers.base import Hypervisor, Network
 from banger.services.handles import HandleCache
 
@@ -48,14 +48,15 @@ class Liveness:
         """The recorded pid of the VM's machine, 0 when there is none."""
         return self._handles.get(vm.id).pid
 
-    def record(self, vm: Vm, *, pid: int, network_pid: int) -> Handles:
+    def record(self, vm: Vm, *, pid: int, network_pids: Iterable[int]) -> Handles:
         """Remember the processes of a VM that was just launched."""
         handles = Handles(
             pid=pid,
             pid_start_ticks=procfs.start_ticks(pid),
             boot_id=self._boot_id,
-            network_pid=network_pid,
-            network_pid_start_ticks=procfs.start_ticks(network_pid) if network_pid else 0,
+            network=tuple(
+                ProcessId(pid=each, start_ticks=procfs.start_ticks(each)) for each in network_pids
+            ),
         )
         self._handles.set(vm.id, handles)
         return handles
@@ -133,17 +134,16 @@ class Liveness:
                 os.close(pidfd)
 
     async def end_network(self, vm: Vm) -> None:
-        """End the process that served the network of a machine that has ended. Idempotent."""
-        network_pid = self._handles.get(vm.id).network_pid
-        if not network_pid:
-            return
-        # It ends by itself when the machine does; only one that hangs is killed.
-        pidfd = procfs.open_pidfd(network_pid, lambda argv: self._network.owns(argv, vm.id))
-        if pidfd >= 0:
-            try:
-                await procfs.wait_exit(pidfd, 1.0) or await procfs.kill(pidfd)
-            finally:
-                os.close(pidfd)
+        """End the processes that served the network of a machine that has ended. Idempotent."""
+        for process in self._handles.get(vm.id).network:
+            # They end by themselves when the machine does; only one that hangs is killed.
+            # (passt 2023-03 can spin for ever over a connection whose peer has closed.)
+            pidfd = procfs.open_pidfd(process.pid, lambda argv: self._network.owns(argv, vm.id))
+            if pidfd >= 0:
+                try:
+                    await procfs.wait_exit(pidfd, 1.0) or await procfs.kill(pidfd)
+                finally:
+                    os.close(pidfd)
 
     async def _end_machine(self, vm: Vm, pidfd: int) -> None:
         try:

@@ -246,15 +246,13 @@ class StatsService:
         machine = procfs.usage(handles.pid, handles.pid_start_ticks)
         if machine is None:
             return None
-        network = procfs.usage(handles.network_pid, handles.network_pid_start_ticks)
-        cpu_s, memory_bytes = machine.cpu_s, machine.resident_bytes
-        if network is not None:
-            cpu_s, memory_bytes = cpu_s + network.cpu_s, memory_bytes + network.resident_bytes
+        network = (procfs.usage(each.pid, each.start_ticks) for each in handles.network)
+        processes = [machine, *filter(None, network)]
         disks = (vm.runtime.system_overlay, vm.runtime.work_disk)
         return _HostReading(
             moment_s=time.monotonic(),
-            cpu_s=cpu_s,
-            memory_bytes=memory_bytes,
+            cpu_s=sum(each.cpu_s for each in processes),
+            memory_bytes=sum(each.resident_bytes for each in processes),
             disk_bytes=sum(self._storage.allocated_bytes(Path(disk)) for disk in disks if disk),
         )
 

@@ -146,8 +146,8 @@ class VmStarter:
                 self._machine(start, initramfs), start.network
             )
             undo.push_async_callback(self._liveness.end, vm)
-            network_pid = start.network.pid if start.network is not None else 0
-            self._liveness.record(vm, pid=pid, network_pid=network_pid)
+            network_pids = start.network.pids if start.network is not None else ()
+            self._liveness.record(vm, pid=pid, network_pids=network_pids)
             undo.pop_all()
 
     def _machine(self, start: Start, initramfs: Path) -> Machine:
