@@ -20,7 +20,15 @@ from hypothesis import strategies as st
 
 from banger import __version__
 from banger.base.errors import BangerError, Conflict, ErrorCode, NotFound, Unavailable, from_wire
-from banger.base.model import ErrorInfo, Operation, OperationState, Vm, VmState, now
+from banger.base.model import (
+    ErrorInfo,
+    Operation,
+    OperationState,
+    PublishedPort,
+    Vm,
+    VmState,
+    now,
+)
 from banger.cli import app, progress
 from banger.cli.app import AfterDashes, complete_image, complete_vm, guest_command
 from banger.cli.main import cli, run
@@ -451,6 +459,30 @@ def test_json_is_the_whole_record(daemon: Daemon, capfd: Captured) -> None:
     daemon.answers["vm.list"] = lambda _: [vm]
     run(["ps", "--json"])
     assert msgspec.json.decode(capfd.readouterr().out, type=list[Vm]) == [vm]
+
+
+def test_a_record_is_shown_in_words_and_an_error_with_its_lines(
+    daemon: Daemon, capfd: Captured
+) -> None:
+    vm = a_vm("box", state=VmState.ERROR, last_error="no answer\nits console:\n[1.0] panic\x1b")
+    ports = (PublishedPort(host="127.0.0.1", host_port=8080, guest_port=80),)
+    spec = msgspec.structs.replace(vm.spec, ephemeral=True, published_ports=ports)
+    daemon.answers["vm.show"] = lambda _: msgspec.structs.replace(vm, spec=spec)
+    assert run(["vm", "show", "box"]) == 0
+    rows = [line.split(maxsplit=1) for line in capfd.readouterr().out.splitlines()]
+    assert ["ephemeral", "yes"] in rows
+    assert ["published_ports", "127.0.0.1:8080:80"] in rows
+    assert ["started_at"] not in [row[:1] for row in rows]
+    at = rows.index(["last_error", "no answer"])
+    assert rows[at + 1 : at + 3] == [["its", "console:"], ["[1.0]", "panic?"]]
+
+
+def test_a_list_tells_the_size_of_a_disk_as_people_say_it(daemon: Daemon, capfd: Captured) -> None:
+    vm = running("box")
+    spec = msgspec.structs.replace(vm.spec, disk_size_mib=8192)
+    daemon.answers["vm.list"] = lambda _: [msgspec.structs.replace(vm, spec=spec)]
+    run(["ps"])
+    assert capfd.readouterr().out.split()[-1] == "8.0G"
 
 
 def test_an_empty_listing_is_a_heading_and_an_empty_list(daemon: Daemon, capfd: Captured) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import click
 import msgspec
 
-from banger.base.model import Vm, VmState
+from banger.base.model import Record, Vm, VmState
 from banger.base.units import format_age
 from banger.base.usage import ListedVm
 from banger.cli import figures
@@ -70,7 +72,7 @@ def list_vms(*, as_json: bool) -> None:
                 figures.cpu(each.usage),
                 figures.memory(each.usage),
                 str(each.spec.vcpu_count),
-                f"{each.spec.disk_size_mib}M",
+                figures.size(each.spec.disk_size_mib << 20),
             )
             for each in vms
         ],
@@ -92,11 +94,21 @@ def show(*, vm_ref: str, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    record = msgspec.to_builtins(found)
-    flat = {
-        **{key: value for key, value in record.items() if not isinstance(value, dict)},
-        **record["spec"],
-        **record["runtime"],
-    }
-    rows = [(key, str(value)) for key, value in flat.items() if value not in ("", None)]
-    print_table(("FIELD", "VALUE"), rows)
+    print_table(("FIELD", "VALUE"), list(_fields(found)))
+
+
+def _fields(vm: Vm) -> Iterator[tuple[str, str]]:
+    """What has a value, of the record, its spec and its runtime; a field may have several lines."""
+    for record in (vm, vm.spec, vm.runtime):
+        for key, value in msgspec.structs.asdict(record).items():
+            if not isinstance(value, Record):
+                for number, line in enumerate(_text(value).splitlines()):
+                    yield ("" if number else key), line
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value))
+    return "" if value is None else str(msgspec.to_builtins(value))
