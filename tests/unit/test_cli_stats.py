@@ -384,9 +384,9 @@ def test_the_list_has_what_was_seen_last(daemon: Daemon, capfd: Captured) -> Non
     lines = [words(line) for line in capfd.readouterr().out.splitlines()]
     assert lines == [
         "NAME STATE IMAGE ADDRESS UP CPU MEMORY VCPU DISK",
-        "a running debian-bookworm - 0s 125% 300M/1.0G 2 1024M",
-        "b running debian-bookworm - 0s 125% - 2 1024M",
-        "c running debian-bookworm - 0s - - 2 1024M",
+        "a running debian-bookworm - 0s 125% 300M/1.0G 2 1.0G",
+        "b running debian-bookworm - 0s 125% - 2 1.0G",
+        "c running debian-bookworm - 0s - - 2 1.0G",
     ]
     run(["vm", "list", "--json"])
     listed = json.loads(capfd.readouterr().out)
