@@ -260,6 +260,24 @@ def test_what_follows_the_first_dashes_is_the_guests_untouched(
     assert command == tuple(after)
 
 
+def test_a_command_without_dashes_is_told_where_it_belongs(capfd: Captured) -> None:
+    for words in (["vm", "exec", "box", "ls"], ["run", "ls"]):
+        assert run(words) == 2
+        assert 'unexpected "ls": a command comes after --' in capfd.readouterr().err
+    run(["vm", "exec", "--help"])
+    assert "NAME -- CMD..." in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("verb", ["stats", "ports"])
+def test_an_empty_name_is_not_all_machines(daemon: Daemon, capfd: Captured, verb: str) -> None:
+    assert run(["vm", verb, ""]) == 1
+    assert capfd.readouterr().err == "error: vm id or name is required\n"
+    assert daemon.calls == []
+    daemon.answers[f"vm.{verb}"] = lambda _: []
+    assert run(["vm", verb]) == 0
+    assert daemon.calls[0][1]["vm"] == ""
+
+
 def test_options_after_the_dashes_are_not_ours() -> None:
     options, command = parsed(["x", "--", "--flag", "--", "--help"])
     assert not options["flag"]

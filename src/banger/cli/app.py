@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 
 from banger import __version__
-from banger.base.errors import BangerError
+from banger.base.errors import BadRequest, BangerError
 from banger.base.model import check_artifact_name, check_vm_name
 from banger.base.paths import Paths
 from banger.base.units import parse_size_mib
@@ -109,18 +109,43 @@ complete_image = _complete("image.list")
 vm_argument = click.argument("vm_ref", metavar="NAME", shell_complete=complete_vm)
 
 
+def _no_empty_reference(ctx: click.Context, param: click.Parameter, value: Any) -> Any:  # noqa: ARG001
+    if value == "":  # an unset variable of a script: it did not mean all of them
+        raise BadRequest("vm id or name is required")
+    return value or ""
+
+
+#: For commands that are about all machines where none is named: then it is empty.
+optional_vm_argument = click.argument(
+    "vm_ref",
+    metavar="[NAME]",
+    required=False,
+    callback=_no_empty_reference,
+    shell_complete=complete_vm,
+)
+
+
 class AfterDashes(click.Command):
     """A command whose words after ``--`` are a guest's command, kept apart from its own."""
+
+    def __init__(self, *args: Any, needs_command: bool = False, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._needs_command = needs_command
+        self.allow_extra_args = True  # to say more of them than click does
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if "--" in args:
             cut = args.index("--")
             ctx.meta["guest_command"] = tuple(args[cut + 1 :])
             args = args[:cut]
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        if rest and not ctx.resilient_parsing:
+            raise click.UsageError(f'unexpected "{rest[0]}": a command comes after --', ctx=ctx)
+        return rest
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        return [*super().collect_usage_pieces(ctx), "[-- CMD...]"]
+        command = "-- CMD..." if self._needs_command else "[-- CMD...]"
+        return [*super().collect_usage_pieces(ctx), command]
 
 
 def guest_command() -> tuple[str, ...] | None:

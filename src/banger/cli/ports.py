@@ -14,7 +14,14 @@ from banger.base.ports import (
     parse_host_port,
     parse_port,
 )
-from banger.cli.app import Checked, complete_vm, connect, json_option, note, vm_argument
+from banger.cli.app import (
+    Checked,
+    connect,
+    json_option,
+    note,
+    optional_vm_argument,
+    vm_argument,
+)
 from banger.cli.render import print_json, print_table
 
 PORT = Checked("port", parse_port)
@@ -94,7 +101,7 @@ def unpublish(*, vm_ref: str, port: tuple[str, int], as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("vm_ref", metavar="[NAME]", default="", shell_complete=complete_vm)
+@optional_vm_argument
 @json_option
 def ports(*, vm_ref: str, as_json: bool) -> None:
     """What listens in machines, and how to reach it from this host.

@@ -137,7 +137,7 @@ def _check_tty(tty: bool) -> None:
         raise click.UsageError("-t needs a terminal on stdin")
 
 
-@click.command("exec", cls=AfterDashes)
+@click.command("exec", cls=AfterDashes, needs_command=True)
 @vm_argument
 @click.option("-w", "--workdir", default="", help="Directory to run in (default: /root).")
 @click.option("-u", "--user", default="", help="User to run as (default: root).")

@@ -20,7 +20,7 @@ import msgspec
 from banger.base.errors import BadRequest
 from banger.base.units import parse_duration_s
 from banger.base.usage import VmStats
-from banger.cli.app import Checked, complete_vm, connect, json_option
+from banger.cli.app import Checked, connect, json_option, optional_vm_argument
 from banger.cli.figures import print_fitting
 from banger.cli.render import print_json, printable
 from banger.cli.stats_columns import COLUMNS, headings_and_rows
@@ -57,7 +57,7 @@ def _interval(text: str) -> float:
 
 
 @click.command()
-@click.argument("vm_ref", metavar="[NAME]", default="", shell_complete=complete_vm)
+@optional_vm_argument
 @click.option("-w", "--watch", is_flag=True, help="Go on until Ctrl-C.")
 @click.option(
     "--interval",
