@@ -64,7 +64,15 @@ async def test_references_that_name_nothing_or_too_much_have_these_very_texts(
     with pytest.raises(Ambiguous) as ambiguous:
         await world.vms.resolve("box")
     assert ambiguous.value.message == 'multiple VMs match "box"'
-    assert "box-a, box-b" in ambiguous.value.hint
+    assert ambiguous.value.hint == "they are: box-a, box-b"
+
+
+async def test_those_that_match_by_their_ids_are_told_with_them(world: World) -> None:
+    await world.store.insert_vm(a_vm("4you", vm_id="1"))
+    await world.store.insert_vm(a_vm("box", vm_id="42"))
+    with pytest.raises(Ambiguous) as ambiguous:
+        await world.vms.resolve("4")
+    assert ambiguous.value.hint == "they are: 4you, box (42)"
 
 
 class Records:

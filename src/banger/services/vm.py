@@ -73,7 +73,10 @@ class VmService:
                 return vm
         matches = [vm for vm in vms if vm.id.startswith(reference) or vm.name.startswith(reference)]
         if len(matches) > 1:
-            names = ", ".join(vm.name for vm in matches)
+            names = ", ".join(
+                vm.name if vm.name.startswith(reference) else f"{vm.name} ({vm.id})"
+                for vm in matches
+            )
             raise Ambiguous(f'multiple VMs match "{reference}"', hint=f"they are: {names}")
         if not matches:
             raise NotFound(f'vm "{reference}" not found', hint="see: banger vm list")
