@@ -378,7 +378,7 @@ async def test_a_name_that_is_taken_stays_taken(world: World) -> None:
     ("change", "message"),
     [
         ({"vcpu_count": 0}, "0 vCPUs are not possible"),
-        ({"memory_mib": 1}, "1 MiB of memory are not possible"),
+        ({"memory_mib": 1}, "1 MiB of memory is not possible"),
         ({"disk_size_mib": 1}, "cannot shrink from 8192 MiB to 1 MiB"),
         ({"name": "Bad"}, "is not a valid VM name"),
     ],

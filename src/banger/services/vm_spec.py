@@ -91,7 +91,7 @@ def check_spec(spec: VmSpec) -> VmSpec:
         raise BadRequest(f"{spec.vcpu_count} vCPUs are not possible (1 to {VCPU_MAX})")
     if not _MEMORY_MIN_MIB <= spec.memory_mib <= SIZE_MAX_MIB:
         raise BadRequest(
-            f"{spec.memory_mib} MiB of memory are not possible",
+            f"{spec.memory_mib} MiB of memory is not possible",
             hint=f"give at least {_MEMORY_MIN_MIB}M",
         )
     if not 1 <= spec.disk_size_mib <= SIZE_MAX_MIB:
