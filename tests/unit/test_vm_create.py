@@ -4,6 +4,7 @@ kept to be looked into."""
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -45,6 +46,17 @@ def failure(operation: Operation) -> BangerError:
     with pytest.raises(BangerError) as caught:
         raise_failure(operation)
     return caught.value
+
+
+async def test_a_work_disk_smaller_than_the_images_seed_is_refused(world: World) -> None:
+    """It would be as large as the seed, whatever the record says."""
+    os.truncate((await world.images.get("base")).work_seed_path, (99 << 20) + 1)
+    operation = await create(world, CreateRequest(image="base", disk_size_mib=99))
+    assert "work disk: 99 MiB is less than the 100 MiB" in failure(operation).message
+    assert "at least 100M" in failure(operation).hint
+    assert await world.vms.all() == []
+    operation = await create(world, CreateRequest(image="base", disk_size_mib=100))
+    assert operation.state is OperationState.COMPLETED
 
 
 async def test_a_vm_that_was_made_runs_and_has_its_identity(world: World) -> None:

@@ -16,6 +16,8 @@ from banger.services.capabilities import Capability, Start
 from banger.services.image import ImageService
 from banger.services.preflight import check_artifacts, check_free_disk
 
+_MIB = 1 << 20
+
 
 class SystemDisk(Capability):
     """The copy-on-write layer over the image."""
@@ -61,7 +63,10 @@ class WorkDisk(Capability):
         self._images = images
 
     async def add_start_prereqs(self, start: Start) -> list[Check]:
-        return _check_there(start.vm, "work disk", start.vm.runtime.work_disk)
+        return [
+            *_check_there(start.vm, "work disk", start.vm.runtime.work_disk),
+            *await asyncio.to_thread(_check_holds_seed, start),
+        ]
 
     async def create(self, start: Start) -> None:
         size_mib = start.vm.spec.disk_size_mib
@@ -81,6 +86,18 @@ class WorkDisk(Capability):
         # A smaller size comes only when a change is taken back: the disk keeps what it has.
         if after.spec.disk_size_mib > before.spec.disk_size_mib:
             await self._storage.grow(Path(after.runtime.work_disk), after.spec.disk_size_mib)
+
+
+def _check_holds_seed(start: Start) -> list[Check]:
+    """A new work disk is no smaller than what it begins as, or its record would be wrong."""
+    seed, asked_mib = Path(start.image.work_seed_path), start.vm.spec.disk_size_mib
+    if start.vm.runtime.state is not VmState.CREATING or not seed.is_file():
+        return []
+    least_mib = -(-seed.stat().st_size // _MIB)
+    if asked_mib >= least_mib:
+        return []
+    detail = f"{asked_mib} MiB is less than the {least_mib} MiB that image {start.image.name} needs"
+    return [Check("work disk", Level.FAIL, detail, f"give it at least {least_mib}M")]
 
 
 def _check_there(vm: Vm, name: str, path: str) -> list[Check]:
