@@ -615,6 +615,33 @@ def test_json_is_indented_and_whole(capfd: Captured) -> None:
     assert '\n  "name"' in out
 
 
+# Asking
+
+
+@pytest.mark.parametrize(
+    ("typed", "status", "said"),
+    [("y\n", 0, "1 machine deleted, 1 MiB of disk\n"), ("n\n", 1, "nothing was deleted\n")],
+)
+def test_a_prune_deletes_what_it_has_shown_once_the_user_agrees(
+    daemon: Daemon,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Captured,
+    typed: str,
+    status: int,
+    said: str,
+) -> None:
+    daemon.answers["vm.prune"] = lambda _: [{"vm": a_vm("old"), "size_bytes": 1 << 20}]
+    primary, secondary = os.openpty()
+    with open(secondary) as terminal, open(primary, "wb", buffering=0) as keyboard:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        keyboard.write(typed.encode())
+        assert run(["vm", "prune"]) == status
+    assert capfd.readouterr().err.endswith(said)
+    asked, *done = [params for method, params in daemon.calls if method == "vm.prune"]
+    assert asked["dry_run"]
+    assert [params["only"] for params in done] == ([[a_vm("old").id]] if status == 0 else [])
+
+
 # Progress
 
 

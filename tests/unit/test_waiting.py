@@ -168,6 +168,16 @@ async def test_only_what_does_not_run_is_pruned_and_a_dry_run_prunes_nothing(
     assert await pruned(world) == []
 
 
+async def test_only_those_that_somebody_agreed_to_are_pruned(world: World) -> None:
+    """Another may have stopped while the question stood there."""
+    shown = await world.create("shown", start=False)
+    await world.create("later", start=False)
+    with OperationLog("vm.prune") as log:
+        gone = await world.prune.run(0, log, dry_run=False, only={shown.id, "no-such"})
+    assert [each.vm.name for each in gone] == ["shown"]
+    assert [vm.name for vm in await world.vms.all()] == ["later"]
+
+
 async def test_what_was_used_of_late_is_not_pruned(world: World) -> None:
     for name in ("old", "new", "never"):
         await world.create(name)

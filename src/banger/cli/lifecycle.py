@@ -226,11 +226,14 @@ def health(*, vm_ref: str, as_json: bool) -> int:
 @json_option
 def prune(*, unused_for: float, dry_run: bool, force: bool, quiet: bool, as_json: bool) -> int:
     """Delete all machines that do not run, and their disks, for good."""
-    params = {"unused_for_s": unused_for}
+    params: dict[str, Any] = {"unused_for_s": unused_for}
     with connect() as client:
         if not dry_run and not force:
             candidates = client.call("vm.prune", params | {"dry_run": True}, list[PrunedVm])
-            _confirm([each.vm.name for each in candidates])
+            if not _confirmed([each.vm.name for each in candidates]):
+                note("nothing was deleted")
+                return 1
+            params["only"] = [each.vm.id for each in candidates]
         pruned = watched_call(
             client,
             "vm.prune",
@@ -242,14 +245,14 @@ def prune(*, unused_for: float, dry_run: bool, force: bool, quiet: bool, as_json
     return _report_pruned(pruned, dry_run=dry_run, as_json=as_json)
 
 
-def _confirm(names: Sequence[str]) -> None:
+def _confirmed(names: Sequence[str]) -> bool:
     """Ask on the terminal; without one, --force must have said it."""
     if not names:
-        return
+        return True
     if not sys.stdin.isatty():
         raise click.UsageError("there is no terminal to ask on: add --force, or --dry-run to look")
     note(f"to be deleted with their disks: {', '.join(names)}")
-    click.confirm("go on?", abort=True, err=True)
+    return click.confirm("go on?", err=True)
 
 
 def _report_pruned(pruned: list[PrunedVm], *, dry_run: bool, as_json: bool) -> int:
@@ -264,7 +267,8 @@ def _report_pruned(pruned: list[PrunedVm], *, dry_run: bool, as_json: bool) -> i
         if (info := each.error) is not None:
             print_error(BangerError(info.message, hint=info.hint, op_id=info.op_id))
     total = format_size(sum(each.size_bytes for each in gone))
-    note(f"{len(gone)} {'would be' if dry_run else 'were'} deleted, {total} of disk")
+    machines = f"{len(gone)} machine{'' if len(gone) == 1 else 's'}"
+    note(f"{machines} {'would go' if dry_run else 'deleted'}, {total} of disk")
     return 0 if len(gone) == len(pruned) else 1
 
 

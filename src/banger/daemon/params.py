@@ -50,6 +50,8 @@ class WaitVm(Params, frozen=True):
 class PruneVms(Params, frozen=True):
     #: Only VMs that nobody has used for so long.
     unused_for_s: Annotated[float, Meta(ge=0)] = 0
+    #: Ids of those that somebody was shown and agreed to; None: whichever there are.
+    only: frozenset[str] | None = None
     dry_run: bool = False
 
 

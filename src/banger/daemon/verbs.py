@@ -168,7 +168,9 @@ class Verbs:
             connection,
             "vm.prune",
             "",
-            lambda progress: self._prune.run(params.unused_for_s, progress, dry_run=params.dry_run),
+            lambda progress: self._prune.run(
+                params.unused_for_s, progress, dry_run=params.dry_run, only=params.only
+            ),
         )
 
     async def _check(self, params: VmReference, connection: Connection) -> None:

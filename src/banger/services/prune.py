@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Container
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,12 +31,26 @@ class Prune:
         self._lifecycle = lifecycle
         self._storage = storage
 
-    async def run(self, unused_for_s: float, stages: Stages, *, dry_run: bool) -> list[Pruned]:
+    async def run(
+        self,
+        unused_for_s: float,
+        stages: Stages,
+        *,
+        dry_run: bool,
+        only: Container[str] | None = None,
+    ) -> list[Pruned]:
         """Delete every VM that is stopped or failed and that nobody used for `unused_for_s`.
+
+        With `only`, those of them that have these ids: what has stopped since somebody looked at
+        them and agreed is none of them.
 
         One that cannot be deleted, or that somebody has used meanwhile, stays, with the reason.
         """
-        candidates = [vm for vm in await self._vms.all() if _may_go(vm, unused_for_s)]
+        candidates = [
+            vm
+            for vm in await self._vms.all()
+            if _may_go(vm, unused_for_s) and (only is None or vm.id in only)
+        ]
         return [await self._one(vm, unused_for_s, stages, dry_run=dry_run) for vm in candidates]
 
     async def _one(self, vm: Vm, unused_for_s: float, stages: Stages, *, dry_run: bool) -> Pruned:
