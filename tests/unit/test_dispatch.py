@@ -247,6 +247,33 @@ async def test_a_command_in_a_vm_that_does_not_run_is_refused(daemon: Daemon) ->
         await daemon.call("vm.exec", {"vm": "box", "command": COMMAND})
 
 
+async def test_a_command_whose_machine_is_stopped_is_told_that_it_has_ended(daemon: Daemon) -> None:
+    await daemon.world.create("box")
+    daemon.world.agent.stdout[requests.Exec.KIND] = b"hello"
+    daemon.world.agent.exits[requests.Exec.KIND] = None
+    began = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def work(client: Client) -> Exit:
+        client.call("vm.exec", {"vm": "box", "command": COMMAND}, Any)
+        session = client.session()
+        arrived = session.pending()
+        while True:
+            for kind, payload in arrived:
+                if kind is FrameType.EXIT:
+                    return decode_exit(payload)
+                loop.call_soon_threadsafe(began.set)
+            arrived = session.receive()
+
+    running = asyncio.create_task(daemon.use(work))
+    await asyncio.wait_for(began.wait(), _TIMEOUT_S)
+    await daemon.world.stop("box")
+    error = (await running).error
+    assert error is not None
+    assert error.message == 'vm "box" has ended, and with it what ran in it'
+    assert error.hint == "why: banger vm show box"
+
+
 @pytest.mark.parametrize("env", ["NOEQUALS", "=x", ""])
 async def test_an_environment_that_is_none_is_refused(daemon: Daemon, env: str) -> None:
     await daemon.world.create("box")

@@ -14,7 +14,15 @@ from typing import Any
 
 import msgspec
 
-from banger.base.errors import BadRequest, BangerError, ErrorCode, Internal, NotFound, from_wire
+from banger.base.errors import (
+    BadRequest,
+    BangerError,
+    ErrorCode,
+    Internal,
+    NotFound,
+    Unavailable,
+    from_wire,
+)
 from banger.base.log import OperationLog, vm_attributes
 from banger.base.model import OperationState, Vm
 from banger.daemon.params import Command, Console, CopyIn, CopyOut, Exec, FileKind, GuestPath, Run
@@ -58,19 +66,19 @@ class Sessions:
         vm = await self._vms.running(params.vm)
         async with self._session("vm.exec", vm):
             stream = await self._vms.open_stream(vm, _exec_request(params.command))
-            await _serve(connection, stream, vm)
+            await self._serve(connection, stream, vm)
 
     async def _copy_out(self, params: CopyOut, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
         async with self._session("vm.copy_out", vm):
             request = requests.Pack(params.path, name=params.name or None)
-            await _serve(connection, await self._vms.open_stream(vm, request), vm)
+            await self._serve(connection, await self._vms.open_stream(vm, request), vm)
 
     async def _copy_in(self, params: CopyIn, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
         async with self._session("vm.copy_in", vm):
             request = requests.Unpack(params.directory, name=params.name or None)
-            await _serve(connection, await self._vms.open_stream(vm, request), vm)
+            await self._serve(connection, await self._vms.open_stream(vm, request), vm)
 
     async def _stat(self, params: GuestPath, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
@@ -92,6 +100,22 @@ class Sessions:
         await connection.switch({"path": vm.runtime.log_path})
         await follow_file(connection, Path(vm.runtime.log_path), follow=params.follow)
         await connection.send_exit(Exit(exit_code=0))
+
+    async def _serve(self, connection: Connection, stream: AgentStream, vm: Vm) -> None:
+        await connection.switch({"vm": vm})
+        await connection.send_exit(await self._relay(connection, stream, vm))
+
+    async def _relay(self, connection: Connection, stream: AgentStream, vm: Vm) -> Exit:
+        """`relay`; of an agent that is lost it tells when the whole machine has ended."""
+        try:
+            return await relay(connection, stream)
+        except Unavailable as error:
+            if await self._vms.runs_on(vm):
+                raise
+            raise Unavailable(
+                f'vm "{vm.name}" has ended, and with it what ran in it',
+                hint=f"why: banger vm show {vm.name}",
+            ) from error
 
     @asynccontextmanager
     async def _session(self, operation: str, vm: Vm) -> AsyncIterator[None]:
@@ -170,7 +194,7 @@ class Sessions:
         try:
             stream = await self._vms.open_stream(vm, _exec_request(command))
             await connection.switch({"vm": vm})
-            return await relay(connection, stream), False
+            return await self._relay(connection, stream, vm), False
         except BangerError as error:
             lost = error.code in (ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE)
             return Exit(error=error_info(error)), lost
@@ -204,11 +228,6 @@ async def _tell(creation: Progress, connection: Connection) -> None:
     async for state in creation.changes():
         if not state.done:
             await connection.event(state)
-
-
-async def _serve(connection: Connection, stream: AgentStream, vm: Vm) -> None:
-    await connection.switch({"vm": vm})
-    await connection.send_exit(await relay(connection, stream))
 
 
 def _exec_request(command: Command) -> requests.Exec:
