@@ -108,6 +108,21 @@ async def test_a_machine_boots_answers_and_quits(
 
 
 @pytest.mark.guest
+async def test_a_machine_that_hangs_is_told_of_with_the_time_that_it_had(
+    machine: Machine, hypervisor: QemuHypervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("banger.drivers.hypervisor.qemu._QMP_TIMEOUT_S", 0.5)
+    pid = await hypervisor.launch(machine, None)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        with pytest.raises(Unavailable, match=r"control\.sock within 0\.5 s$"):
+            await hypervisor.status(machine.control_socket)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+    await exit_of(pid)
+
+
+@pytest.mark.guest
 async def test_the_console_log_keeps_what_was_said_before_a_restart(
     machine: Machine, hypervisor: QemuHypervisor
 ) -> None:

@@ -178,7 +178,11 @@ async def _qmp(control_socket: Path) -> AsyncIterator[QMPClient]:
         async with asyncio.timeout(_QMP_TIMEOUT_S):
             await client.connect(str(control_socket))
             yield client
-    except (QMPError, OSError, TimeoutError) as error:
+    except TimeoutError as error:  # says nothing itself
+        raise Unavailable(
+            f"QEMU does not answer at {control_socket} within {_QMP_TIMEOUT_S:g} s"
+        ) from error
+    except (QMPError, OSError) as error:
         raise Unavailable(f"QEMU does not answer at {control_socket}: {error}") from error
     finally:
         await _disconnect(client)
