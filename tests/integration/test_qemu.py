@@ -102,7 +102,8 @@ async def test_a_machine_boots_answers_and_quits(
     finally:
         await hypervisor.quit(machine.control_socket)
     await exit_of(pid)
-    await exit_of(network.pid)
+    for each in network.pids:
+        await exit_of(each)
     with pytest.raises(Unavailable, match="does not answer"):
         await hypervisor.quit(machine.control_socket)
 
@@ -141,7 +142,8 @@ async def test_kill_9_of_a_machine_leaves_no_network_process_and_no_zombie(
     pid = await hypervisor.launch(machine, network)
     os.kill(pid, signal.SIGKILL)
     await exit_of(pid)
-    await exit_of(network.pid)
+    for each in network.pids:
+        await exit_of(each)
 
 
 @pytest.mark.guest
@@ -157,7 +159,8 @@ async def test_a_machine_that_cannot_start_says_why_and_where_to_look(
     assert "nowhere" in caught.value.message
     assert "older" not in caught.value.message
     assert caught.value.message.endswith(f"; inspect {machine.hypervisor_log}")
-    await exit_of(network.pid)
+    for each in network.pids:
+        await exit_of(each)
 
 
 @pytest.mark.guest
