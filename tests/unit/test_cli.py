@@ -31,6 +31,7 @@ from banger.base.model import (
 )
 from banger.cli import app, progress
 from banger.cli.app import AfterDashes, complete_image, complete_vm, guest_command
+from banger.cli.copy import complete_side
 from banger.cli.main import cli, run
 from banger.cli.progress import ProgressView
 from banger.cli.render import print_json, print_table, printable
@@ -553,6 +554,18 @@ def test_completion_offers_live_names(daemon: Daemon) -> None:
     assert completed(complete_vm, "") == ["box", "old"]
     assert completed(complete_vm, "bo") == ["box"]
     assert completed(complete_image, "x") == []
+
+
+def test_a_side_of_a_copy_is_a_machine_or_a_file_of_the_host(daemon: Daemon) -> None:
+    lists(daemon)
+
+    def offered(incomplete: str) -> list[tuple[str, str]]:
+        items = complete_side(click.Context(cli), click.Argument(["side"]), incomplete)
+        return [(item.type, item.value) for item in items]
+
+    assert offered("bo") == [("plain", "box")]
+    assert offered("./d") == [("file", "./d")]
+    assert offered("") == [("file", "")]
 
 
 def test_completion_is_silent_without_a_daemon_or_with_a_broken_one(

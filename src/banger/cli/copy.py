@@ -23,6 +23,7 @@ from typing import IO, NoReturn
 
 import click
 import msgspec
+from click.shell_completion import CompletionItem
 
 from banger.base.errors import Conflict, NotFound, Unavailable, from_wire
 from banger.base.model import Vm
@@ -277,9 +278,17 @@ class _Opened(msgspec.Struct):
     vm: Vm
 
 
+def complete_side(
+    ctx: click.Context, param: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Machines, or else what the shell knows: files of this host."""
+    names = complete_vm(ctx, param, incomplete) if incomplete else []
+    return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+
+
 @click.command()
-@click.argument("source", metavar="SRC", shell_complete=complete_vm)
-@click.argument("destination", metavar="DST", shell_complete=complete_vm)
+@click.argument("source", metavar="SRC", shell_complete=complete_side)
+@click.argument("destination", metavar="DST", shell_complete=complete_side)
 def cp(*, source: str, destination: str) -> None:
     """Copy files and folders: either side may be NAME:PATH, or - for a tar stream."""
     copy(source, destination)
