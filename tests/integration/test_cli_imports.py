@@ -36,8 +36,11 @@ NOT_IN_THE_CLI = {
     "banger.store",
 }
 
-#: `vm cp` runs tar; it is imported when it is called.
-ALLOWED = {"banger.cli.copy": {"asyncio", "subprocess", "banger.base.proc"}}
+#: Both are imported when they are called: `vm cp` runs tar, `vm stats --watch` draws.
+ALLOWED = {
+    "banger.cli.copy": {"asyncio", "subprocess", "banger.base.proc"},
+    "banger.cli.dashboard": {"rich"},
+}
 
 
 def imported_by(module: str) -> set[str]:
