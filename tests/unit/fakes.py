@@ -257,13 +257,13 @@ class Hypervisor:
             os.close(network.fd)
         try:
             await self.gate.passed()
+            await self.agent.listen(machine.agent_socket)
         except BaseException:
             for helper in helpers:  # as a real one: its end of the network is closed
                 self.processes.end(helper)
             raise
         self.machines.append(machine)
         machine.console_log.write_bytes(self.console)
-        await self.agent.listen(machine.agent_socket)
         pid = self.processes.start("machine", str(machine.control_socket))
         self.pids[machine.control_socket] = pid
 

@@ -222,6 +222,7 @@ def test_the_log_file_is_private_and_appended_to(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.usefixtures("log_file")
 def test_a_full_disk_loses_records_and_stops_nothing() -> None:
     with open_log(Path("/dev/full")) as file:
         configure(file, "info")
