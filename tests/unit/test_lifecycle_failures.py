@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, Conflict, Internal, PreconditionFailed
 from banger.base.model import Vm, VmState
 from banger.guest import requests
@@ -133,3 +135,52 @@ async def test_a_change_that_cannot_be_taken_back_tells_why_it_failed(
     with pytest.raises(BangerError, match="no"):
         await world.change("box", name="crate")
     assert {vm.name for vm in await world.store.vms()} == {"box", "crate"}
+
+
+async def test_a_kill_that_is_cancelled_keeps_the_lock_until_its_clean_up_is_done(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that came between would lose its sockets and its handles to that clean-up."""
+    vm = await world.create()
+    began, goes_on = asyncio.Event(), asyncio.Event()
+    real = world.publishing.cleanup
+
+    async def slow(vm: Vm) -> None:
+        began.set()
+        await goes_on.wait()
+        await real(vm)
+
+    monkeypatch.setattr(world.publishing, "cleanup", slow)
+    killing = asyncio.create_task(world.kill("box"))
+    async with asyncio.timeout(10):
+        await began.wait()
+        for _ in range(2):
+            killing.cancel()
+            await asyncio.sleep(0.01)
+            assert world.vms.locks.held(vm.id)
+        goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await killing
+        await world.vms.close()
+    (after,) = await world.store.vms()
+    assert after.runtime.state is VmState.STOPPED
+    assert not world.vms.locks.held(vm.id)
+
+
+async def test_a_clean_up_that_fails_while_its_caller_is_cancelled_is_logged(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    goes_on = asyncio.Event()
+
+    async def fail() -> None:
+        await goes_on.wait()
+        raise Conflict("no")
+
+    caller = asyncio.create_task(to_its_end(fail()))
+    await asyncio.sleep(0)
+    caller.cancel()
+    await asyncio.sleep(0)
+    goes_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await caller
+    assert "clean-up failed" in capsys.readouterr().out

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 
+from banger.base.cancellation import to_its_end
 from banger.base.errors import (
     BadRequest,
     BangerError,
@@ -149,7 +150,7 @@ class Sessions:
                     keep, exit_ = True, _kept(exit_, vm)
             finally:
                 if not keep:
-                    await asyncio.shield(self._end_session(vm))
+                    await to_its_end(self._end_session(vm))
         if connection.switched:
             await connection.send_exit(exit_)
         elif exit_.error is not None:
@@ -168,7 +169,7 @@ class Sessions:
                 raise ConnectionError("the client is gone")
         except (ConnectionError, asyncio.CancelledError):
             if ephemeral:
-                await asyncio.shield(self._abandon(creation))
+                await to_its_end(self._abandon(creation))
             raise
         finally:
             for task in (telling, leaving):

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Callable
 from pathlib import Path
 
+from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, Conflict, NotFound
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import InitMode, Vm, VmState
@@ -98,14 +99,14 @@ class Lifecycle:
             start.vm = await self._vms.mark_starting(vm)
             return await self._starter.run(start, stages, boot_timeout_s=boot_timeout_s)
         except GuestLost as error:
-            await asyncio.shield(self._vms.mark_failed(vm, error))
+            await to_its_end(self._vms.mark_failed(vm, error))
             raise
         except asyncio.CancelledError:
-            await asyncio.shield(self._end_broken_off(vm, "its start was cancelled"))
+            await to_its_end(self._end_broken_off(vm, "its start was cancelled"))
             raise
         except Exception as error:
             reason = f"it could not start: {error}"
-            await asyncio.shield(self._end_broken_off(vm, reason))
+            await to_its_end(self._end_broken_off(vm, reason))
             raise
 
     async def stop(
@@ -139,7 +140,7 @@ class Lifecycle:
             stages.stage("cleanup")
             return await self._vms.mark_ended(vm, reason)
         except BaseException:
-            await asyncio.shield(self._still_there(vm))
+            await to_its_end(self._still_there(vm))
             raise
 
     async def _still_there(self, vm: Vm) -> None:
@@ -188,7 +189,7 @@ class Lifecycle:
             if vm.runtime.state not in (VmState.RUNNING, VmState.STARTING):
                 return vm
             stages.stage("cleanup")
-            return await asyncio.shield(self._vms.mark_ended(vm, "killed"))
+            return await to_its_end(self._vms.mark_ended(vm, "killed"))
 
     async def _end_now(self, vm: Vm, stages: Stages, reason: str) -> None:
         """End the machine without the lock. It stays watched: should this operation go no further,
@@ -231,7 +232,7 @@ class Lifecycle:
             try:
                 await self._vms.remove(vm, stages)
             except asyncio.CancelledError:
-                await asyncio.shield(self._end_broken_off(vm, "its deletion was cancelled"))
+                await to_its_end(self._end_broken_off(vm, "its deletion was cancelled"))
                 raise
             return vm
 
@@ -259,7 +260,7 @@ class Lifecycle:
                 await self._capabilities.apply_config_changes(before, after)
             except BaseException:
                 # Cancelled while it was saved, too: the transaction is done all the same.
-                await asyncio.shield(self._take_back(before))
+                await to_its_end(self._take_back(before))
                 raise
             return after
 

@@ -11,6 +11,7 @@ import secrets
 
 import msgspec
 
+from banger.base.cancellation import to_its_end
 from banger.base.config import Config
 from banger.base.errors import BangerError, Conflict, Internal
 from banger.base.log import OperationLog, vm_attributes
@@ -84,11 +85,11 @@ class VmCreator:
             try:
                 vm = await self._make(start, request, progress)
             except GuestLost as error:
-                vm = await asyncio.shield(self._vms.mark_failed(vm, error))
+                vm = await to_its_end(self._vms.mark_failed(vm, error))
                 progress.result(vm=vm)
                 raise
             except BaseException:
-                await asyncio.shield(self._discard(vm))
+                await to_its_end(self._discard(vm))
                 raise
             progress.result(vm=vm)
             return vm
@@ -157,6 +158,6 @@ class VmCreator:
             await self._store.insert_vm(vm)
         except asyncio.CancelledError:
             # The transaction is done all the same; nobody else knows this id.
-            await asyncio.shield(self._store.delete_vm(vm.id))
+            await to_its_end(self._store.delete_vm(vm.id))
             raise
         return vm
