@@ -263,7 +263,8 @@ class Hypervisor:
                 self.processes.end(helper)
             raise
         self.machines.append(machine)
-        machine.console_log.write_bytes(self.console)
+        with machine.console_log.open("ab") as console:
+            console.write(self.console)
         pid = self.processes.start("machine", str(machine.control_socket))
         self.pids[machine.control_socket] = pid
 

@@ -148,10 +148,18 @@ async def test_a_start_that_fails_leaves_a_stopped_vm_with_the_reason(
 async def test_a_guest_that_does_not_come_up_is_kept_and_can_be_started_again(
     world: World,
 ) -> None:
+    world.hypervisor.console = b"reboot: Power down\n"
     await stopped(world)
+    await world.start("box")
+    await world.stop("box")
+    world.hypervisor.console = b"no clock here\n"
     world.agent.exits[requests.Setup.KIND] = b"\x02\0\0\0\x0dno clock"
-    with pytest.raises(BangerError, match='the guest of vm "box" did not come up: no clock'):
+    with pytest.raises(
+        BangerError, match='the guest of vm "box" did not come up: no clock'
+    ) as caught:
         await world.start("box")
+    assert "no clock here" in caught.value.message
+    assert "Power down" not in caught.value.message  # of the machine's earlier runs
     assert (await recorded(world)).runtime.state is VmState.ERROR
     await assert_settled(world)
     del world.agent.exits[requests.Setup.KIND]

@@ -348,10 +348,21 @@ def test_the_tail_of_a_console_is_its_last_lines_without_control_characters(
     tmp_path: Path, content: bytes, tail: str
 ) -> None:
     (tmp_path / "console.log").write_bytes(content)
-    assert console_tail(tmp_path / "console.log") == tail
+    assert console_tail(tmp_path / "console.log", 0) == tail
+
+
+@pytest.mark.parametrize(
+    ("begin", "tail"), [(0, "old\nnew"), (4, "new"), (7, ""), (99, "old\nnew")]
+)
+def test_the_tail_of_a_console_begins_with_this_start(
+    tmp_path: Path, begin: int, tail: str
+) -> None:
+    """And with the log when that was cut meanwhile."""
+    (tmp_path / "console.log").write_bytes(b"old\nnew")
+    assert console_tail(tmp_path / "console.log", begin) == tail
 
 
 def test_a_console_of_one_endless_line_has_a_short_tail(tmp_path: Path) -> None:
     (tmp_path / "console.log").write_bytes(b"x" * (1 << 20))
-    assert len(console_tail(tmp_path / "console.log")) <= 8192
-    assert console_tail(tmp_path / "none") == ""
+    assert len(console_tail(tmp_path / "console.log", 0)) <= 8192
+    assert console_tail(tmp_path / "none", 0) == ""

@@ -8,6 +8,7 @@ lock. What fails before the guest runs leaves no process; a guest that does not 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import time
 from collections import deque
@@ -53,10 +54,14 @@ class Drivers:
 
 
 class GuestLost(BangerError):
-    """A guest that was started and did not come up; the VM is kept."""
+    """A guest that was started and did not come up; the VM is kept.
 
-    def __init__(self, error: BangerError, vm: Vm) -> None:
-        tail = console_tail(Path(vm.runtime.log_path))
+    `console_from` is where in the console log this start begins: the end of an earlier one
+    would tell of a power-off that is none of this one's.
+    """
+
+    def __init__(self, error: BangerError, vm: Vm, console_from: int) -> None:
+        tail = console_tail(Path(vm.runtime.log_path), console_from)
         message = f'the guest of vm "{vm.name}" did not come up: {error.message}'
         if tail:
             message += f"\nthe end of its console:\n{tail}\n"
@@ -118,6 +123,7 @@ class VmStarter:
         stages.stage("prepare")
         vm = start.vm
         prepare_private_dir(self._paths.vm(vm.id).runtime)
+        console_from = _size(Path(vm.runtime.log_path))
         await self._launch(start, stages)
         stages.stage("boot", "waiting for the guest")
         try:
@@ -125,7 +131,7 @@ class VmStarter:
             stages.stage("setup")
             await self._while_it_runs(vm, self._set_up(start), _SETUP_TIMEOUT_S)
         except BangerError as error:
-            raise GuestLost(error, vm) from error
+            raise GuestLost(error, vm, console_from) from error
         await self._capabilities.post_start(vm)
         address = start.network.guest.address.partition("/")[0] if start.network else ""
         runtime = msgspec.structs.replace(vm.runtime, guest_ip=address)
@@ -213,12 +219,21 @@ def _kernel_parameters(init: InitMode) -> tuple[str, ...]:
     return mode, "systemd.getty_auto=no"
 
 
-def console_tail(log: Path) -> str:
-    """The last lines of a console log, as text that is safe to print."""
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def console_tail(log: Path, begin: int) -> str:
+    """The last lines of a console log from `begin` on, as text that is safe to print."""
     try:
         with log.open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - _CONSOLE_TAIL_BYTES))
+            size = file.seek(0, os.SEEK_END)
+            if begin > size:  # it was cut meanwhile
+                begin = 0
+            file.seek(max(begin, size - _CONSOLE_TAIL_BYTES))
             text = file.read().decode(errors="replace")
     except OSError:
         return ""
