@@ -504,6 +504,18 @@ def test_a_list_tells_the_size_of_a_disk_as_people_say_it(daemon: Daemon, capfd:
     assert capfd.readouterr().out.split()[-1] == "8.0G"
 
 
+def test_operations_stay_on_a_line_each_on_a_narrow_terminal(
+    daemon: Daemon, capfd: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon.answers["operations.list"] = lambda _: [an_operation("boot", target="a-long-name" * 2)]
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "50")
+    assert run(["operations", "list"]) == 0
+    headings, row = click.unstyle(capfd.readouterr().out).splitlines()
+    assert headings.split() == ["KIND", "TARGET", "STATE"]
+    assert row.split() == ["vm.create", "a-long-name" * 2, "running"]
+
+
 def test_an_empty_listing_is_a_heading_and_an_empty_list(daemon: Daemon, capfd: Captured) -> None:
     daemon.answers["vm.list"] = lambda _: []
     run(["ps"])

@@ -17,6 +17,7 @@ from banger.base.paths import Paths
 from banger.base.units import format_age
 from banger.cli.app import connect, json_option, note
 from banger.cli.checks import CheckLine, print_checks
+from banger.cli.figures import print_fitting
 from banger.cli.render import print_json, print_table, seconds_since
 
 _STOP_TIMEOUT_S = 60.0
@@ -147,7 +148,7 @@ def list_operations(*, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    print_table(
+    print_fitting(
         ("ID", "KIND", "TARGET", "STATE", "STAGE", "AGE"),
         [
             (
@@ -160,6 +161,7 @@ def list_operations(*, as_json: bool) -> None:
             )
             for each in found
         ],
+        ranks=(3, 0, 1, 2, 5, 4),
     )
 
 
