@@ -146,7 +146,7 @@ def test_a_guest_that_never_answers_is_kept_with_its_last_words(
                         "--boot-timeout", "2", "--", "true", status=125)  # fmt: skip
     assert 'the guest of vm "mute" did not come up: no answer within 2 s' in said
     assert "the end of its console:\nlast words?[31m\n" in said
-    assert "hint: the VM is kept: banger vm logs mute, then banger vm delete mute" in said
+    assert "hint: the VM is kept: banger vm logs mute, then banger vm start or delete it" in said
     assert banger.state("mute") == "error"
     assert home.machines() == []
     assert "last words" in banger.ok("vm", "logs", "mute")
