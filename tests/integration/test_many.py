@@ -67,7 +67,9 @@ def test_a_vm_is_found_by_an_unambiguous_prefix_and_exact_wins(banger: Banger) -
 def test_lists_as_a_table_and_as_json(banger: Banger, three: tuple[str, ...]) -> None:
     assert [each["name"] for each in banger.json("ps")] == list(three)
     table = banger.ok("vm", "list").splitlines()
-    assert table[0].split() == ["NAME", "STATE", "IMAGE", "VCPU", "MEMORY", "DISK", "ADDRESS", "UP"]
+    assert table[0].split() == (
+        ["NAME", "STATE", "IMAGE", "ADDRESS", "UP", "CPU", "MEMORY", "VCPU", "DISK"]
+    )
     assert [line.split()[0] for line in table[1:]] == list(three)
     assert all(line.split()[1:3] == ["running", IMAGE] for line in table[1:])
     assert all("172.16.0.2" in line for line in table[1:])
