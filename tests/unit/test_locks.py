@@ -108,6 +108,17 @@ async def test_a_lock_given_back_is_held_no_more_and_a_task_holds_for_itself_alo
         pass
 
 
+async def test_an_outer_lock_may_be_given_back_first() -> None:
+    outer, inner, innermost = Locks(Rank.IMAGE), Locks(Rank.VM), Locks(Rank.CHANNEL)
+    async with AsyncExitStack() as stack:
+        async with outer.hold("a"):
+            await stack.enter_async_context(inner.hold("a"))
+        async with innermost.hold("a"):
+            pass
+        with pytest.raises(LockOrderError):
+            await stack.enter_async_context(Locks(Rank.VM).hold("b"))
+
+
 async def test_a_lock_is_given_back_after_a_failure() -> None:
     locks = Locks(Rank.VM)
     try:

@@ -110,6 +110,51 @@ def test_any_reference_names_one_vm_or_is_an_error_that_fits(
         assert exact or matching == {found.id}
 
 
+@pytest.mark.parametrize(
+    ("recorded", "shown"),
+    [(VmState.CREATING, VmState.ERROR), (VmState.STARTING, VmState.STOPPED)],
+)
+async def test_work_that_failed_with_no_room_to_record_it_is_not_shown_as_going_on(
+    world: World, recorded: VmState, shown: VmState
+) -> None:
+    """A record says that work goes on as long as somebody works: who does has the lock."""
+    vm = a_vm("box", state=recorded)
+    await world.store.insert_vm(vm)
+    async with world.vms.locks.hold(vm.id):
+        assert (await world.vms.show("box")).runtime.state is recorded
+    for found in (await world.vms.show("box"), *await world.vms.all()):
+        assert found.runtime.state is shown
+        assert found.runtime.last_error
+
+
+async def test_a_record_that_work_has_overtaken_is_read_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.create()
+    old = [a_vm("box", vm_id=vm.id, state=VmState.CREATING) for vm in await world.store.vms()]
+
+    async def vms() -> list[Vm]:
+        return old
+
+    monkeypatch.setattr(world.store, "vms", vms)
+    assert (await world.vms.show("box")).runtime.state is VmState.RUNNING
+
+
+async def test_no_record_in_creation_is_ever_without_its_lock(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    insert = world.store.insert_vm
+    held: list[bool] = []
+
+    async def watched(vm: Vm) -> None:
+        held.append(world.vms.locks.held(vm.id))
+        await insert(vm)
+
+    monkeypatch.setattr(world.store, "insert_vm", watched)
+    await world.create()
+    assert held == [True]
+
+
 async def test_a_stopped_vm_was_powered_off_and_keeps_its_files(world: World) -> None:
     vm = await world.create()
     stopped = await world.stop("box")

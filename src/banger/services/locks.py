@@ -66,7 +66,7 @@ class Locks:
                 try:
                     yield
                 finally:
-                    mine.pop()
+                    mine.remove(self._rank)  # not always the innermost: the outer may go first
         finally:
             self._users[key] -= 1
             if not self._users[key]:

@@ -105,15 +105,28 @@ class VmService:
 
     async def all(self) -> list[Vm]:
         """Every VM, by name, its state as it is now. Takes no lock."""
-        return [self._refresh(vm) for vm in await self._store.vms()]
+        return [await self._refresh(vm) for vm in await self._store.vms()]
 
     async def show(self, reference: str) -> Vm:
-        return self._refresh(await self.resolve(reference))
+        return await self._refresh(await self.resolve(reference))
 
-    def _refresh(self, vm: Vm) -> Vm:
+    async def _refresh(self, vm: Vm) -> Vm:
+        """The VM as it is now, where the record is late or could not be written."""
+        if self._cut_short(vm):
+            # Read again: the operation may have ended, and another begun, since the record was.
+            vm = await self._store.get_vm(vm.id) or vm
+            if self._cut_short(vm) and vm.runtime.state is VmState.CREATING:
+                return _entered(vm, VmState.ERROR, "it was not created to its end")
+            if self._cut_short(vm):
+                return _entered(vm, VmState.STOPPED, "its start failed")
         if vm.runtime.state is VmState.RUNNING and not self._liveness.vm_alive(vm):
-            return _stopped(vm, "its process has ended")
+            return _entered(vm, VmState.STOPPED, "its process has ended")
         return vm
+
+    def _cut_short(self, vm: Vm) -> bool:
+        """Whether work on it has failed when there was no room to record even that."""
+        at_work = vm.runtime.state in (VmState.CREATING, VmState.STARTING)
+        return at_work and not self.locks.held(vm.id)
 
     async def running(self, reference: str) -> Vm:
         """The VM, which runs; NotRunning otherwise."""
@@ -241,8 +254,7 @@ class VmService:
     async def save(self, vm: Vm, *, state: VmState | None = None, last_error: str = "") -> Vm:
         """Replace the record; with `state` the VM enters it. The record as it is then."""
         if state is not None:
-            runtime = msgspec.structs.replace(vm.runtime, state=state, last_error=last_error)
-            vm = msgspec.structs.replace(vm, runtime=runtime)
+            vm = _entered(vm, state, last_error)
         vm = msgspec.structs.replace(vm, updated_at=now())
         await self._store.update_vm(vm)
         self._ring()
@@ -325,6 +337,6 @@ class VmService:
         await asyncio.gather(*self._ending, return_exceptions=True)
 
 
-def _stopped(vm: Vm, reason: str) -> Vm:
-    runtime = msgspec.structs.replace(vm.runtime, state=VmState.STOPPED, last_error=reason)
+def _entered(vm: Vm, state: VmState, reason: str) -> Vm:
+    runtime = msgspec.structs.replace(vm.runtime, state=state, last_error=reason)
     return msgspec.structs.replace(vm, runtime=runtime)

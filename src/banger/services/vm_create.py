@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from contextlib import AsyncExitStack
 
 import msgspec
 
@@ -68,31 +69,38 @@ class VmCreator:
         image = await self._images.ensure(
             request.image or self._config.default_image_name, progress
         )
-        async with self._images.locks.hold(image.id):
-            image = await self._images.get(image.name)
-            if spec.init is InitMode.AUTO:
-                spec = msgspec.structs.replace(spec, init=image.init)
-            kernel = await self._kernels.get(image.kernel_id)
-            progress.stage("preflight")
-            spec = await self._numbered(spec)
-            start = await self._starter.preflight(
-                self._record(request.name, spec, image), image, kernel
-            )
-            vm = start.vm = await self._insert(start.vm)
-        progress.describe(**vm_attributes(vm))
-        async with self._vms.locks.hold(vm.id):
+        async with AsyncExitStack() as held:
+            async with self._images.locks.hold(image.id):
+                image = await self._images.get(image.name)
+                if spec.init is InitMode.AUTO:
+                    spec = msgspec.structs.replace(spec, init=image.init)
+                kernel = await self._kernels.get(image.kernel_id)
+                progress.stage("preflight")
+                spec = await self._numbered(spec)
+                start = await self._starter.preflight(
+                    self._record(request.name, spec, image), image, kernel
+                )
+                # Before anybody sees the record: in creation and without a holder, it has failed.
+                await held.enter_async_context(self._vms.locks.hold(start.vm.id))
+                start.vm = await self._insert(start.vm)
+            progress.describe(**vm_attributes(start.vm))
+            return await self._bring_up(start, request, progress)
+
+    async def _bring_up(self, start: Start, request: CreateRequest, progress: Progress) -> Vm:
+        """What follows when there is a record, and its lock is held."""
+        vm = start.vm
+        progress.result(vm=vm)
+        try:
+            vm = await self._make(start, request, progress)
+        except GuestLost as error:
+            vm = await to_its_end(self._vms.mark_failed(vm, error))
             progress.result(vm=vm)
-            try:
-                vm = await self._make(start, request, progress)
-            except GuestLost as error:
-                vm = await to_its_end(self._vms.mark_failed(vm, error))
-                progress.result(vm=vm)
-                raise
-            except BaseException:
-                await to_its_end(self._discard(vm))
-                raise
-            progress.result(vm=vm)
-            return vm
+            raise
+        except BaseException:
+            await to_its_end(self._discard(vm))
+            raise
+        progress.result(vm=vm)
+        return vm
 
     async def _make(self, start: Start, request: CreateRequest, progress: Progress) -> Vm:
         progress.stage("disks")
