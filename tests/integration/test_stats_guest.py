@@ -89,11 +89,16 @@ def test_memory_that_is_taken_is_seen_from_both_sides(banger: Banger, small: str
         small, "mkdir -p /t; mount -t tmpfs -o size=200m t /t; head -c 120M /dev/zero >/t/x"
     )
     during = latest(banger, small)
-    banger.guest(small, "umount /t")
-    after = latest(banger, small)
-    used = [each["guest"]["memory_used_bytes"] for each in (before, during, after)]
+    used = [each["guest"]["memory_used_bytes"] for each in (before, during)]
     assert 100 * _MIB < used[1] - used[0] < 160 * _MIB
-    assert used[2] < used[0] + 40 * _MIB
+    banger.guest(small, "umount /t")
+
+    def given_back() -> bool:
+        # The kernel frees what was unmounted in its own time.
+        now = latest(banger, small)["guest"]["memory_used_bytes"]
+        return bool(now < used[0] + 40 * _MIB)
+
+    until(given_back, "the guest has its memory back", timeout_s=30)
     assert during["guest"]["memory_total_bytes"] == pytest.approx(512 * _MIB, rel=0.15)
     assert during["host"]["memory_bytes"] - before["host"]["memory_bytes"] > 80 * _MIB
 

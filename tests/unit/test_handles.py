@@ -103,10 +103,10 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
     cache = HandleCache(paths)
     cache.set("v", HANDLES)
 
-    def full(_: int) -> None:
+    def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "rename", full)
     with pytest.raises(OSError, match="No space"):
         cache.set("v", Handles(pid=1))
     assert HandleCache(paths).load("v") == HANDLES

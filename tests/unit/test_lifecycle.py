@@ -323,6 +323,32 @@ async def test_a_kill_ends_a_start_whose_guest_does_not_come_up(world: World) ->
     await assert_settled(world)
 
 
+async def test_a_kill_before_there_is_a_machine_ends_the_start_and_no_later_one(
+    world: World,
+) -> None:
+    await stopped(world)
+    going = asyncio.Event()
+
+    async def held(self: object = None) -> None:
+        await going.wait()
+
+    world.network.gate.passed = held  # type: ignore[method-assign]
+    starting = asyncio.create_task(world.start("box"))
+    while (await recorded(world)).runtime.state is not VmState.STARTING:
+        await asyncio.sleep(0.001)
+    killing = asyncio.create_task(world.kill("box"))
+    await asyncio.sleep(0.01)
+    going.set()
+    async with asyncio.timeout(10):
+        assert (await killing).runtime.state is VmState.STOPPED
+        with pytest.raises(BangerError, match='vm "box" does not start: killed'):
+            await starting
+    assert len(world.hypervisor.machines) == 1  # the one of before
+    await assert_settled(world)
+    await world.start("box")
+    await assert_settled(world)
+
+
 async def test_a_machine_that_cannot_be_killed_stays_watched(world: World) -> None:
     vm = await world.create()
     world.hypervisor.can_quit = False
@@ -350,13 +376,19 @@ async def test_nothing_is_done_to_a_vm_that_is_being_created(world: World, verb:
 async def test_a_changed_vm_has_its_new_shape_at_its_next_start(world: World) -> None:
     await stopped(world)
     changed = await world.change(
-        "box", vcpu_count=3, memory_mib=333, disk_size_mib=10000, network=NetworkMode.NONE
+        "box",
+        vcpu_count=3,
+        memory_mib=333,
+        disk_size_mib=10000,
+        network=NetworkMode.NONE,
+        init=InitMode.SYSTEMD,
     )
     assert await recorded(world) == changed
     assert Path(changed.runtime.work_disk).read_text().endswith(" 10000")
     await world.start("box")
     machine = world.hypervisor.machines[-1]
     assert (machine.vcpu_count, machine.memory_mib) == (3, 333)
+    assert "banger.init=systemd" in machine.kernel_parameters
     assert [argv[0] for argv in world.processes.argv.values()] == ["machine"]
 
 
@@ -389,6 +421,7 @@ async def test_a_name_that_is_taken_stays_taken(world: World) -> None:
         ({"memory_mib": 1}, "1 MiB of memory is not possible"),
         ({"disk_size_mib": 1}, "cannot shrink from 8192 MiB to 1 MiB"),
         ({"name": "Bad"}, "is not a valid VM name"),
+        ({"init": InitMode.AUTO}, "auto is for new machines"),
     ],
 )
 async def test_what_is_not_possible_is_refused(

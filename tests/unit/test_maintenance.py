@@ -63,7 +63,7 @@ async def test_a_vm_that_is_used_while_its_lock_is_waited_for_runs_on(world: Wor
     """As by a restart, which takes a while: what was decided before it holds no more."""
     vm = await world.create()
     await unused(world, vm, 100)
-    async with world.vms.locked(vm.id):
+    async with world.vms.locked(vm):
         round_ = asyncio.create_task(maintenance(world, 3600).once())
         async with asyncio.timeout(10):
             while world.vms.locks._users[vm.id] < 2:

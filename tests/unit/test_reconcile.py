@@ -139,6 +139,24 @@ async def test_a_vm_that_was_being_started_is_stopped_with_the_reason(world: Wor
     await following.assert_nothing_left()
 
 
+@pytest.mark.parametrize("state", [VmState.STOPPED, VmState.ERROR])
+async def test_a_machine_of_a_vm_that_does_not_run_is_ended_and_its_record_stays(
+    world: World, state: VmState
+) -> None:
+    """A clean-up that failed, or an older database that somebody has put back."""
+    vm = await world.create()
+    handles = world.handles.get(vm.id)
+    await world.vms.save(vm, state=state, last_error="as it was")
+    world.handles.set(vm.id, handles)
+    following = await next_daemon(world)
+    (kept,) = await following.store.vms()
+    assert (kept.runtime.state, kept.runtime.last_error) == (state, "as it was")
+    assert world.processes.argv == {}
+    await following.start("box")
+    await following.delete("box", force=True)
+    await following.assert_nothing_left()
+
+
 async def test_after_a_reboot_of_the_host_nothing_runs_whoever_has_the_pids_now(
     world: World,
 ) -> None:

@@ -189,8 +189,8 @@ def markdown() -> str:
 after a change, `banger daemon restart`; machines run on. All settings are optional. A key with a
 dot stands in the table of its first part: `[vm_defaults]`, then `memory = "4G"`. Sizes are written
 like `512M` or `8G`, durations like `30s`, `2h30m` or `7d`, 0 for never. An unknown key is an error
-that names the nearest known one. `banger config show` prints what is in force, and where it comes from;
-`BANGER_LOG_LEVEL` in the environment wins over `log_level`.
+that names the nearest known one. `banger config show` prints what is in force, and where it comes
+from; `BANGER_LOG_LEVEL` in the environment wins over `log_level`.
 
 | setting | default | what it says |
 |---|---|---|

@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from banger.base.errors import BangerError
-from banger.base.model import ErrorInfo, NetworkMode, Vm
+from banger.base.model import ErrorInfo, InitMode, NetworkMode, Vm
 from banger.base.units import format_size, parse_duration_s
 from banger.cli.app import (
     VM_NAME,
@@ -149,6 +149,11 @@ def delete(*, vm_refs: tuple[str, ...], force: bool, quiet: bool, as_json: bool)
     type=click.Choice([mode.value for mode in NetworkMode]),
     help="How it reaches the network.",
 )
+@click.option(
+    "--init",
+    type=click.Choice([InitMode.MINIMAL.value, InitMode.SYSTEMD.value]),
+    help="Who is PID 1: banger's own init, or the image's systemd.",
+)
 @quiet_option
 @json_option
 def set_(*, vm_ref: str, quiet: bool, as_json: bool, **options: Any) -> None:
@@ -162,6 +167,7 @@ def set_(*, vm_ref: str, quiet: bool, as_json: bool, **options: Any) -> None:
         "memory_mib": options["memory"],
         "disk_size_mib": options["disk_size"],
         "network": options["network"],
+        "init": options["init"],
     }
     if all(value is None for value in change.values()):
         raise click.UsageError("say what to change: --name, --vcpu, --memory, --disk-size, ...")

@@ -83,7 +83,7 @@ class ProgressView:
     def _show(self) -> None:
         if not self._loud or self._state is None:
             return
-        stage, detail = self._state.stage, printable(self._state.detail)
+        stage, detail = self._state.stage.replace("_", " "), printable(self._state.detail)
         if sys.stderr.isatty():
             self._draw(stage, detail, self._state.percent)
         elif stage != self._shown_stage:

@@ -243,11 +243,14 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
             stale_after_s=config.auto_stop_stale_after,
         )
         try:
-            async with maintenance.running(), stats.polling():
-                yield server
+            async with stats.polling():
+                try:
+                    async with maintenance.running():
+                        yield server
+                finally:
+                    # Together: a session's end may wait for the lock of an operation.
+                    await asyncio.gather(server.stop(), operations.close())
         finally:
-            await server.stop()
-            await operations.close()
             await vms.close()
     finally:
         await publishing.close()

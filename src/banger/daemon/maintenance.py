@@ -81,37 +81,40 @@ class Maintenance:
         ask = nearly_full or self._was_nearly_full or self._round % _ASK_EVERY == 0
         self._was_nearly_full = nearly_full
         self._round += 1
-        if not ask:
-            return
-        for vm in vms:
-            socket = Path(vm.runtime.api_socket)
-            try:
-                if await self._hypervisor.status(socket) is not MachineStatus.DISK_FULL:
-                    continue
-                self._was_nearly_full = True
-                if self._free(_ROOM_BYTES) is Level.OK:
-                    await self._hypervisor.resume(socket)
-                    get_logger().warning("vm runs on: the disk has room", **vm_attributes(vm))
-                else:
-                    get_logger().error("vm held: the disk is full", **vm_attributes(vm))
-            except BangerError as error:
-                get_logger().warning("machine not asked", error=error.message, **vm_attributes(vm))
+        if ask:
+            await asyncio.gather(*(self._resume_if_held(vm) for vm in vms))
+
+    async def _resume_if_held(self, vm: Vm) -> None:
+        socket = Path(vm.runtime.api_socket)
+        try:
+            if await self._hypervisor.status(socket) is not MachineStatus.DISK_FULL:
+                return
+            self._was_nearly_full = True
+            if self._free(_ROOM_BYTES) is Level.OK:
+                await self._hypervisor.resume(socket)
+                get_logger().warning("vm runs on: the disk has room", **vm_attributes(vm))
+            else:
+                get_logger().error("vm held: the disk is full", **vm_attributes(vm))
+        except BangerError as error:
+            get_logger().warning("machine not asked", error=error.message, **vm_attributes(vm))
 
     def _free(self, needed_bytes: int) -> Level:
         return check_free_disk(self._paths.vms_dir, needed_bytes).level
 
     async def _stop_stale(self, vms: list[Vm]) -> None:
-        if not self._stale_after_s:
-            return
+        if self._stale_after_s:
+            await asyncio.gather(*(self._stop_one(vm) for vm in vms if self._is_stale(vm)))
+
+    async def _stop_one(self, vm: Vm) -> None:
+        current_op_id.set(new_op_id())  # each in a task of its own
         reason = f"nobody used it for {format_age(self._stale_after_s)}"
-        for vm in filter(self._is_stale, vms):
-            try:
-                with OperationLog("vm.stop", reason=reason) as log:
-                    await self._lifecycle.stop(vm.id, log, reason=reason, check=self._check_stale)
-            except (NotFound, Conflict):
-                pass  # deleted or used meanwhile
-            except BangerError as error:
-                get_logger().error("stale vm not stopped", error=error.message)
+        try:
+            with OperationLog("vm.stop", reason=reason) as log:
+                await self._lifecycle.stop(vm.id, log, reason=reason, check=self._check_stale)
+        except (NotFound, Conflict):
+            pass  # deleted or used meanwhile
+        except BangerError as error:
+            get_logger().error("stale vm not stopped", error=error.message)
 
     def _is_stale(self, vm: Vm) -> bool:
         unused = now() - (vm.touched_at or vm.created_at)

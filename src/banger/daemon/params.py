@@ -12,6 +12,9 @@ from banger.services.vm_spec import ChangeRequest, CreateRequest
 from banger.services.vm_start import BOOT_TIMEOUT_S
 from banger.services.waiting import Goal
 
+#: No time that anybody waits for is longer.
+_A_CENTURY_S = 100 * 365 * 86400
+
 
 class Params(msgspec.Struct, frozen=True, kw_only=True):
     """Base of all: immutable, by keyword."""
@@ -49,7 +52,7 @@ class WaitVm(Params, frozen=True):
 
 class PruneVms(Params, frozen=True):
     #: Only VMs that nobody has used for so long.
-    unused_for_s: Annotated[float, Meta(ge=0)] = 0
+    unused_for_s: Annotated[float, Meta(ge=0, le=_A_CENTURY_S)] = 0
     #: Ids of those that somebody was shown and agreed to; None: whichever there are.
     only: frozenset[str] | None = None
     dry_run: bool = False

@@ -73,7 +73,10 @@ class Reconciler:
             get_logger().warning("vm was being started", **vm_attributes(vm))
             await self._vms.mark_ended(vm, "bangerd ended while it was being started")
         elif vm.runtime.state is not VmState.RUNNING:
-            return
+            if alive:
+                # Its clean-up failed, or somebody has put an older database back.
+                get_logger().warning("a machine of a vm that does not run", **vm_attributes(vm))
+                await self._vms.end_stray(vm)
         elif alive:
             get_logger().info("vm runs on", pid=self._liveness.pid(vm), **vm_attributes(vm))
             self._vms.watch(vm)

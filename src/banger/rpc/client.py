@@ -187,7 +187,8 @@ class Session:
 def _lost(error: OSError | None) -> Unavailable:
     reason = f": {error.strerror}" if error is not None and error.strerror else ""
     return Unavailable(
-        f"the connection to bangerd was lost{reason}", hint="see: banger daemon logs"
+        f"the connection to bangerd was lost{reason}",
+        hint="machines run on, and the next command starts it again; see: banger daemon logs",
     )
 
 

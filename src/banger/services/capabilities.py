@@ -117,7 +117,7 @@ class Capabilities:
         for each in self._all:
             try:
                 await each.post_start(vm)
-            except (BangerError, OSError) as error:
+            except Exception as error:  # a supervisor's boundary: the others have their turn
                 _logged(each, "resume", vm, error)
 
     async def apply_config_changes(self, before: Vm, after: Vm) -> None:
@@ -141,14 +141,18 @@ class Capabilities:
         for each in reversed(self._all):
             try:
                 await each.cleanup(vm)
-            except (BangerError, OSError) as error:
+            except Exception as error:  # a supervisor's boundary: the others have their turn
                 failures.append(_logged(each, "clean-up", vm, error))
         if failures:
             raise failures[0]
 
 
-def _logged(capability: Capability, what: str, vm: Vm, error: BangerError | OSError) -> BangerError:
+def _logged(capability: Capability, what: str, vm: Vm, error: Exception) -> BangerError:
     get_logger().error(
-        f"{what} failed", capability=capability.name, error=str(error), **vm_attributes(vm)
+        f"{what} failed",
+        capability=capability.name,
+        error=str(error),
+        exc_info=not isinstance(error, BangerError),
+        **vm_attributes(vm),
     )
     return error if isinstance(error, BangerError) else from_unexpected(error)

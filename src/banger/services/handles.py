@@ -26,7 +26,9 @@ class HandleCache:
     def set(self, vm_id: str, handles: Handles) -> None:
         """Remember them, here and in the VM's scratch file."""
         self._cache[vm_id] = handles
-        write_atomically(self._paths.vm(vm_id).handles, msgspec.json.encode(handles))
+        # They say nothing of another boot of the host, so they need not outlive this one.
+        file = self._paths.vm(vm_id).handles
+        write_atomically(file, msgspec.json.encode(handles), durable=False)
 
     def load(self, vm_id: str) -> Handles:
         """Read the scratch file into the cache. A missing or corrupt file is the empty record."""

@@ -64,8 +64,8 @@ class Lifecycle:
         Raises PreconditionFailed with all that is missing; GuestLost when the guest does not come
         up: then it is kept, stopped, with the reason.
         """
-        vm_id = (await self._vms.settled(reference)).id
-        async with self._vms.locked(vm_id, stages) as vm:
+        found = await self._vms.settled(reference)
+        async with self._vms.locked(found, stages) as vm:
             if vm.runtime.state is VmState.RUNNING:
                 if self._liveness.vm_alive(vm):
                     return vm
@@ -80,8 +80,8 @@ class Lifecycle:
 
         It is not stopped when something that its start needs is missing.
         """
-        vm_id = (await self._vms.settled(reference)).id
-        async with self._vms.locked(vm_id, stages) as vm:
+        found = await self._vms.settled(reference)
+        async with self._vms.locked(found, stages) as vm:
             start = await self._preflight(vm, stages)
             if vm.runtime.state is VmState.RUNNING:
                 start.vm = await self._stop(vm, stages, reason="")
@@ -122,8 +122,8 @@ class Lifecycle:
         `reason` goes on the record, when it is not the user's own wish; then `check`, called with
         the record under the lock, may raise: much may have happened since it was looked at.
         """
-        vm_id = (await self._vms.settled(reference)).id
-        async with self._vms.locked(vm_id, stages) as vm:
+        found = await self._vms.settled(reference)
+        async with self._vms.locked(found, stages) as vm:
             if vm.runtime.state not in (VmState.RUNNING, VmState.STARTING):
                 return vm
             if check is not None:
@@ -185,7 +185,7 @@ class Lifecycle:
         """
         vm = await self._vms.resolve(reference)
         await self._end_now(vm, stages, "killed")
-        async with self._vms.locked(vm.id, stages) as vm:
+        async with self._vms.locked(vm, stages) as vm:
             if vm.runtime.state not in (VmState.RUNNING, VmState.STARTING):
                 return vm
             stages.stage("cleanup")
@@ -205,6 +205,9 @@ class Lifecycle:
                 raise
             # Whoever has the lock may be waiting for its agent to answer.
             await self._agents.drop(vm.id)
+        elif vm.runtime.state in (VmState.CREATING, VmState.STARTING):
+            # Its machine is not launched yet: the start that is under way will not go on.
+            self._vms.end_reasons[vm.id] = reason
 
     async def delete(
         self,
@@ -221,7 +224,7 @@ class Lifecycle:
         found = await self._vms.settled(reference, half_made=True)
         if force:
             await self._end_now(found, stages, "its deletion was cancelled")
-        async with self._vms.locked(found.id, stages) as vm:
+        async with self._vms.locked(found, stages) as vm:
             if self._liveness.vm_alive(vm) and not force:
                 raise Conflict(
                     f'vm "{vm.name}" is running',
@@ -244,8 +247,8 @@ class Lifecycle:
         Unless `hot`, the VM must not run. When a capability refuses, all is as it was. The record
         is written first: what a daemon that dies has not done, the next start does.
         """
-        vm_id = (await self._vms.settled(reference)).id
-        async with self._vms.locked(vm_id, stages) as before:
+        found = await self._vms.settled(reference)
+        async with self._vms.locked(found, stages) as before:
             after = changed(before)
             if after == before:
                 return before

@@ -49,10 +49,10 @@ class Liveness:
         return self._handles.get(vm.id).pid
 
     def record(self, vm: Vm, *, pid: int, network_pids: Iterable[int]) -> Handles:
-        """Remember the processes of a VM that was just launched."""
+        """Remember the processes of a VM that is being launched (pid 0: no machine yet)."""
         handles = Handles(
             pid=pid,
-            pid_start_ticks=procfs.start_ticks(pid),
+            pid_start_ticks=procfs.start_ticks(pid) if pid else 0,
             boot_id=self._boot_id,
             network=tuple(
                 ProcessId(pid=each, start_ticks=procfs.start_ticks(each)) for each in network_pids

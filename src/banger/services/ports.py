@@ -137,7 +137,7 @@ class PortService:
         vm = await self._lifecycle.change(
             reference, lambda vm: with_port(vm, port), stages, hot=True
         )
-        async with self._vms.locked(vm.id) as vm:
+        async with self._vms.locked(vm) as vm:
             if port in vm.spec.published_ports:
                 # It may be on the record and still be closed: in use when this daemon began.
                 before = without_port(vm, port.host, port.host_port)

@@ -14,6 +14,7 @@ from datetime import datetime
 
 import msgspec
 
+from banger.base.cancellation import to_its_end
 from banger.base.errors import Ambiguous, BadRequest, BangerError, Conflict, NotFound, NotRunning
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm, VmState, now
@@ -133,25 +134,30 @@ class VmService:
         vm = await self.show(reference)
         if vm.runtime.state is not VmState.RUNNING:
             reason = f": {vm.runtime.last_error}" if vm.runtime.last_error else ""
-            start = f"start it: banger vm start {vm.name}"
+            hints = {
+                VmState.STOPPED: f"start it: banger vm start {vm.name}",
+                VmState.CREATING: f"banger vm wait {vm.name} --for running",
+                VmState.STARTING: f"banger vm wait {vm.name} --for running",
+                VmState.ERROR: f"banger vm logs {vm.name}",
+            }
             raise NotRunning(
                 f'vm "{vm.name}" is {vm.runtime.state}{reason}',
-                hint=start if vm.runtime.state is VmState.STOPPED else "",
+                hint=hints.get(vm.runtime.state, ""),
             )
         return vm
 
     @asynccontextmanager
-    async def locked(self, vm_id: str, stages: Stages | None = None) -> AsyncIterator[Vm]:
-        """The VM, read again under its lock. NotFound when it went away meanwhile.
+    async def locked(self, found: Vm, stages: Stages | None = None) -> AsyncIterator[Vm]:
+        """A VM that was found, read again under its lock. NotFound when it went away meanwhile.
 
         With `stages`, having to wait is a stage, and the log's records name the VM.
         """
-        if stages is not None and self.locks.held(vm_id):
+        if stages is not None and self.locks.held(found.id):
             stages.stage("wait", "for another operation on this machine")
-        async with self.locks.hold(vm_id):
-            vm = await self._store.get_vm(vm_id)
+        async with self.locks.hold(found.id):
+            vm = await self._store.get_vm(found.id)
             if vm is None:
-                raise NotFound(f'vm "{vm_id}" not found')
+                raise NotFound(f'vm "{found.name}" not found')
             if stages is not None:
                 stages.describe(**vm_attributes(vm))
             yield vm
@@ -251,6 +257,10 @@ class VmService:
         await self._release(vm)
         return await self.save(vm, state=VmState.STOPPED, last_error=reason)
 
+    async def end_stray(self, vm: Vm) -> None:
+        """End what runs of a VM that is recorded as one that does not; the record stays."""
+        await self._release(vm)
+
     async def save(self, vm: Vm, *, state: VmState | None = None, last_error: str = "") -> Vm:
         """Replace the record; with `state` the VM enters it. The record as it is then."""
         if state is not None:
@@ -269,7 +279,8 @@ class VmService:
         await self._release(vm)
         stages.stage("remove_files")
         directory = self._paths.vm(vm.id).directory
-        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+        # A thread goes on when its caller is cancelled: not without the lock.
+        await to_its_end(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
         if directory.exists():
             raise Conflict(f"cannot remove {directory}", hint="look at who owns the files in it")
         await self._store.delete_vm(vm.id)
@@ -288,7 +299,7 @@ class VmService:
     async def keep(self, vm: Vm) -> None:
         """A VM made for a session outlives it after all; nothing if it is gone."""
         with suppress(NotFound):
-            async with self.locked(vm.id) as current:
+            async with self.locked(vm) as current:
                 spec = msgspec.structs.replace(current.spec, ephemeral=False)
                 await self.save(msgspec.structs.replace(current, spec=spec))
 
@@ -298,18 +309,18 @@ class VmService:
         """Notice when the VM's process ends by itself."""
 
         def ended() -> None:
-            task = asyncio.create_task(self._process_ended(vm.id))
+            task = asyncio.create_task(self._process_ended(vm))
             self._ending.add(task)
             task.add_done_callback(self._ending.discard)
 
         self._liveness.watch(vm, ended)
 
-    async def _process_ended(self, vm_id: str) -> None:
+    async def _process_ended(self, watched: Vm) -> None:
         current_op_id.set(new_op_id())  # not that of the operation which began to watch it
         # Whoever has the lock may be waiting for its agent to answer.
-        await self._agents.drop(vm_id)
+        await self._agents.drop(watched.id)
         try:
-            async with self.locked(vm_id) as vm:
+            async with self.locked(watched) as vm:
                 if vm.runtime.state is VmState.RUNNING and not self._liveness.vm_alive(vm):
                     reason = self.end_reasons.get(
                         vm.id, "the guest powered off or its process ended"
@@ -319,7 +330,7 @@ class VmService:
         except NotFound:
             pass  # deleted meanwhile
         except (BangerError, OSError) as error:
-            get_logger().error("clean-up failed", vm_id=vm_id, error=str(error))
+            get_logger().error("clean-up failed", error=str(error), **vm_attributes(watched))
 
     async def changes(self) -> AsyncGenerator[None, None]:
         """Now, and after each change of any VM's record (some may be skipped)."""

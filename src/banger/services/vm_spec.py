@@ -59,11 +59,13 @@ class ChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     memory_mib: int | None = None
     disk_size_mib: int | None = None
     network: NetworkMode | None = None
+    #: Not AUTO: what the image says was settled when the VM was made.
+    init: InitMode | None = None
 
     @property
     def hot(self) -> bool:
         """Whether a running VM can take this change: a name is not part of its machine."""
-        shape = (self.vcpu_count, self.memory_mib, self.disk_size_mib, self.network)
+        shape = (self.vcpu_count, self.memory_mib, self.disk_size_mib, self.network, self.init)
         return all(value is None for value in shape)
 
     def applied(self, vm: Vm) -> Vm:
@@ -74,12 +76,15 @@ class ChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
                 f" to {self.disk_size_mib} MiB",
                 hint="make another VM with a smaller disk, and copy what you need",
             )
+        if self.init is InitMode.AUTO:
+            raise BadRequest("auto is for new machines", hint="use minimal or systemd")
         spec = msgspec.structs.replace(
             vm.spec,
             vcpu_count=_given(self.vcpu_count, vm.spec.vcpu_count),
             memory_mib=_given(self.memory_mib, vm.spec.memory_mib),
             disk_size_mib=_given(self.disk_size_mib, vm.spec.disk_size_mib),
             network=vm.spec.network if self.network is None else self.network,
+            init=vm.spec.init if self.init is None else self.init,
         )
         name = vm.name if self.name is None else check_vm_name(self.name)
         return msgspec.structs.replace(vm, name=name, spec=check_spec(spec))

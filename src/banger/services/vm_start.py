@@ -20,7 +20,13 @@ from typing import Any
 
 import msgspec
 
-from banger.base.errors import BadRequest, BangerError, OperationTimeout, Unavailable
+from banger.base.errors import (
+    BadRequest,
+    BangerError,
+    Cancelled,
+    OperationTimeout,
+    Unavailable,
+)
 from banger.base.model import Image, InitMode, Kernel, Vm
 from banger.base.paths import Paths, prepare_private_dir
 from banger.drivers.base import Disk, DiskFormat, Hypervisor, Machine, Network, Storage
@@ -38,6 +44,8 @@ from banger.services.vm import VmService
 BOOT_TIMEOUT_S = 240.0
 _BOOT_TIMEOUT_MAX_S = 3600.0
 _SETUP_TIMEOUT_S = 60.0
+#: Growing a file system by a terabyte takes an emulated guest 6 s and more.
+_SETUP_S_PER_MIB = 60.0 / (1 << 20)
 _EXIT_AFTER_CLOSE_S = 3.0
 _ENTROPY_BYTES = 256
 _CONSOLE_TAIL_LINES = 8
@@ -129,7 +137,7 @@ class VmStarter:
         try:
             await self._await_agent(vm, boot_timeout_s)
             stages.stage("setup")
-            await self._while_it_runs(vm, self._set_up(start), _SETUP_TIMEOUT_S)
+            await self._while_it_runs(vm, self._set_up(start), _setup_timeout_s(vm))
         except BangerError as error:
             raise GuestLost(error, vm, console_from) from error
         await self._capabilities.post_start(vm)
@@ -143,6 +151,10 @@ class VmStarter:
         initramfs = await self._kernels.initramfs(start.kernel)
         try:
             await self._capabilities.prepare_host(start)
+            # Before there is a machine: whatever comes between, the clean-up finds them.
+            network_pids = start.network.pids if start.network is not None else ()
+            self._liveness.record(vm, pid=0, network_pids=network_pids)
+            self._check_wanted(vm)
             stages.stage("launch")
         except BaseException:
             start.abandon()
@@ -152,9 +164,14 @@ class VmStarter:
                 self._machine(start, initramfs), start.network
             )
             undo.push_async_callback(self._liveness.end, vm)
-            network_pids = start.network.pids if start.network is not None else ()
             self._liveness.record(vm, pid=pid, network_pids=network_pids)
+            self._check_wanted(vm)
             undo.pop_all()
+
+    def _check_wanted(self, vm: Vm) -> None:
+        """Raise Cancelled when somebody has killed the VM before it had a machine."""
+        if reason := self._vms.end_reasons.get(vm.id):
+            raise Cancelled(f'vm "{vm.name}" does not start: {reason}')
 
     def _machine(self, start: Start, initramfs: Path) -> Machine:
         vm, kernel = start.vm, start.kernel
@@ -207,7 +224,11 @@ class VmStarter:
             entropy=secrets.token_bytes(_ENTROPY_BYTES),
             unix_time_ns=time.time_ns(),
         )
-        await call(channel, request, timeout_s=_SETUP_TIMEOUT_S)
+        await call(channel, request, timeout_s=_setup_timeout_s(start.vm))
+
+
+def _setup_timeout_s(vm: Vm) -> float:
+    return _SETUP_TIMEOUT_S + vm.spec.disk_size_mib * _SETUP_S_PER_MIB
 
 
 def _kernel_parameters(init: InitMode) -> tuple[str, ...]:
