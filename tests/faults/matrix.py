@@ -34,9 +34,9 @@ EXPLAINED = {
     Fault.DAEMON_KILLED: "SIGKILL to the daemon.",
     Fault.MACHINE_KILLED: "SIGKILL to the VM's QEMU.",
     Fault.DISK_FULL: (
-        "the file system that holds the files being made (the disks of all VMs; for image builds "
-        "the images) has no byte left. It gets room again once the command has ended, or does not "
-        "end."
+        "not a byte is free any more on the file system that holds the database, the log and the "
+        "files of all VMs (in image builds: the images and kernels). It gets room again when the "
+        "command has ended, or after 20 s."
     ),
     Fault.MACHINE_HANGS: (
         "SIGSTOP to the VM's QEMU, for good: neither the guest's agent nor QMP answers any more."
@@ -86,8 +86,8 @@ class Operation:
 
 
 #: Long enough for any guest here to come up, so that one that never will is not waited for longer.
-_BOOT = ("--boot-timeout", "60")
-_CREATE = ("vm", "create", "-q", *SMALL, *_BOOT, "--name", SUBJECT)
+BOOT = ("--boot-timeout", "60")
+_CREATE = ("vm", "create", "-q", *SMALL, *BOOT, "--name", SUBJECT)
 
 #: The stages of every start.
 _START = (
@@ -114,7 +114,7 @@ OPERATIONS = (
     Operation(
         "vm.start",
         Before.STOPPED,
-        ("vm", "start", "-q", *_BOOT, SUBJECT),
+        ("vm", "start", "-q", *BOOT, SUBJECT),
         (Stage("preflight"), *_START),
     ),
     Operation(
@@ -126,7 +126,7 @@ OPERATIONS = (
     Operation(
         "vm.restart",
         Before.RUNNING,
-        ("vm", "restart", "-q", *_BOOT, SUBJECT),
+        ("vm", "restart", "-q", *BOOT, SUBJECT),
         (Stage("preflight", machine=True), _POWER_OFF, Stage("cleanup"), *_START),
     ),
     Operation(
@@ -222,9 +222,9 @@ _CHOSEN = {
     (Fault.MACHINE_KILLED, "vm.start:boot"),
     (Fault.MACHINE_KILLED, "vm.stop:power_off"),
     (Fault.DISK_FULL, "vm.create:disks"),
-    (Fault.DISK_FULL, "vm.create:boot"),
+    (Fault.DISK_FULL, "vm.start:prepare"),
     (Fault.MACHINE_HANGS, "vm.delete:end"),
-    (Fault.AGENT_CUT, "vm.stop:power_off"),
+    (Fault.AGENT_CUT, "vm.kill:end"),
     (Fault.DAEMON_KILLED, "image.build:kernel install"),
     (Fault.DAEMON_KILLED, "image.build:install"),
 }

@@ -74,7 +74,7 @@ class Sighting:
 
 class Scene:
     def __init__(self, home: Home, small_disk: Path | None = None) -> None:
-        """Start the bystander in `home`, whose VMs or images are on `small_disk` if given."""
+        """Start the bystander in `home`, whose state or artifacts are on `small_disk` if given."""
         self.home = home
         self._small_disk = small_disk
         banger = home.banger

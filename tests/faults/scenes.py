@@ -15,7 +15,7 @@ from homes import Home, copy_artifacts, new_home
 from scene import Scene
 
 #: A start wants 512 MiB free.
-_VMS_DISK_MIB = 700
+_STATE_DISK_MIB = 700
 #: The artifacts that are there, 350 MiB, and what a build wants free, 1 GiB.
 _ARTIFACTS_DISK_MIB = 1600
 
@@ -66,8 +66,9 @@ class Scenes:
 
     def _with_image(self, *, small: bool) -> Scene:
         home = self._new_home()
+        disk = _small_disk(home, home.state.parent, _STATE_DISK_MIB) if small else None
         copy_artifacts(self._seed.directory, home)
-        return Scene(home, _small_disk(home, home.state / "vms", _VMS_DISK_MIB) if small else None)
+        return Scene(home, disk)
 
     def _without_image(self, *, small: bool) -> Scene:
         """The bystander's image and kernel have other names: nobody else finds them."""
