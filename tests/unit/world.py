@@ -16,29 +16,12 @@ from banger.base.log import OperationLog
 from banger.base.model import Image, Kernel, Operation, Vm
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
-from banger.daemon.reconcile import Reconciler
+from banger.daemon.parts import Parts
 from banger.services import image as image_module
 from banger.services import kernel as kernel_module
-from banger.services.agents import Agents
-from banger.services.capabilities import Capabilities
-from banger.services.disks import SystemDisk, WorkDisk
-from banger.services.handles import HandleCache
-from banger.services.health import Health
-from banger.services.identity import Identity
-from banger.services.image import ImageService
-from banger.services.kernel import KernelService
-from banger.services.lifecycle import Lifecycle
-from banger.services.liveness import Liveness
-from banger.services.network import Networking
-from banger.services.operations import Operations, Progress
-from banger.services.ports import PortService
-from banger.services.prune import Prune
-from banger.services.publishing import Publishing
-from banger.services.stats import StatsService
-from banger.services.vm import VmService
-from banger.services.vm_create import VmCreator
+from banger.services.operations import Progress
 from banger.services.vm_spec import ChangeRequest, CreateRequest
-from banger.services.vm_start import Drivers, VmStarter
+from banger.services.vm_start import Drivers
 from banger.store.store import Store
 from fakes import Agent, Hypervisor, Network, Processes, Storage
 from records import a_kernel, an_image
@@ -46,75 +29,20 @@ from test_ext4_check import _image as make_ext4
 from test_kernel_extract import make_elf
 
 
-class World:
+class World(Parts):
     """Everything a daemon is made of. `restarted` is the next daemon on the same files."""
 
     def __init__(self, paths: Paths, processes: Processes, agent: Agent, store: Store) -> None:
-        self.paths = paths
         self.processes = processes
         self.agent = agent
-        self.store = store
         self.hypervisor = Hypervisor(processes, agent)
         self.storage = Storage()
         self.network = Network(processes)
-        drivers = Drivers(self.hypervisor, self.storage, self.network)
-        self.drivers = drivers
-        self.operations = Operations()
-        self.agents = Agents()
-        self.handles = HandleCache(paths)
-        self.liveness = Liveness(self.hypervisor, self.network, self.handles)
-        self.kernels = KernelService(paths, store)
-        self.images = ImageService(paths, store, self.operations, self.kernels)
-        self.publishing = Publishing(self.agents, self.liveness, lambda vm: self.vms.in_use(vm))
-        self.capabilities = Capabilities(
-            [
-                SystemDisk(paths, self.storage),
-                WorkDisk(self.storage, self.images),
-                Networking(paths, self.network, self.liveness),
-                Identity(self.liveness, self.agents),
-                self.publishing,
-            ]
-        )
-        self.vms = VmService(
-            paths, store, self.handles, self.liveness, self.agents, self.capabilities
-        )
-        starter = VmStarter(
-            paths=paths,
-            drivers=drivers,
-            capabilities=self.capabilities,
-            kernels=self.kernels,
-            vms=self.vms,
-            liveness=self.liveness,
-            agents=self.agents,
-        )
-        self.lifecycle = Lifecycle(
-            hypervisor=self.hypervisor,
-            capabilities=self.capabilities,
-            images=self.images,
-            kernels=self.kernels,
-            vms=self.vms,
-            starter=starter,
-            liveness=self.liveness,
-            agents=self.agents,
-        )
-        self.creator = VmCreator(
-            paths=paths,
-            config=load_config(paths.config_file, {}),
-            store=store,
-            images=self.images,
-            kernels=self.kernels,
-            vms=self.vms,
-            starter=starter,
-        )
-        self.health = Health(paths, self.hypervisor, self.liveness, self.agents)
-        self.prune = Prune(self.vms, self.lifecycle, self.storage)
-        self.ports = PortService(self.vms, self.lifecycle, self.agents, self.publishing)
-        self.stats = StatsService(
-            vms=self.vms,
-            agents=self.agents,
-            handles=self.handles,
-            storage=self.storage,
-            interval_s=0,
+        super().__init__(
+            paths,
+            load_config(paths.config_file, {}),
+            Drivers(self.hypervisor, self.storage, self.network),
+            store,
         )
 
     async def start(self, reference: str, **options: float) -> Vm:
@@ -147,9 +75,7 @@ class World:
         await self.operations.close()
         for vm in await self.store.vms():
             self.liveness.unwatch(vm.id)
-        await self.vms.close()
-        await self.publishing.close()
-        await self.agents.close()
+        await super().close()
 
     async def restarted(self) -> World:
         """The next daemon, before it reconciles; this one is gone as if killed."""
@@ -157,17 +83,6 @@ class World:
         following = World(self.paths, self.processes, self.agent, self.store)
         following.hypervisor.pids = self.hypervisor.pids
         return following
-
-    async def reconcile(self) -> None:
-        await Reconciler(
-            paths=self.paths,
-            store=self.store,
-            capabilities=self.capabilities,
-            vms=self.vms,
-            liveness=self.liveness,
-            images=self.images,
-            kernels=self.kernels,
-        ).run()
 
     def begin(self, request: CreateRequest) -> Progress:
         """Start a creation as a call of its own."""

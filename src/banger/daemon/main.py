@@ -28,32 +28,13 @@ from banger.base.log import configure, get_logger, open_log
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths, prepare_private_dir
 from banger.daemon.dispatch import Dispatch, Services
-from banger.daemon.maintenance import Maintenance
-from banger.daemon.reconcile import Reconciler
+from banger.daemon.parts import Parts
 from banger.drivers import registry
 from banger.drivers.base import Check, Level
 from banger.drivers.registry import Selection
 from banger.rpc.server import Server, error_info
-from banger.services.agents import Agents
-from banger.services.capabilities import Capabilities
-from banger.services.disks import SystemDisk, WorkDisk
 from banger.services.doctor import Doctor
-from banger.services.handles import HandleCache
-from banger.services.health import Health
-from banger.services.identity import Identity
-from banger.services.image import ImageService
-from banger.services.kernel import KernelService
-from banger.services.lifecycle import Lifecycle
-from banger.services.liveness import Liveness
-from banger.services.network import Networking
-from banger.services.operations import Operations
-from banger.services.ports import PortService
-from banger.services.prune import Prune
-from banger.services.publishing import Publishing
-from banger.services.stats import StatsService
-from banger.services.vm import VmService
-from banger.services.vm_create import VmCreator
-from banger.services.vm_start import Drivers, VmStarter
+from banger.services.vm_start import Drivers
 from banger.store.store import Store
 
 #: A daemon that stops takes back what it was doing: a build has gigabytes to remove.
@@ -156,106 +137,41 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         hypervisor=selection.hypervisor, storage=selection.storage, network=selection.network
     )
     store = await Store.open(paths.database)
-    operations = Operations()
-    agents = Agents()
-    handles = HandleCache(paths)
-    liveness = Liveness(drivers.hypervisor, drivers.network, handles)
-    publishing = Publishing(agents, liveness, lambda vm: vms.in_use(vm))
     try:
-        kernels = KernelService(paths, store)
-        images = ImageService(paths, store, operations, kernels)
-        capabilities = Capabilities(
-            [
-                SystemDisk(paths, drivers.storage),
-                WorkDisk(drivers.storage, images),
-                Networking(paths, drivers.network, liveness),
-                Identity(liveness, agents),
-                publishing,
-            ]
-        )
-        vms = VmService(paths, store, handles, liveness, agents, capabilities)
-        starter = VmStarter(
-            paths=paths,
-            drivers=drivers,
-            capabilities=capabilities,
-            kernels=kernels,
-            vms=vms,
-            liveness=liveness,
-            agents=agents,
-        )
-        lifecycle = Lifecycle(
-            hypervisor=drivers.hypervisor,
-            capabilities=capabilities,
-            images=images,
-            kernels=kernels,
-            vms=vms,
-            starter=starter,
-            liveness=liveness,
-            agents=agents,
-        )
-        creator = VmCreator(
-            paths=paths,
-            config=config,
-            store=store,
-            images=images,
-            kernels=kernels,
-            vms=vms,
-            starter=starter,
-        )
-        await Reconciler(
-            paths=paths,
-            store=store,
-            capabilities=capabilities,
-            vms=vms,
-            liveness=liveness,
-            images=images,
-            kernels=kernels,
-        ).run()
-        stats = StatsService(
-            vms=vms,
-            agents=agents,
-            handles=handles,
-            storage=drivers.storage,
-            interval_s=config.stats_poll_interval,
-        )
-        services = Services(
-            paths=paths,
-            drivers=drivers,
-            operations=operations,
-            images=images,
-            kernels=kernels,
-            vms=vms,
-            creator=creator,
-            lifecycle=lifecycle,
-            health=Health(paths, drivers.hypervisor, liveness, agents),
-            prune=Prune(vms, lifecycle, drivers.storage),
-            ports=PortService(vms, lifecycle, agents, publishing),
-            stats=stats,
-            doctor=Doctor(paths, drivers, _as_checks(selection)),
-            stop=stopping.set,
-        )
-        server = Server(paths.daemon_socket, Dispatch(services))
-        maintenance = Maintenance(
-            paths=paths,
-            hypervisor=drivers.hypervisor,
-            vms=vms,
-            lifecycle=lifecycle,
-            stale_after_s=config.auto_stop_stale_after,
-        )
+        parts = Parts(paths, config, drivers, store)
         try:
-            async with stats.polling():
+            await parts.reconcile()
+            server = Server(paths.daemon_socket, Dispatch(_services(parts, selection, stopping)))
+            async with parts.stats.polling():
                 try:
-                    async with maintenance.running():
+                    async with parts.maintenance().running():
                         yield server
                 finally:
                     # Together: a session's end may wait for the lock of an operation.
-                    await asyncio.gather(server.stop(), operations.close())
+                    await asyncio.gather(server.stop(), parts.operations.close())
         finally:
-            await vms.close()
+            await parts.close()
     finally:
-        await publishing.close()
-        await agents.close()
         await store.close()
+
+
+def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Services:
+    return Services(
+        paths=parts.paths,
+        drivers=parts.drivers,
+        operations=parts.operations,
+        images=parts.images,
+        kernels=parts.kernels,
+        vms=parts.vms,
+        creator=parts.creator,
+        lifecycle=parts.lifecycle,
+        health=parts.health,
+        prune=parts.prune,
+        ports=parts.ports,
+        stats=parts.stats,
+        doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
+        stop=stopping.set,
+    )
 
 
 def _as_checks(selection: Selection) -> list[Check]:

@@ -1,0 +1,129 @@
+"""The services of a daemon, put together over its drivers and its store.
+
+What each is handed is all that it knows of the others. The composition root makes one of these,
+and so do tests, with drivers in memory.
+"""
+
+from __future__ import annotations
+
+from banger.base.config import Config
+from banger.base.paths import Paths
+from banger.daemon.maintenance import Maintenance
+from banger.daemon.reconcile import Reconciler
+from banger.services.agents import Agents
+from banger.services.capabilities import Capabilities
+from banger.services.disks import SystemDisk, WorkDisk
+from banger.services.handles import HandleCache
+from banger.services.health import Health
+from banger.services.identity import Identity
+from banger.services.image import ImageService
+from banger.services.kernel import KernelService
+from banger.services.lifecycle import Lifecycle
+from banger.services.liveness import Liveness
+from banger.services.network import Networking
+from banger.services.operations import Operations
+from banger.services.ports import PortService
+from banger.services.prune import Prune
+from banger.services.publishing import Publishing
+from banger.services.stats import StatsService
+from banger.services.vm import VmService
+from banger.services.vm_create import VmCreator
+from banger.services.vm_start import Drivers, VmStarter
+from banger.store.store import Store
+
+
+class Parts:
+    """As long as the daemon lives; `close` ends all that is open, but the store."""
+
+    def __init__(self, paths: Paths, config: Config, drivers: Drivers, store: Store) -> None:
+        self.paths = paths
+        self.config = config
+        self.drivers = drivers
+        self.store = store
+        self.operations = Operations()
+        self.agents = Agents()
+        self.handles = HandleCache(paths)
+        self.liveness = Liveness(drivers.hypervisor, drivers.network, self.handles)
+        self.kernels = KernelService(paths, store)
+        self.images = ImageService(paths, store, self.operations, self.kernels)
+        self.publishing = Publishing(self.agents, self.liveness, lambda vm: self.vms.in_use(vm))
+        self.capabilities = Capabilities(
+            [
+                SystemDisk(paths, drivers.storage),
+                WorkDisk(drivers.storage, self.images),
+                Networking(paths, drivers.network, self.liveness),
+                Identity(self.liveness, self.agents),
+                self.publishing,
+            ]
+        )
+        self.vms = VmService(
+            paths, store, self.handles, self.liveness, self.agents, self.capabilities
+        )
+        self._put_lives_together()
+        self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents)
+        self.prune = Prune(self.vms, self.lifecycle, drivers.storage)
+        self.ports = PortService(self.vms, self.lifecycle, self.agents, self.publishing)
+        self.stats = StatsService(
+            vms=self.vms,
+            agents=self.agents,
+            handles=self.handles,
+            storage=drivers.storage,
+            interval_s=config.stats_poll_interval,
+        )
+
+    def _put_lives_together(self) -> None:
+        starter = VmStarter(
+            paths=self.paths,
+            drivers=self.drivers,
+            capabilities=self.capabilities,
+            kernels=self.kernels,
+            vms=self.vms,
+            liveness=self.liveness,
+            agents=self.agents,
+        )
+        self.lifecycle = Lifecycle(
+            hypervisor=self.drivers.hypervisor,
+            capabilities=self.capabilities,
+            images=self.images,
+            kernels=self.kernels,
+            vms=self.vms,
+            starter=starter,
+            liveness=self.liveness,
+            agents=self.agents,
+        )
+        self.creator = VmCreator(
+            paths=self.paths,
+            config=self.config,
+            store=self.store,
+            images=self.images,
+            kernels=self.kernels,
+            vms=self.vms,
+            starter=starter,
+        )
+
+    async def reconcile(self) -> None:
+        """See `reconcile`: before anybody is served."""
+        await Reconciler(
+            paths=self.paths,
+            store=self.store,
+            capabilities=self.capabilities,
+            vms=self.vms,
+            liveness=self.liveness,
+            images=self.images,
+            kernels=self.kernels,
+        ).run()
+
+    def maintenance(self) -> Maintenance:
+        return Maintenance(
+            paths=self.paths,
+            hypervisor=self.drivers.hypervisor,
+            vms=self.vms,
+            lifecycle=self.lifecycle,
+            stale_after_s=self.config.auto_stop_stale_after,
+        )
+
+    async def close(self) -> None:
+        """Wait for clean-ups, close listeners and channels. VMs run on."""
+        await self.vms.close()
+        await self.publishing.close()
+        await self.agents.close()
