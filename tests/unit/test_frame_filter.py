@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import os
 import socket
 import struct
@@ -103,21 +104,33 @@ _FRAMES = st.lists(
 )
 
 
-@given(_FRAMES, st.data())
+@given(_FRAMES, st.lists(st.floats(0, 1), max_size=30))
 def test_a_stream_is_sifted_the_same_however_it_is_cut(
-    frames: list[bytes], data: st.DataObject
+    frames: list[bytes], cuts: list[float]
 ) -> None:
     stream = b"".join(framed(frame) for frame in frames)
+    ends = [*sorted(round(cut * len(stream)) for cut in cuts), len(stream)]
     pending: bytes = b""
     out: list[bytes] = []
-    while stream:
-        cut = data.draw(st.integers(1, len(stream)))
-        pending += stream[:cut]
-        stream = stream[cut:]
+    for start, end in itertools.pairwise([0, *ends]):
+        pending += stream[start:end]
         kept, done = sift(pending, GUEST)
         pending = pending[done:]
         out += kept
     assert not pending
+    assert out == [framed(frame) for frame in frames if passes(frame, GUEST)]
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 5])
+def test_a_stream_in_the_smallest_pieces_is_sifted_as_well(step: int) -> None:
+    frames = [ARP, b"", b"short", ipv4_frame("127.0.0.1"), ipv4_frame("192.0.2.1")]
+    stream = b"".join(framed(frame) for frame in frames)
+    pending: bytes = b""
+    out: list[bytes] = []
+    for start in range(0, len(stream), step):
+        kept, done = sift(pending + stream[start : start + step], GUEST)
+        pending = (pending + stream[start : start + step])[done:]
+        out += kept
     assert out == [framed(frame) for frame in frames if passes(frame, GUEST)]
 
 
