@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from banger.base.config import load_config
+from banger.base.errors import Unavailable
 from banger.base.model import Image, Kernel
 from banger.base.paths import Paths
 from banger.drivers.base import Disk, DiskFormat, Machine
@@ -28,6 +29,7 @@ from banger.guest.channel import AgentChannel, call
 from banger.guest.requests import Exec
 
 _BOOT_TIMEOUT_S = 240.0
+_RETRY_S = 0.02
 _VM_ID = "bench"
 
 
@@ -109,9 +111,8 @@ class BareQemu:
             )
             os.close(network.fd)
             try:
-                channel = await AgentChannel.connect(
-                    machine.agent_socket, timeout_s=_BOOT_TIMEOUT_S
-                )
+                async with asyncio.timeout(_BOOT_TIMEOUT_S):
+                    channel = await _connected(machine.agent_socket)
                 try:
                     yield channel
                 finally:
@@ -119,6 +120,15 @@ class BareQemu:
             finally:
                 qemu.kill()
                 await asyncio.to_thread(qemu.wait)
+
+
+async def _connected(agent_socket: Path) -> AgentChannel:
+    """The channel to a machine that may not have its sockets yet: nobody waited for QMP here."""
+    while True:
+        try:
+            return await AgentChannel.connect(agent_socket, timeout_s=_BOOT_TIMEOUT_S)
+        except Unavailable:
+            await asyncio.sleep(_RETRY_S)
 
 
 async def true_s(channel: AgentChannel) -> float:

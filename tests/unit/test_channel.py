@@ -169,9 +169,16 @@ async def test_a_silent_guest_is_a_timeout(agent: FakeAgent) -> None:
         await AgentChannel.connect(agent.path, timeout_s=0.05)
 
 
-async def test_a_socket_that_is_not_there_is_a_timeout(tmp_path: Path) -> None:
-    with pytest.raises(OperationTimeout):
-        await AgentChannel.connect(tmp_path / "none", timeout_s=0.05)
+@pytest.mark.parametrize("left_over", [False, True])
+async def test_where_no_machine_listens_nothing_is_waited_for(
+    tmp_path: Path, left_over: bool
+) -> None:
+    path = tmp_path / "agent.sock"
+    if left_over:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(path))
+    with pytest.raises(Unavailable, match="cannot connect to"):
+        await asyncio.wait_for(AgentChannel.connect(path, timeout_s=60), 5)
 
 
 async def test_a_machine_that_ends_while_we_wait_is_unavailable(agent: FakeAgent) -> None:

@@ -48,9 +48,9 @@ async def test_a_prune_that_is_cancelled_when_a_row_goes_prunes_no_more(
 
 
 async def without_agent(world: World) -> Vm:
-    """A VM that runs, at whose agent's socket nobody listens any more."""
+    """A VM that runs and whose agent answers no more, nor hangs up when the machine ends."""
     vm = await world.create()
-    world.agent.hang_up(Path(vm.runtime.agent_socket))
+    world.agent.silent = True
     world.processes.on_end.clear()
     await world.agents.drop(vm.id)
     return vm

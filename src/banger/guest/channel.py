@@ -63,7 +63,6 @@ __all__ = [
 _JUNK_LIMIT_BYTES = 4 << 20
 _READ_BYTES = 1 << 20
 _WRITE_HIGH_BYTES = 1 << 20
-_RETRY_S = 0.02
 #: Streams reset by us whose last frames may still be on their way.
 _FORGOTTEN_LIMIT = 4096
 
@@ -101,9 +100,10 @@ class AgentChannel(asyncio.BufferedProtocol):
     async def connect(cls, socket_path: Path, *, timeout_s: float) -> Self:
         """Connect to a hypervisor's socket and wait for the agent to boot and answer.
 
-        One HELLO is enough: the hypervisor keeps it until the guest opens its port. Raises
-        OperationTimeout when no answer came in `timeout_s` seconds, Unavailable when the machine
-        ended, ProtocolViolation when what answered is not an agent.
+        A machine has its sockets by the time it is launched, and one HELLO is enough: the
+        hypervisor keeps it until the guest opens its port. Raises OperationTimeout when no answer
+        came in `timeout_s` seconds, Unavailable when there is no machine (any more),
+        ProtocolViolation when what answered is not an agent.
         """
         check_socket_path(socket_path)
         channel: Self | None = None
@@ -122,19 +122,13 @@ class AgentChannel(asyncio.BufferedProtocol):
 
     @classmethod
     async def _connect(cls, socket_path: Path) -> Self:
-        # The hypervisor makes its socket some milliseconds after its start, and there is no event
-        # for "somebody listens now": this is the one place that tries again on a timer.
-        while True:
-            try:
-                _, channel = await asyncio.get_running_loop().create_unix_connection(
-                    cls, str(socket_path)
-                )
-            except (FileNotFoundError, ConnectionRefusedError):
-                await asyncio.sleep(_RETRY_S)
-            except OSError as error:
-                raise Unavailable(f"cannot connect to {socket_path}: {error.strerror}") from error
-            else:
-                return channel
+        try:
+            _, channel = await asyncio.get_running_loop().create_unix_connection(
+                cls, str(socket_path)
+            )
+        except OSError as error:
+            raise Unavailable(f"cannot connect to {socket_path}: {error.strerror}") from error
+        return channel
 
     async def greet(self) -> None:
         """Say HELLO and wait for the answer; once, by `connect`."""
