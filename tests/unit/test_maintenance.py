@@ -14,6 +14,7 @@ from banger.daemon import maintenance as module
 from banger.daemon.maintenance import Maintenance
 from banger.drivers.base import Check, Level, MachineStatus
 from banger.guest import requests
+from banger.services.vm_spec import CreateRequest
 from world import World, made_world
 
 
@@ -91,6 +92,19 @@ async def test_a_machine_held_by_a_full_disk_runs_on_once_there_is_room(
     monkeypatch.setattr(module, "check_free_disk", lambda *_: Check("disk space", level, ""))
     await maintenance(world).once()
     assert (held in world.hypervisor.statuses) == (not room)
+
+
+async def test_a_guest_that_is_held_while_it_boots_boots_on(world: World) -> None:
+    world.agent.silent = True
+    progress = world.begin(CreateRequest(name="box", image="base"))
+    async for state in progress.changes():
+        if state.stage == "boot" and state.vm is not None:
+            held = Path(state.vm.runtime.api_socket)
+            world.hypervisor.statuses[held] = MachineStatus.DISK_FULL
+            break
+    await maintenance(world).once()
+    assert held not in world.hypervisor.statuses
+    await world.operations.cancel(progress.record.id)
 
 
 async def test_a_machine_that_somebody_paused_stays_paused(world: World) -> None:

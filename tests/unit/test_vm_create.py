@@ -20,6 +20,7 @@ from banger.base.errors import (
     Unavailable,
 )
 from banger.base.model import InitMode, NetworkMode, Operation, OperationState, VmState
+from banger.drivers.base import MachineStatus
 from banger.guest import requests
 from banger.services import vm_create
 from banger.services.operations import raise_failure
@@ -294,6 +295,18 @@ async def test_a_guest_that_never_answers_is_kept_with_the_end_of_its_console(
     assert not world.processes.argv  # a guest that is lost does not run on
     await world.delete("box")
     await world.assert_nothing_left()
+
+
+async def test_a_guest_that_is_held_by_a_full_disk_while_it_boots_is_told_as_that(
+    world: World,
+) -> None:
+    world.agent.silent = True
+    progress = world.begin(CreateRequest(name="box", image="base", boot_timeout_s=1))
+    async for state in progress.changes():
+        if state.stage == "boot" and state.vm is not None:
+            world.hypervisor.statuses[Path(state.vm.runtime.api_socket)] = MachineStatus.DISK_FULL
+    message = failure(progress.record).message
+    assert "no answer within 1 s: its machine is held, for the host's disk is full" in message
 
 
 async def test_a_machine_that_ends_while_it_boots_ends_the_wait(world: World) -> None:

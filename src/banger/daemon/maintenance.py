@@ -70,10 +70,12 @@ class Maintenance:
 
     async def once(self) -> None:
         """One round."""
-        vms = [vm for vm in await self._vms.all() if vm.runtime.state is VmState.RUNNING]
-        await consoles.bound(vms)
-        await self._resume_held(vms)
-        await self._stop_stale(vms)
+        vms = await self._vms.all()
+        running = [vm for vm in vms if vm.runtime.state is VmState.RUNNING]
+        await consoles.bound(running)
+        # A guest that boots may be held, too.
+        await self._resume_held([vm for vm in vms if self._vms.has_machine(vm)])
+        await self._stop_stale(running)
 
     async def _resume_held(self, vms: list[Vm]) -> None:
         """Machines held at a write that found the disk full run on once there is room."""

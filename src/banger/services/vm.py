@@ -189,6 +189,10 @@ class VmService:
         channel = await self._agents.channel(vm)
         return (await call(channel, request, timeout_s=_CALL_TIMEOUT_S)).exit
 
+    def has_machine(self, vm: Vm) -> bool:
+        """Whether a machine of it runs now: also while it is being started."""
+        return self._liveness.vm_alive(vm)
+
     async def runs_on(self, vm: Vm) -> bool:
         """Whether a VM whose agent was lost still runs, and is not just about to end."""
         return self._liveness.vm_alive(vm) and not await self._liveness.wait_exit(

@@ -13,7 +13,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,15 @@ from banger.base.errors import (
 )
 from banger.base.model import Image, InitMode, Kernel, Vm
 from banger.base.paths import Paths, prepare_private_dir
-from banger.drivers.base import Disk, DiskFormat, Hypervisor, Machine, Network, Storage
+from banger.drivers.base import (
+    Disk,
+    DiskFormat,
+    Hypervisor,
+    Machine,
+    MachineStatus,
+    Network,
+    Storage,
+)
 from banger.guest.channel import call
 from banger.services.agents import Agents
 from banger.services.capabilities import Capabilities, Start
@@ -195,7 +203,16 @@ class VmStarter:
         try:
             await self._while_it_runs(vm, self._agents.connect(vm, timeout_s), timeout_s)
         except OperationTimeout as error:
-            raise OperationTimeout(f"no answer within {timeout_s:g} s") from error
+            held = await self._why_held(vm)
+            raise OperationTimeout(f"no answer within {timeout_s:g} s{held}") from error
+
+    async def _why_held(self, vm: Vm) -> str:
+        """What the hypervisor knows of a guest that does not answer."""
+        with suppress(BangerError):
+            status = await self._drivers.hypervisor.status(Path(vm.runtime.api_socket))
+            if status is MachineStatus.DISK_FULL:
+                return ": its machine is held, for the host's disk is full"
+        return ""
 
     async def _while_it_runs(
         self, vm: Vm, work: Coroutine[Any, Any, object], timeout_s: float
