@@ -90,6 +90,8 @@ class Config:
     default_image_name: str
     auto_stop_stale_after: float
     stats_poll_interval: float
+    template_limit: int
+    template_size_limit: int
     vm_defaults_vcpu: int
     vm_defaults_memory: int
     vm_defaults_disk_size: int
@@ -125,6 +127,9 @@ SETTINGS: tuple[Setting, ...] = (
             "stop VMs that nobody has used for so long (24h, 2h30m; 0: never)"),
     Setting("stats_poll_interval", _duration(0.5), "10s",
             "how often to look at what running VMs use (0: only when asked)"),
+    Setting("template_limit", _count(0, 1000), 8,
+            "how many templates are kept, those used last (0: every start is a boot)"),
+    Setting("template_size_limit", _size, "8G", "how much of the disk they may take together"),
     Setting("vm_defaults.vcpu", _count(1, VCPU_MAX), 2, "vCPUs of a new VM"),
     Setting("vm_defaults.memory", _size, "2G", "memory of a new VM"),
     Setting("vm_defaults.disk_size", _size, "8G", "size of a new VM's work disk, /root"),

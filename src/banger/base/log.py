@@ -133,6 +133,10 @@ class OperationLog:
         self._stage_began = now
         _strike(f"{self.operation}:{stage}")
 
+    def note(self, text: str) -> None:
+        """The operation goes another way than usual, and why."""
+        self._log.warning("operation note", note=text)
+
     def __enter__(self) -> Self:
         self._log.log(self._level, "operation started")
         return self

@@ -178,6 +178,30 @@ class Kernel(Record, frozen=True):
     created_at: datetime
 
 
+class Template(Record, frozen=True):
+    """A machine that was booted once and saved before it had an identity: others start from it.
+
+    ``key`` is a digest of all that it was made from. Its disks and memory lie in ``directory``.
+    """
+
+    id: str
+    key: str
+    image_id: str
+    image_name: str
+    kernel_id: str
+    vcpu_count: int
+    memory_mib: int
+    #: Of the work disk that it was made with; one that is to be larger is grown.
+    disk_size_mib: int
+    init: InitMode
+    network: NetworkMode
+    directory: str
+    size_bytes: int
+    created_at: datetime
+    #: When a machine was last started from it. Kept beside the record, as of a VM.
+    used_at: datetime
+
+
 class OperationState(StrEnum):
     RUNNING = "running"
     COMPLETED = "completed"
@@ -207,8 +231,11 @@ class Operation(Record, frozen=True):
     started_at: datetime
     finished_at: datetime | None = None
     error: ErrorInfo | None = None
+    #: What the user should hear of beside the result: why it took another way than usual.
+    notes: tuple[str, ...] = ()
     vm: Vm | None = None
     image: Image | None = None
+    template: Template | None = None
 
     @property
     def done(self) -> bool:

@@ -31,7 +31,8 @@ def safe_component(name: str) -> str:
 
 @dataclass(frozen=True)
 class VmPaths:
-    """The files of one VM: durable ones in its state directory, sockets in the runtime one."""
+    """The files of one VM, or of a template: durable ones in its state directory, sockets in the
+    runtime one."""
 
     directory: Path
     runtime: Path
@@ -60,6 +61,16 @@ class VmPaths:
     @property
     def handles(self) -> Path:
         return self.directory / "handles.json"
+
+    @property
+    def memory(self) -> Path:
+        """The memory of a machine that others are restored from."""
+        return self.directory / "memory"
+
+    @property
+    def machine_state(self) -> Path:
+        """Of such a machine, all that is neither memory nor disk."""
+        return self.directory / "machine-state"
 
     @property
     def control_socket(self) -> Path:
@@ -138,6 +149,14 @@ class Paths:
     def vms_runtime_dir(self) -> Path:
         return self.runtime_dir / "vms"
 
+    @property
+    def templates_dir(self) -> Path:
+        return self.state_dir / "templates"
+
+    @property
+    def templates_runtime_dir(self) -> Path:
+        return self.runtime_dir / "templates"
+
     def image_dir(self, image_id: str) -> Path:
         return self.images_dir / safe_component(image_id)
 
@@ -147,6 +166,10 @@ class Paths:
     def vm(self, vm_id: str) -> VmPaths:
         component = safe_component(vm_id)
         return VmPaths(self.vms_dir / component, self.vms_runtime_dir / component)
+
+    def template(self, template_id: str) -> VmPaths:
+        component = safe_component(template_id)
+        return VmPaths(self.templates_dir / component, self.templates_runtime_dir / component)
 
 
 def _xdg(variable: str, fallback: Path) -> Path:

@@ -89,13 +89,15 @@ VM_NAME = Checked("name", check_vm_name)
 ARTIFACT_NAME = Checked("name", check_artifact_name)
 
 
-def _complete(method: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """Names from the daemon; nothing, silently, when it does not run."""
+def _complete(
+    method: str, field: str = "name"
+) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """Names, or another field, from the daemon; nothing, silently, when it does not run."""
 
     def complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[str]:  # noqa: ARG001
         with suppress(BangerError, OSError), connect(start=False) as client:
             found = client.call(method, {}, list[dict[str, Any]])
-            names = [str(each["name"]) for each in found]
+            names = [str(each[field]) for each in found]
             return [name for name in names if name.startswith(incomplete)]
         return []
 
@@ -104,6 +106,7 @@ def _complete(method: str) -> Callable[[click.Context, click.Parameter, str], li
 
 complete_vm = _complete("vm.list")
 complete_image = _complete("image.list")
+complete_template = _complete("template.list", "id")
 
 
 vm_argument = click.argument("vm_ref", metavar="NAME", shell_complete=complete_vm)

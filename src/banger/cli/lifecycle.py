@@ -26,6 +26,7 @@ from banger.cli.app import (
 from banger.cli.checks import CheckLine, print_checks
 from banger.cli.machine import (
     boot_timeout_option,
+    cold_option,
     disk_size_option,
     machine_options,
     machine_request,
@@ -81,13 +82,19 @@ def create(*, no_start: bool, quiet: bool, as_json: bool, **machine: Any) -> Non
 @click.command()
 @vms_argument
 @boot_timeout_option
+@cold_option
 @quiet_option
 @json_option
 def start(
-    *, vm_refs: tuple[str, ...], boot_timeout: float | None, quiet: bool, as_json: bool
+    *, vm_refs: tuple[str, ...], boot_timeout: float | None, cold: bool, quiet: bool, as_json: bool
 ) -> int:
-    """Start machines from their disks. One that runs stays as it is."""
-    params = {} if boot_timeout is None else {"boot_timeout_s": boot_timeout}
+    """Start machines from their disks. One that runs stays as it is.
+
+    One that never ran starts from a template, as a new one does, unless --cold.
+    """
+    params: dict[str, Any] = {"cold": cold}
+    if boot_timeout is not None:
+        params["boot_timeout_s"] = boot_timeout
     return _each(vm_refs, "vm.start", params, quiet=quiet, as_json=as_json, cancels=True)
 
 

@@ -24,6 +24,9 @@ boot_timeout_option = click.option(
     metavar="SECONDS",
     help="How long the guest may take to come up.",
 )
+cold_option = click.option(
+    "--cold", is_flag=True, help="Boot it, even where a template would be faster."
+)
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 
 _OPTIONS = (
@@ -51,6 +54,7 @@ _OPTIONS = (
     ),
     publish_option,
     boot_timeout_option,
+    cold_option,
     quiet_option,
 )
 
@@ -73,6 +77,7 @@ def machine_request(options: dict[str, Any]) -> dict[str, Any]:
         "init": options["init"],
         "network": options["network"],
         "published_ports": options["ports"],
+        "cold": options["cold"],
     }
     if options["boot_timeout"] is not None:
         request["boot_timeout_s"] = options["boot_timeout"]

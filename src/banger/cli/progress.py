@@ -33,6 +33,8 @@ class ProgressView:
         self._shown_stage = ""
         self._live: Progress | None = None
         self._state: Operation | None = None
+        self._quiet = quiet
+        self._noted = 0
         self._loud = False
         # The timer's thread and the caller's both draw.
         self._lock = threading.Lock()
@@ -73,7 +75,15 @@ class ProgressView:
             self._state = msgspec.json.decode(raw, type=Operation)
             if self._state.vm is not None:
                 self._title = f"vm {self._state.vm.name}"
+            self._tell_notes(self._state.notes)
             self._show()
+
+    def _tell_notes(self, notes: tuple[str, ...]) -> None:
+        """Each once, however soon the work ends."""
+        for text in notes[self._noted :]:
+            if not self._quiet:
+                note(f"{self._title}: {printable(text)}")
+        self._noted = len(notes)
 
     def _begin(self) -> None:
         with self._lock:

@@ -13,11 +13,18 @@ import msgspec
 from banger import __version__
 from banger.base.errors import BadRequest, UnknownMethod
 from banger.base.log import OperationLog
-from banger.base.model import DaemonStatus, Image, Kernel, Operation, Vm, VmState
+from banger.base.model import DaemonStatus, Image, Kernel, Operation, Template, Vm, VmState
 from banger.base.opid import current_op_id
 from banger.base.paths import Paths
 from banger.daemon.observation import Observation
-from banger.daemon.params import ImageReference, Nothing, OperationReference, VmReference
+from banger.daemon.params import (
+    ImageReference,
+    Nothing,
+    OperationReference,
+    PruneTemplates,
+    TemplateReference,
+    VmReference,
+)
 from banger.daemon.sessions import Sessions
 from banger.daemon.verbs import Verbs
 from banger.drivers.base import Check
@@ -32,6 +39,7 @@ from banger.services.operations import Operations
 from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.stats import StatsService
+from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_spec import CreateRequest
@@ -56,6 +64,7 @@ class Services:
     prune: Prune
     ports: PortService
     stats: StatsService
+    templates: TemplateService
     doctor: Doctor
     stop: Callable[[], None]
 
@@ -102,6 +111,10 @@ class Dispatch:
             "image.show": Method(ImageReference, self._image),
             "image.delete": Method(ImageReference, self._image_delete),
             "kernel.list": Method(Nothing, self._kernels),
+            "template.list": Method(Nothing, self._template_list),
+            "template.show": Method(TemplateReference, self._template),
+            "template.delete": Method(TemplateReference, self._template_delete),
+            "template.prune": Method(PruneTemplates, self._template_prune),
             "vm.create.begin": Method(CreateRequest, self._create_begin),
             "vm.create.status": Method(OperationReference, self._create_status),
             "vm.create.cancel": Method(OperationReference, self._cancel),
@@ -179,7 +192,23 @@ class Dispatch:
         return await self._services.images.get(params.image)
 
     async def _image_delete(self, params: ImageReference, _: Connection) -> Image:
-        return await self._services.images.delete(params.image)
+        image = await self._services.images.delete(params.image)
+        await self._services.templates.forget_image(image.id)
+        return image
+
+    async def _template_list(self, _: Nothing, __: Connection) -> list[Template]:
+        return await self._services.templates.all()
+
+    async def _template(self, params: TemplateReference, _: Connection) -> Template:
+        return await self._services.templates.resolve(params.template)
+
+    async def _template_delete(self, params: TemplateReference, _: Connection) -> Template:
+        return await self._services.templates.delete(params.template)
+
+    async def _template_prune(self, params: PruneTemplates, _: Connection) -> list[Template]:
+        return await self._services.templates.prune(
+            everything=params.everything, dry_run=params.dry_run
+        )
 
     async def _kernels(self, _: Nothing, __: Connection) -> list[Kernel]:
         return await self._services.kernels.all()

@@ -169,6 +169,7 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         prune=parts.prune,
         ports=parts.ports,
         stats=parts.stats,
+        templates=parts.templates,
         doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
         stop=stopping.set,
     )

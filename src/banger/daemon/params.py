@@ -36,6 +36,8 @@ class DeleteVm(Params, frozen=True):
 class StartVm(Params, frozen=True):
     vm: str
     boot_timeout_s: float = BOOT_TIMEOUT_S
+    #: Boot it, even where a template would be faster.
+    cold: bool = False
 
 
 class SetVm(Params, frozen=True):
@@ -81,6 +83,16 @@ class OperationReference(Params, frozen=True):
 
 class ImageReference(Params, frozen=True):
     image: str
+
+
+class TemplateReference(Params, frozen=True):
+    template: str
+
+
+class PruneTemplates(Params, frozen=True):
+    #: Also those that a start would still use.
+    everything: bool = False
+    dry_run: bool = False
 
 
 Dimension = Annotated[int, Meta(ge=0, le=65535)]

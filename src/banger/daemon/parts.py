@@ -26,6 +26,7 @@ from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.publishing import Publishing
 from banger.services.stats import StatsService
+from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_start import Drivers, VmStarter
@@ -50,11 +51,21 @@ class Parts:
         self.capabilities = Capabilities(
             [
                 SystemDisk(paths, drivers.storage),
-                WorkDisk(drivers.storage, self.images),
+                WorkDisk(paths, drivers.storage, self.images),
                 Networking(paths, drivers.network, self.liveness),
                 Identity(self.liveness, self.agents),
                 self.publishing,
             ]
+        )
+        self.templates = TemplateService(
+            paths=paths,
+            config=config,
+            store=store,
+            hypervisor=drivers.hypervisor,
+            network=drivers.network,
+            capabilities=self.capabilities,
+            kernels=self.kernels,
+            operations=self.operations,
         )
         self.vms = VmService(
             paths, store, self.handles, self.liveness, self.agents, self.capabilities
@@ -80,6 +91,7 @@ class Parts:
             vms=self.vms,
             liveness=self.liveness,
             agents=self.agents,
+            templates=self.templates,
         )
         self.lifecycle = Lifecycle(
             hypervisor=self.drivers.hypervisor,
@@ -111,6 +123,7 @@ class Parts:
             liveness=self.liveness,
             images=self.images,
             kernels=self.kernels,
+            templates=self.templates,
         ).run()
 
     def maintenance(self) -> Maintenance:

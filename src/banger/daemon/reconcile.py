@@ -20,6 +20,7 @@ from banger.services.capabilities import Capabilities
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.liveness import Liveness
+from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 from banger.store.store import Store
 
@@ -35,6 +36,7 @@ class Reconciler:
         liveness: Liveness,
         images: ImageService,
         kernels: KernelService,
+        templates: TemplateService,
     ) -> None:
         self._paths = paths
         self._store = store
@@ -43,6 +45,7 @@ class Reconciler:
         self._liveness = liveness
         self._images = images
         self._kernels = kernels
+        self._templates = templates
 
     async def run(self) -> None:
         """One pass over /proc, then each VM. A VM that cannot be reconciled stops nothing."""
@@ -60,6 +63,7 @@ class Reconciler:
             self._report_strangers({vm.id for vm in records}, machines)
             await self._images.remove_leftovers()
             await self._kernels.remove_leftovers()
+            await self._templates.remove_leftovers(machines.items())
 
     async def _reconcile(self, vm: Vm, machines: Mapping[Path, int], log: OperationLog) -> None:
         alive = self._liveness.rediscover(vm, machines)

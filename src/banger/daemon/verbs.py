@@ -94,7 +94,7 @@ class Verbs:
             "vm.start",
             params.vm,
             lambda progress: self._lifecycle.start(
-                params.vm, progress, boot_timeout_s=params.boot_timeout_s
+                params.vm, progress, boot_timeout_s=params.boot_timeout_s, cold=params.cold
             ),
         )
 

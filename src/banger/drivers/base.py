@@ -7,6 +7,7 @@ idempotent where they undo something.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -45,6 +46,8 @@ class Disk:
     path: Path
     format: DiskFormat
     read_only: bool = False
+    #: `Hypervisor.restore` makes the device at least this large: 0 leaves it as it was saved.
+    size_mib: int = 0
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,18 @@ class NetworkAttachment:
 
 
 @dataclass(frozen=True)
+class MemoryFile:
+    """The file that a machine's memory lies in.
+
+    A private one is only read: what the machine writes goes to copies of its pages, so any number
+    of machines can share it. A shared one holds what the machine has written.
+    """
+
+    path: Path
+    private: bool
+
+
+@dataclass(frozen=True)
 class Machine:
     """All that shapes one virtual machine. Equal machines give equal arguments."""
 
@@ -86,6 +101,8 @@ class Machine:
     hypervisor_log: Path
     control_socket: Path
     agent_socket: Path
+    #: None: memory of its own, which goes with it.
+    memory_file: MemoryFile | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +136,31 @@ class Hypervisor(Protocol):
 
         Raises PreconditionFailed when the hypervisor is missing, Unavailable (with the end of its
         log) when it exits or never answers; then nothing of it is left.
+        """
+        ...
+
+    async def restore(
+        self, machine: Machine, network: NetworkAttachment | None, state: Path
+    ) -> int:
+        """Start the machine from where `save` left one, with that one's memory, and let it run on.
+
+        It must have the `shape` of the machine that was saved. Returns and raises as `launch`.
+        """
+        ...
+
+    async def save(self, control_socket: Path, state: Path) -> None:
+        """Pause the machine and write to `state` all of it that is not in its (shared) memory
+        file. Its disks are then as the guest left them, and it is good for nothing but `quit`.
+
+        Raises Unavailable when it cannot be saved.
+        """
+        ...
+
+    async def shape(self, machine: Machine, *, network: bool) -> str:
+        """What a saved state fits: machines of one shape can be restored from each other's.
+
+        It tells of the machine's devices, of the hypervisor and of the host; paths and names are
+        not part of it. Raises PreconditionFailed when the hypervisor is missing.
         """
         ...
 
@@ -173,6 +215,13 @@ class Storage(Protocol):
         """
         ...
 
+    async def copy_overlay(self, overlay: Path, copy: Path) -> None:
+        """A disk of its own with the content of a small `overlay`, over the same base.
+
+        Neither depends on the other. Replaces `copy`.
+        """
+        ...
+
     def allocated_bytes(self, disk: Path) -> int:
         """What the disk takes of the host's, 0 for none."""
         ...
@@ -187,6 +236,10 @@ class Network(Protocol):
 
     async def attach(self, vm_id: str, log: Path) -> NetworkAttachment:
         """Make the host side for one VM. It ends by itself when the machine does."""
+        ...
+
+    def unplugged(self) -> AbstractContextManager[NetworkAttachment]:
+        """The same interface, leading nowhere, for as long as the context is open."""
         ...
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:

@@ -65,6 +65,10 @@ def _u32(tag: int, value: int | None) -> bytes:
     return b"" if value is None else field(tag, struct.pack(">I", value))
 
 
+def _u64(tag: int, value: int | None) -> bytes:
+    return b"" if value is None else field(tag, struct.pack(">Q", value))
+
+
 @dataclass(frozen=True)
 class Exec:
     """Run a program. No arguments and `login`: the user's login shell.
@@ -228,15 +232,17 @@ class Setup:
     mac: str | None = None
     entropy: bytes = b""
     unix_time_ns: int | None = None
+    #: What the work disk has grown to since the guest booted: it waits until it has heard of that.
+    work_size_bytes: int | None = None
     KIND: ClassVar[int] = 10
 
     def encode(self) -> bytes:
         if len(self.entropy) > ENTROPY_LIMIT_BYTES:
             raise BadRequest(f"at most {ENTROPY_LIMIT_BYTES} bytes of entropy go in one request")
-        time_ns = self.unix_time_ns
         return _payload(
             self.KIND,
-            b"" if time_ns is None else field(8, struct.pack(">Q", time_ns)),
+            _u64(8, self.unix_time_ns),
+            _u64(10, self.work_size_bytes),
             field(7, self.entropy) if self.entropy else b"",
             _optional(6, self.mac),
             _optional(3, self.address),

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 
 from banger.base.errors import BangerError, from_unexpected
 from banger.base.log import get_logger, vm_attributes
-from banger.base.model import Image, Kernel, Vm
+from banger.base.model import Image, Kernel, Template, Vm
 from banger.drivers.base import Check, Disk, NetworkAttachment
 from banger.guest.requests import Setup
 
@@ -37,6 +37,8 @@ class Start:
     vm: Vm
     image: Image
     kernel: Kernel
+    #: What it starts from instead of a boot; its disks begin as that one's.
+    template: Template | None = None
     disks: list[Disk] = field(default_factory=list)
     network: NetworkAttachment | None = None
     setup: Setup = field(default_factory=Setup)
@@ -103,10 +105,14 @@ class Capabilities:
         """What fails leaves the rest undone; `cleanup` takes away what was made."""
         for each in self._all:
             await each.prepare_host(start)
-        for each in self._all:
-            each.contribute_machine(start)
+        self.contribute_machine(start)
         for each in self._all:
             each.contribute_guest(start)
+
+    def contribute_machine(self, start: Start) -> None:
+        """The devices of the machine, of a template's, too, which has no network yet."""
+        for each in self._all:
+            each.contribute_machine(start)
 
     async def post_start(self, vm: Vm) -> None:
         for each in self._all:

@@ -1,12 +1,14 @@
 """The disks of a VM: its system over the image's root file system, and its work disk, /root.
 
-Both are made once, with the VM, and live as long as it. A work disk that is smaller than the
-record says (the daemon died between the two) is grown by the next start.
+Both are made once, with the VM, or for its first start, and live as long as it. Those of a VM that
+starts from a template begin as copies of the template's, which are a megabyte. A work disk that is
+smaller than the record says (the daemon died between the two) is grown by the next start.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 from banger.base.model import Vm, VmState
@@ -37,11 +39,13 @@ class SystemDisk(Capability):
         ]
 
     async def create(self, start: Start) -> None:
-        await self._storage.create_overlay(
-            Path(start.image.rootfs_path),
-            Path(start.vm.runtime.system_overlay),
-            start.vm.spec.system_overlay_size_mib,
-        )
+        disk = Path(start.vm.runtime.system_overlay)
+        if start.template is not None:
+            made = self._paths.template(start.template.id).system_overlay
+            await self._storage.copy_overlay(made, disk)
+            return
+        size_mib = start.vm.spec.system_overlay_size_mib
+        await self._storage.create_overlay(Path(start.image.rootfs_path), disk, size_mib)
 
     def contribute_machine(self, start: Start) -> None:
         system = Path(start.vm.runtime.system_overlay)
@@ -58,7 +62,8 @@ class WorkDisk(Capability):
 
     name = "work disk"
 
-    def __init__(self, storage: Storage, images: ImageService) -> None:
+    def __init__(self, paths: Paths, storage: Storage, images: ImageService) -> None:
+        self._paths = paths
         self._storage = storage
         self._images = images
 
@@ -69,23 +74,38 @@ class WorkDisk(Capability):
         ]
 
     async def create(self, start: Start) -> None:
-        size_mib = start.vm.spec.disk_size_mib
+        disk, size_mib = Path(start.vm.runtime.work_disk), start.vm.spec.disk_size_mib
+        if start.template is not None:
+            made = self._paths.template(start.template.id).work_disk
+            await self._storage.copy_overlay(made, disk)
+            return
         seed = await self._images.work_seed(start.image, size_mib)
-        await self._storage.create_overlay(seed, Path(start.vm.runtime.work_disk), size_mib)
+        await self._storage.create_overlay(seed, disk, size_mib)
 
     async def prepare_host(self, start: Start) -> None:
-        if start.vm.runtime.state is not VmState.CREATING:
+        # A machine from a template knows its disk as that was: it is enlarged when that is there.
+        if start.vm.runtime.state is not VmState.CREATING and start.template is None:
             disk = Path(start.vm.runtime.work_disk)
             await self._storage.grow(disk, start.vm.spec.disk_size_mib)
 
     def contribute_machine(self, start: Start) -> None:
-        work = Path(start.vm.runtime.work_disk)
-        start.disks.append(Disk("work", work, self._storage.format))
+        work, size_mib = Path(start.vm.runtime.work_disk), _enlarged_mib(start)
+        start.disks.append(Disk("work", work, self._storage.format, size_mib=size_mib))
+
+    def contribute_guest(self, start: Start) -> None:
+        if size_mib := _enlarged_mib(start):
+            start.setup = replace(start.setup, work_size_bytes=size_mib * _MIB)
 
     async def apply_config_changes(self, before: Vm, after: Vm) -> None:
         # A smaller size comes only when a change is taken back: the disk keeps what it has.
         if after.spec.disk_size_mib > before.spec.disk_size_mib:
             await self._storage.grow(Path(after.runtime.work_disk), after.spec.disk_size_mib)
+
+
+def _enlarged_mib(start: Start) -> int:
+    """What the work disk of a machine from a template grows to; 0 when it is as large already."""
+    template, wanted_mib = start.template, start.vm.spec.disk_size_mib
+    return wanted_mib if template is not None and wanted_mib > template.disk_size_mib else 0
 
 
 def _check_holds_seed(start: Start) -> list[Check]:

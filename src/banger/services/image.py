@@ -10,8 +10,7 @@ import msgspec
 
 from banger.base.errors import BadRequest, Conflict, NotFound, PreconditionFailed
 from banger.base.log import OperationLog, image_attributes
-from banger.base.model import Image, InitMode, Vm, check_artifact_name, now
-from banger.base.opid import current_op_id, new_op_id
+from banger.base.model import Image, InitMode, Operation, Vm, check_artifact_name, now
 from banger.base.paths import Paths
 from banger.images.build import BUILDABLE, build_image
 from banger.images.ext4 import make_larger_copy
@@ -19,7 +18,8 @@ from banger.services import artifacts
 from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.services.kernel import KernelService
 from banger.services.locks import Locks, Rank
-from banger.services.operations import Operations, Progress, raise_failure
+from banger.services.operations import Operations, Progress
+from banger.services.single_flight import SingleFlight
 from banger.store.store import Store
 
 
@@ -29,9 +29,8 @@ class ImageService:
     ) -> None:
         self._paths = paths
         self._store = store
-        self._operations = operations
         self._kernels = kernels
-        self._builds: dict[str, Progress] = {}
+        self._builds = SingleFlight(operations, "image.build")
         self._growing = asyncio.Lock()
         #: Held while an image's set of users may grow or while it is deleted.
         self.locks = Locks(Rank.IMAGE)
@@ -69,32 +68,17 @@ class ImageService:
                 f'banger does not know how to build "{name}"',
                 hint=f"it can build: {', '.join(BUILDABLE)}",
             )
-        build = await self._join_build(name)
+        build = await self._builds.join(
+            name, name, partial(self._build, name), partial(self._is_there, name)
+        )
         if build is None:
             raise Conflict(
                 f'image "{name}" already exists', hint=f"to renew it: banger image delete {name}"
             )
         return build
 
-    async def _join_build(self, name: str) -> Progress | None:
-        """The build of this image that runs, joined, or a new one; None when the image is there.
-
-        Between seeing that the image is missing and looking for its build lies no await, so no
-        build can have ended meanwhile.
-        """
-        while await self._store.image_named(name) is None:
-            running = self._builds.get(name)
-            if running is None or running.record.done:
-                running = self._operations.begin(
-                    "image.build", name, lambda progress: self._build(name, progress)
-                )
-                self._builds[name] = running
-                return running
-            if self._operations.join(running.record.id):
-                return running
-            # It is being taken back; when that is done another can begin.
-            await self._operations.cancel(running.record.id)
-        return None
+    async def _is_there(self, name: str) -> bool:
+        return await self._store.image_named(name) is not None
 
     async def ensure(self, name: str, progress: Progress) -> Image:
         """The image of this name, built first when it is one banger can build and is missing.
@@ -102,26 +86,14 @@ class ImageService:
         When the caller is cancelled the build goes on only if others want it.
         """
         if check_artifact_name(name) in BUILDABLE:
-            # The build is an operation of its own beside the caller's.
-            token = current_op_id.set(new_op_id())
-            try:
-                build = await self._join_build(name)
-            finally:
-                current_op_id.reset(token)
-            if build is not None:
-                await self._follow(build, progress)
-        return await self.get(name)
 
-    async def _follow(self, build: Progress, progress: Progress) -> None:
-        """Tell `progress` of the build until it ends. Raises its failure."""
-        try:
-            async for state in build.changes():
-                progress.stage("image", f"{state.stage}: {state.detail}", state.percent)
-                if state.done:
-                    raise_failure(state)
-        except asyncio.CancelledError:
-            await asyncio.shield(self._operations.leave(build.record.id))
-            raise
+            def tell(build: Operation) -> None:
+                progress.stage("image", f"{build.stage}: {build.detail}", build.percent)
+
+            await self._builds.ensure(
+                name, name, partial(self._build, name), partial(self._is_there, name), tell
+            )
+        return await self.get(name)
 
     async def _build(self, name: str, progress: Progress) -> None:
         kernel = await self._kernels.ensure(

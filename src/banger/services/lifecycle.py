@@ -57,9 +57,16 @@ class Lifecycle:
         self._agents = agents
 
     async def start(
-        self, reference: str, stages: Stages, *, boot_timeout_s: float = BOOT_TIMEOUT_S
+        self,
+        reference: str,
+        stages: Stages,
+        *,
+        boot_timeout_s: float = BOOT_TIMEOUT_S,
+        cold: bool = False,
     ) -> Vm:
         """Boot a stopped VM from its disks. One that runs stays as it is.
+
+        One that never ran starts from a template, unless `cold`.
 
         Raises PreconditionFailed with all that is missing; GuestLost when the guest does not come
         up: then it is kept, stopped, with the reason.
@@ -71,7 +78,7 @@ class Lifecycle:
                     return vm
                 vm = await self._vms.mark_ended(vm, "")  # it has ended, unnoticed so far
             start = await self._preflight(vm, stages)
-            return await self._start(start, stages, boot_timeout_s)
+            return await self._start(start, stages, boot_timeout_s, cold=cold)
 
     async def restart(
         self, reference: str, stages: Stages, *, boot_timeout_s: float = BOOT_TIMEOUT_S
@@ -93,11 +100,13 @@ class Lifecycle:
         kernel = await self._kernels.get(vm.kernel_id)
         return await self._starter.preflight(vm, image, kernel)
 
-    async def _start(self, start: Start, stages: Stages, boot_timeout_s: float) -> Vm:
+    async def _start(
+        self, start: Start, stages: Stages, boot_timeout_s: float, *, cold: bool = False
+    ) -> Vm:
         vm = start.vm
         try:
             start.vm = await self._vms.mark_starting(vm)
-            return await self._starter.run(start, stages, boot_timeout_s=boot_timeout_s)
+            return await self._starter.run(start, stages, boot_timeout_s=boot_timeout_s, cold=cold)
         except GuestLost as error:
             await to_its_end(self._vms.mark_failed(vm, error))
             raise

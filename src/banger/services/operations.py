@@ -22,7 +22,7 @@ from banger.base.errors import (
     from_wire,
 )
 from banger.base.log import OperationLog, get_logger
-from banger.base.model import ErrorInfo, Image, Operation, OperationState, Vm, now
+from banger.base.model import ErrorInfo, Image, Operation, OperationState, Template, Vm, now
 from banger.base.opid import current_op_id
 
 #: How long a finished operation can still be asked about.
@@ -38,6 +38,10 @@ class Stages(Protocol):
 
     def describe(self, **attributes: object) -> None:
         """Attributes for the log's records, known only now."""
+        ...
+
+    def note(self, text: str) -> None:
+        """Something that the user should hear of, in a line: it goes another way than usual."""
         ...
 
 
@@ -62,8 +66,23 @@ class Progress:
         """Attributes for the log's records, known only now."""
         self._log.describe(**attributes)
 
-    def result(self, *, vm: Vm | None = None, image: Image | None = None) -> None:
-        self._update(vm=vm or self.record.vm, image=image or self.record.image)
+    def note(self, text: str) -> None:
+        """Something that the user should hear of, in a line."""
+        self._log.note(text)
+        self._update(notes=(*self.record.notes, text))
+
+    def result(
+        self,
+        *,
+        vm: Vm | None = None,
+        image: Image | None = None,
+        template: Template | None = None,
+    ) -> None:
+        self._update(
+            vm=vm or self.record.vm,
+            image=image or self.record.image,
+            template=template or self.record.template,
+        )
 
     def finish(self, state: OperationState, error: BangerError | None = None) -> None:
         info = None

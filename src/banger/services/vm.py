@@ -261,6 +261,10 @@ class VmService:
         await self._release(vm)
         return await self.save(vm, state=VmState.STOPPED, last_error=reason)
 
+    async def start_over(self, vm: Vm) -> None:
+        """End and clean up an attempt to start; the VM is about to be started in another way."""
+        await self._release(vm)
+
     async def end_stray(self, vm: Vm) -> None:
         """End what runs of a VM that is recorded as one that does not; the record stays."""
         await self._release(vm)

@@ -103,11 +103,13 @@ class VmCreator:
         return vm
 
     async def _make(self, start: Start, request: CreateRequest, progress: Progress) -> Vm:
-        progress.stage("disks")
-        await self._starter.create(start)
         if not request.start:
+            progress.stage("disks")
+            await self._starter.create(start)
             return await self._vms.save(start.vm, state=VmState.STOPPED)
-        return await self._starter.run(start, progress, boot_timeout_s=request.boot_timeout_s)
+        return await self._starter.run(
+            start, progress, boot_timeout_s=request.boot_timeout_s, cold=request.cold
+        )
 
     async def _discard(self, vm: Vm) -> None:
         try:

@@ -28,6 +28,8 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
     published_ports: tuple[PublishedPort, ...] = ()
     #: False: make its record and its disks, and leave it stopped.
     start: bool = True
+    #: Boot it, even where a template would be faster.
+    cold: bool = False
     boot_timeout_s: float = BOOT_TIMEOUT_S
 
     def check(self, config: Config) -> VmSpec:

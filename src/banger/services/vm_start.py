@@ -1,4 +1,4 @@
-"""One start of a VM: from its disks to an agent with an identity.
+"""One start of a VM: from its disks, or from a template, to an agent with an identity.
 
 Used for a new VM (`vm_create`) and for one that was stopped (`lifecycle`), both with the VM's
 lock. What fails before the guest runs leaves no process; a guest that does not come up is a
@@ -7,11 +7,8 @@ lock. What fails before the guest runs leaves no process; a guest that does not 
 
 from __future__ import annotations
 
-import asyncio
-import os
 import secrets
 import time
-from collections import deque
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
@@ -20,31 +17,26 @@ from typing import Any
 
 import msgspec
 
+from banger.base.cancellation import to_its_end
 from banger.base.errors import (
     BadRequest,
     BangerError,
     Cancelled,
     OperationTimeout,
-    Unavailable,
 )
-from banger.base.model import Image, InitMode, Kernel, Vm
+from banger.base.model import Image, Kernel, Template, Vm, VmState
 from banger.base.paths import Paths, prepare_private_dir
-from banger.drivers.base import (
-    Disk,
-    DiskFormat,
-    Hypervisor,
-    Machine,
-    MachineStatus,
-    Network,
-    Storage,
-)
+from banger.drivers.base import Hypervisor, MachineStatus, MemoryFile, Network, Storage
 from banger.guest.channel import call
 from banger.services.agents import Agents
 from banger.services.capabilities import Capabilities, Start
+from banger.services.guest_wait import console_size, console_tail, while_it_runs
 from banger.services.kernel import KernelService
 from banger.services.liveness import Liveness
+from banger.services.machine import machine_of
 from banger.services.operations import Stages
 from banger.services.preflight import require
+from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 
 #: From launch to an agent that answers. Alone a guest takes seconds, under emulation beside
@@ -54,10 +46,9 @@ _BOOT_TIMEOUT_MAX_S = 3600.0
 _SETUP_TIMEOUT_S = 60.0
 #: Growing a file system by a terabyte takes an emulated guest 6 s and more.
 _SETUP_S_PER_MIB = 60.0 / (1 << 20)
-_EXIT_AFTER_CLOSE_S = 3.0
+#: From a restored machine to its agent: far more than it takes beside any number of others.
+_RESTORE_TIMEOUT_S = 60.0
 _ENTROPY_BYTES = 256
-_CONSOLE_TAIL_LINES = 8
-_CONSOLE_TAIL_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -105,6 +96,7 @@ class VmStarter:
         vms: VmService,
         liveness: Liveness,
         agents: Agents,
+        templates: TemplateService,
     ) -> None:
         self._paths = paths
         self._drivers = drivers
@@ -113,6 +105,7 @@ class VmStarter:
         self._vms = vms
         self._liveness = liveness
         self._agents = agents
+        self._templates = templates
 
     async def preflight(self, vm: Vm, image: Image, kernel: Kernel) -> Start:
         """A start of which everything is there; PreconditionFailed with all that is missing."""
@@ -130,17 +123,69 @@ class VmStarter:
         prepare_private_dir(self._paths.vm(start.vm.id).directory)
         await self._capabilities.create(start)
 
-    async def run(self, start: Start, stages: Stages, *, boot_timeout_s: float) -> Vm:
+    async def run(
+        self, start: Start, stages: Stages, *, boot_timeout_s: float, cold: bool = False
+    ) -> Vm:
         """Bring the machine up; the VM as it is recorded then, running.
 
-        Raises GuestLost when the machine runs and the guest does not come up. Whoever calls ends
-        and cleans up what is left of a start that failed or was cancelled (`VmService`).
+        A VM that never ran starts from a template, unless `cold`; when that fails it boots. Raises
+        GuestLost when the machine runs and the guest does not come up. Whoever calls ends and
+        cleans up what is left of a start that failed or was cancelled (`VmService`).
         """
+        prepare_private_dir(self._paths.vm(start.vm.id).runtime)
+        initramfs = await self._kernels.initramfs(start.kernel)
+        if not cold and _never_ran(start.vm):
+            template = await self._templates.obtain(start, initramfs, stages)
+            if template is not None:
+                vm = await self._restored(start, template, initramfs, stages, boot_timeout_s)
+                if vm is not None:
+                    return vm
+        if start.vm.runtime.state is VmState.CREATING:
+            stages.stage("disks")
+            await self.create(start)
+        return await self._booted(start, initramfs, stages, boot_timeout_s)
+
+    async def _restored(
+        self,
+        start: Start,
+        template: Template,
+        initramfs: Path,
+        stages: Stages,
+        boot_timeout_s: float,
+    ) -> Vm | None:
+        """The VM, started from `template`; None when that failed, and nothing of it is left."""
+        warm = Start(start.vm, start.image, start.kernel, template)
+        try:
+            with self._templates.in_use(template):
+                stages.stage("disks")
+                await self.create(warm)
+                stages.stage("prepare")
+                await self._launch(warm, initramfs, stages)
+            stages.stage("setup")
+            timeout_s = min(boot_timeout_s, _RESTORE_TIMEOUT_S)
+            await self._while_it_runs(warm.vm, self._agents.connect(warm.vm, timeout_s), timeout_s)
+            await self._while_it_runs(warm.vm, self._set_up(warm), _setup_timeout_s(warm.vm))
+        except Cancelled:
+            raise
+        except (BangerError, OSError) as error:
+            self._check_wanted(start.vm)
+            await to_its_end(self._vms.start_over(start.vm))
+            await self._templates.discard(template, str(error))
+            stages.note(f"starting from a template failed, the machine boots: {error}")
+            if start.vm.runtime.state is not VmState.CREATING:
+                await self.create(start)  # its own disks, as a VM that was not started has them
+            prepare_private_dir(self._paths.vm(start.vm.id).runtime)
+            return None
+        await self._templates.used(template)
+        return await self._running(warm)
+
+    async def _booted(
+        self, start: Start, initramfs: Path, stages: Stages, boot_timeout_s: float
+    ) -> Vm:
         stages.stage("prepare")
         vm = start.vm
-        prepare_private_dir(self._paths.vm(vm.id).runtime)
-        console_from = _size(Path(vm.runtime.log_path))
-        await self._launch(start, stages)
+        console_from = console_size(Path(vm.runtime.log_path))
+        await self._launch(start, initramfs, stages)
         stages.stage("boot", "waiting for the guest")
         try:
             await self._await_agent(vm, boot_timeout_s)
@@ -148,56 +193,49 @@ class VmStarter:
             await self._while_it_runs(vm, self._set_up(start), _setup_timeout_s(vm))
         except BangerError as error:
             raise GuestLost(error, vm, console_from) from error
+        return await self._running(start)
+
+    async def _running(self, start: Start) -> Vm:
+        vm = start.vm
         await self._capabilities.post_start(vm)
         address = start.network.guest.address.partition("/")[0] if start.network else ""
         runtime = msgspec.structs.replace(vm.runtime, guest_ip=address)
         return await self._vms.mark_running(msgspec.structs.replace(vm, runtime=runtime))
 
-    async def _launch(self, start: Start, stages: Stages) -> None:
+    async def _launch(self, start: Start, initramfs: Path, stages: Stages) -> None:
         """Start network and machine, and record their processes. On failure neither is left."""
         vm = start.vm
-        initramfs = await self._kernels.initramfs(start.kernel)
         try:
             await self._capabilities.prepare_host(start)
             # Before there is a machine: whatever comes between, the clean-up finds them.
             network_pids = start.network.pids if start.network is not None else ()
             self._liveness.record(vm, pid=0, network_pids=network_pids)
             self._check_wanted(vm)
-            stages.stage("launch")
+            stages.stage("launch" if start.template is None else "restore")
         except BaseException:
             start.abandon()
             raise
         async with AsyncExitStack() as undo:
-            pid = await self._drivers.hypervisor.launch(
-                self._machine(start, initramfs), start.network
-            )
+            pid = await self._machine_of(start, initramfs)
             undo.push_async_callback(self._liveness.end, vm)
             self._liveness.record(vm, pid=pid, network_pids=network_pids)
             self._check_wanted(vm)
             undo.pop_all()
 
+    async def _machine_of(self, start: Start, initramfs: Path) -> int:
+        """Launch or restore the machine: its pid."""
+        paths, template = self._paths.vm(start.vm.id), start.template
+        if template is None:
+            machine = machine_of(start, paths, initramfs)
+            return await self._drivers.hypervisor.launch(machine, start.network)
+        made = self._paths.template(template.id)
+        machine = machine_of(start, paths, initramfs, MemoryFile(made.memory, private=True))
+        return await self._drivers.hypervisor.restore(machine, start.network, made.machine_state)
+
     def _check_wanted(self, vm: Vm) -> None:
         """Raise Cancelled when somebody has killed the VM before it had a machine."""
         if reason := self._vms.end_reasons.get(vm.id):
             raise Cancelled(f'vm "{vm.name}" does not start: {reason}')
-
-    def _machine(self, start: Start, initramfs: Path) -> Machine:
-        vm, kernel = start.vm, start.kernel
-        paths = self._paths.vm(vm.id)
-        modules = Disk("modules", Path(kernel.modules_path), DiskFormat.RAW, read_only=True)
-        return Machine(
-            vm_id=vm.id,
-            vcpu_count=vm.spec.vcpu_count,
-            memory_mib=vm.spec.memory_mib,
-            kernel=Path(kernel.vmlinux_path),
-            initramfs=initramfs,
-            kernel_parameters=_kernel_parameters(vm.spec.init),
-            disks=(*start.disks, modules),
-            console_log=paths.console_log,
-            hypervisor_log=paths.hypervisor_log,
-            control_socket=paths.control_socket,
-            agent_socket=paths.agent_socket,
-        )
 
     async def _await_agent(self, vm: Vm, timeout_s: float) -> None:
         try:
@@ -218,21 +256,7 @@ class VmStarter:
         self, vm: Vm, work: Coroutine[Any, Any, object], timeout_s: float
     ) -> None:
         """Await `work`, which takes `timeout_s` at most; a machine that ends meanwhile ends it."""
-        working = asyncio.ensure_future(work)
-        ending = asyncio.ensure_future(self._liveness.wait_exit(vm, timeout_s))
-        try:
-            await asyncio.wait({working, ending}, return_when=asyncio.FIRST_COMPLETED)
-            failure = working.exception() if working.done() else None
-            if isinstance(failure, Unavailable):
-                # Its sockets close before its process is gone: that is what to tell of.
-                await asyncio.wait({ending}, timeout=_EXIT_AFTER_CLOSE_S)
-            if ending.done() and ending.result() and (failure or not working.done()):
-                raise Unavailable("the machine ended while it booted")
-            await working
-        finally:
-            for task in (working, ending):
-                task.cancel()
-            await asyncio.gather(working, ending, return_exceptions=True)
+        await while_it_runs(work, self._liveness.wait_exit(vm, timeout_s))
 
     async def _set_up(self, start: Start) -> None:
         channel = await self._agents.channel(start.vm)
@@ -244,37 +268,10 @@ class VmStarter:
         await call(channel, request, timeout_s=_setup_timeout_s(start.vm))
 
 
+def _never_ran(vm: Vm) -> bool:
+    """Whether its disks are as they were made: no guest has written to them."""
+    return vm.started_at is None and not vm.runtime.last_error
+
+
 def _setup_timeout_s(vm: Vm) -> float:
     return _SETUP_TIMEOUT_S + vm.spec.disk_size_mib * _SETUP_S_PER_MIB
-
-
-def _kernel_parameters(init: InitMode) -> tuple[str, ...]:
-    mode = f"banger.init={init}"
-    if init is not InitMode.SYSTEMD:
-        return (mode,)
-    # A log is no terminal to log in at; and without udev, which tells systemd that a device is
-    # there, systemd 252 waits 90 s for it before its boot is complete.
-    return mode, "systemd.getty_auto=no"
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except FileNotFoundError:
-        return 0
-
-
-def console_tail(log: Path, begin: int) -> str:
-    """The last lines of a console log from `begin` on, as text that is safe to print."""
-    try:
-        with log.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            if begin > size:  # it was cut meanwhile
-                begin = 0
-            file.seek(max(begin, size - _CONSOLE_TAIL_BYTES))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return ""
-    lines = deque((line.rstrip() for line in text.splitlines()), maxlen=_CONSOLE_TAIL_LINES)
-    # The console is the guest's: its control characters must not reach a terminal.
-    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)

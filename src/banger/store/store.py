@@ -1,4 +1,4 @@
-"""The database: VMs, images and kernels, each a row.
+"""The database: VMs, images, kernels and templates, each a row.
 
 One SQLite connection in WAL mode, used from one worker thread so that the event loop never waits
 for the disk. Opened at the daemon's start, closed at its end. The schema moves forward only; a
@@ -20,7 +20,7 @@ from typing import TypeVar
 import msgspec
 
 from banger.base.errors import Conflict, Internal, NotFound, PreconditionFailed
-from banger.base.model import Image, Kernel, Vm
+from banger.base.model import Image, Kernel, Template, Vm
 
 T = TypeVar("T")
 R = TypeVar("R", Image, Kernel)
@@ -167,6 +167,57 @@ class Store:
     async def kernels(self) -> list[Kernel]:
         return await self._all("kernels", Kernel)
 
+    async def insert_template(self, template: Template) -> None:
+        """Add a template; its key must be free."""
+
+        def work(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute(
+                    "INSERT INTO templates (id, key, image_id, used_at, record)"
+                    " VALUES (?, ?, ?, ?, ?)",
+                    (
+                        template.id,
+                        template.key,
+                        template.image_id,
+                        template.used_at.isoformat(),
+                        _json(template),
+                    ),
+                )
+
+        await self._run(work)
+
+    async def touch_template(self, template_id: str, moment: datetime) -> None:
+        """Note when a template was last used."""
+
+        def work(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute(
+                    "UPDATE templates SET used_at = ? WHERE id = ?",
+                    (moment.isoformat(), template_id),
+                )
+
+        await self._run(work)
+
+    async def delete_template(self, template_id: str) -> None:
+        await self._delete("templates", template_id)
+
+    async def template_of_key(self, key: str) -> Template | None:
+        def work(db: sqlite3.Connection) -> Template | None:
+            query = "SELECT record, used_at FROM templates WHERE key = ?"
+            row = db.execute(query, (key,)).fetchone()
+            return None if row is None else _template(*row)
+
+        return await self._run(work)
+
+    async def templates(self) -> list[Template]:
+        """All templates, the one that was used last first."""
+
+        def work(db: sqlite3.Connection) -> list[Template]:
+            rows = db.execute("SELECT record, used_at FROM templates ORDER BY used_at DESC")
+            return [_template(*row) for row in rows]
+
+        return await self._run(work)
+
     async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
         loop = asyncio.get_running_loop()
         try:
@@ -227,6 +278,11 @@ def _vm(record: str, touched_at: str | None) -> Vm:
     vm = _decode_vm(record)
     moment = None if touched_at is None else datetime.fromisoformat(touched_at)
     return vm if vm.touched_at == moment else msgspec.structs.replace(vm, touched_at=moment)
+
+
+def _template(record: str, used_at: str) -> Template:
+    template = msgspec.json.decode(record, type=Template)
+    return msgspec.structs.replace(template, used_at=datetime.fromisoformat(used_at))
 
 
 def _connect(path: Path) -> sqlite3.Connection:

@@ -1,24 +1,23 @@
 """QEMU as a hypervisor: starts it, asks it to end, recognises its process.
 
-The process outlives the daemon; while the daemon lives it reaps it. QEMU's control protocol (QMP)
-is spoken by QEMU's own client, `qemu.qmp`.
+The process outlives the daemon; while the daemon lives it reaps it. What is said to it over its
+control protocol is in `qemu_monitor`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
-from qemu.qmp import ExecInterruptedError, QMPClient, QMPError, Runstate
+from qemu.qmp import ExecInterruptedError, Runstate
 
 from banger.base import proc
-from banger.base.errors import Unavailable
 from banger.base.paths import check_socket_path
 from banger.drivers.base import (
     Check,
@@ -37,14 +36,22 @@ from banger.drivers.hypervisor.qemu_argv import (
     Inherited,
     control_socket_in,
     qemu_argv,
+    shape_of,
+)
+from banger.drivers.hypervisor.qemu_monitor import (
+    Log,
+    conversation,
+    launching,
+    load_state,
+    save_state,
 )
 
 _CPUINFO = Path("/proc/cpuinfo")
+#: What in /proc/cpuinfo says which processor it is; a guest under KVM sees all of it.
+_CPU_FIELDS = frozenset({"vendor_id", "cpu family", "model", "stepping", "microcode", "flags"})
 
-#: 50 to 100 ms are usual; a host that swaps may take seconds.
-_LAUNCH_TIMEOUT_S = 30.0
-_QMP_TIMEOUT_S = 5.0
-_LOG_TAIL_BYTES = 2000
+#: Waiting for the state to be written is waiting for the disk.
+_SAVE_TIMEOUT_S = 60.0
 
 
 class QemuHypervisor:
@@ -88,6 +95,17 @@ class QemuHypervisor:
 
     async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:
         """See `Hypervisor.launch`. The descriptor of `network` is closed here in any case."""
+        return await self._start(machine, network, None)
+
+    async def restore(
+        self, machine: Machine, network: NetworkAttachment | None, state: Path
+    ) -> int:
+        """See `Hypervisor.restore`. The descriptor of `network` is closed here in any case."""
+        return await self._start(machine, network, state)
+
+    async def _start(
+        self, machine: Machine, network: NetworkAttachment | None, state: Path | None
+    ) -> int:
         network_fd = network.fd if network is not None else -1
         mac = network.guest.mac if network is not None else ""
         ours, theirs = socket.socketpair()
@@ -96,10 +114,11 @@ class QemuHypervisor:
                 for path in (machine.control_socket, machine.agent_socket):
                     check_socket_path(path)
                 accelerator, _ = await self.choose_accelerator()
-                log = _Log(machine.hypervisor_log)
+                log = Log(machine.hypervisor_log)
+                facts = HostFacts(accelerator, tsc_khz())
                 inherited = Inherited(theirs.fileno(), network_fd)
                 process = proc.spawn_detached(
-                    qemu_argv(machine, HostFacts(accelerator, tsc_khz()), inherited, mac),
+                    qemu_argv(machine, facts, inherited, mac, incoming=state is not None),
                     log=machine.hypervisor_log,
                     pass_fds=[fd for fd in (theirs.fileno(), network_fd) if fd >= 0],
                     env=proc.BARE_ENVIRONMENT,
@@ -113,7 +132,9 @@ class QemuHypervisor:
         ended = proc.watch(process)
         try:
             with ours:
-                await _answers(ours, ended, log)
+                async with launching(ours, ended, log) as client:
+                    if state is not None:
+                        await load_state(client, state, machine.disks)
         except BaseException:
             if not ended.done():
                 # Not reaped yet, so the pid is still its own.
@@ -122,9 +143,28 @@ class QemuHypervisor:
             raise
         return process.pid
 
+    async def save(self, control_socket: Path, state: Path) -> None:
+        """See `Hypervisor.save`."""
+        async with conversation(control_socket, _SAVE_TIMEOUT_S) as client:
+            await save_state(client, state)
+
+    async def shape(self, machine: Machine, *, network: bool) -> str:
+        """See `Hypervisor.shape`: a digest of the command line, QEMU itself and the processor."""
+        path = proc.which(QEMU)
+        if path is None:
+            raise proc.missing_tool(QEMU)
+        accelerator, _ = await self.choose_accelerator()
+        program = os.stat(path)  # noqa: PTH116 - pathlib is no faster here
+        parts = (
+            *shape_of(machine, HostFacts(accelerator, tsc_khz()), network=network),
+            *(str(program.st_size), str(program.st_mtime_ns)),
+            processor(),
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
     async def quit(self, control_socket: Path) -> None:
         """See `Hypervisor.quit`. Returns when QEMU closes the connection, as it ends."""
-        async with _qmp(control_socket) as client:
+        async with conversation(control_socket) as client:
             # It may be gone before its answer is.
             with suppress(ExecInterruptedError):
                 await client.execute("quit")
@@ -133,12 +173,12 @@ class QemuHypervisor:
 
     async def power_button(self, control_socket: Path) -> None:
         """See `Hypervisor.power_button`: an ACPI event, which systemd's logind listens to."""
-        async with _qmp(control_socket) as client:
+        async with conversation(control_socket) as client:
             await client.execute("system_powerdown")
 
     async def status(self, control_socket: Path) -> MachineStatus:
         """See `Hypervisor.status`."""
-        async with _qmp(control_socket) as client:
+        async with conversation(control_socket) as client:
             answer = cast("dict[str, object]", await client.execute("query-status"))
         # By default a write that meets ENOSPC stops the machine, and is done again on `cont`.
         if answer.get("status") == "io-error":
@@ -147,7 +187,7 @@ class QemuHypervisor:
 
     async def resume(self, control_socket: Path) -> None:
         """See `Hypervisor.resume`."""
-        async with _qmp(control_socket) as client:
+        async with conversation(control_socket) as client:
             await client.execute("cont")
 
     def control_socket(self, argv: tuple[str, ...]) -> Path | None:
@@ -167,73 +207,9 @@ def tsc_khz() -> int:
     return 0
 
 
-@asynccontextmanager
-async def _qmp(control_socket: Path) -> AsyncIterator[QMPClient]:
-    """A short conversation with QEMU: it serves one client at a time, the next one waits.
-
-    Raises Unavailable when it does not answer in time, here or in the block.
-    """
-    client = QMPClient("banger")
-    try:
-        async with asyncio.timeout(_QMP_TIMEOUT_S):
-            await client.connect(str(control_socket))
-            yield client
-    except TimeoutError as error:  # says nothing itself
-        raise Unavailable(
-            f"QEMU does not answer at {control_socket} within {_QMP_TIMEOUT_S:g} s"
-        ) from error
-    except (QMPError, OSError) as error:
-        raise Unavailable(f"QEMU does not answer at {control_socket}: {error}") from error
-    finally:
-        await _disconnect(client)
-
-
-class _Log:
-    """What QEMU adds to its log from now on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._start = path.stat().st_size if path.exists() else 0
-
-    def tail(self) -> str:
-        with self.path.open("rb") as file:
-            file.seek(max(self._start, file.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace").strip()
-
-
-async def _answers(ours: socket.socket, ended: asyncio.Future[int], log: _Log) -> None:
-    """Wait until QMP answers on the socket that QEMU inherited; raise Unavailable otherwise.
-
-    QEMU takes its first command in its main loop, so by then all devices and sockets are there.
-    """
-    client = QMPClient("banger")
-    connecting = asyncio.ensure_future(client.connect(ours))
-    try:
-        either: list[asyncio.Future[Any]] = [connecting, ended]
-        await asyncio.wait(either, timeout=_LAUNCH_TIMEOUT_S, return_when=asyncio.FIRST_COMPLETED)
-        if connecting.done() and connecting.exception() is None:
-            return
-        if not connecting.done() and not ended.done():
-            raise Unavailable(
-                f"QEMU did not answer within {_LAUNCH_TIMEOUT_S:g} s; inspect {log.path}"
-            )
-        # A connection that fails means that QEMU is ending: its status comes next.
-        await asyncio.wait({ended}, timeout=_QMP_TIMEOUT_S)
-        how = _how_it_ended(ended) if ended.done() else "closed its control connection"
-        tail = log.tail()
-        raise Unavailable(f"QEMU {how}{': ' if tail else ''}{tail}; inspect {log.path}")
-    finally:
-        connecting.cancel()
-        await asyncio.wait({connecting})
-        await _disconnect(client)
-
-
-def _how_it_ended(ended: asyncio.Future[int]) -> str:
-    status = ended.result()
-    return f"exited with status {status}" if status >= 0 else f"was ended by signal {-status}"
-
-
-async def _disconnect(client: QMPClient) -> None:
-    # What went wrong on the connection is reported again here, as whatever it was.
-    with suppress(QMPError, EOFError, OSError, asyncio.IncompleteReadError):
-        await client.disconnect()
+def processor() -> str:
+    """Which processor the host has, as the kernel tells of the first of them."""
+    first, _, _ = _CPUINFO.read_text().partition("\n\n")
+    return "\n".join(
+        line for line in first.splitlines() if line.partition(":")[0].strip() in _CPU_FIELDS
+    )

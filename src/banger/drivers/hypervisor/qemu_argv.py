@@ -8,7 +8,7 @@ bought when booting Debian's 6.1 cloud kernel without KVM is in `docs/architectu
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -27,7 +27,8 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 
 # The RTC stays: without one the kernel waits for it twice, a second each time. PIT and PIC go,
 # for ACPI describes what replaces them.
-_MACHINE = "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on"
+# The memory has a name, which a saved state knows it by, whatever it is made of.
+_MACHINE = "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=memory"
 
 # Errors and warnings still reach the console. A panic resets the machine, and with -no-reboot a
 # reset ends QEMU: a guest that cannot boot is gone at once, and its last words are in the log.
@@ -65,11 +66,17 @@ def option_value(text: str | Path) -> str:
 
 
 def qemu_argv(
-    machine: Machine, host: HostFacts, inherited: Inherited, mac: str = ""
+    machine: Machine,
+    host: HostFacts,
+    inherited: Inherited,
+    mac: str = "",
+    *,
+    incoming: bool = False,
 ) -> tuple[str, ...]:
     """The whole command line. `mac` is that of the interface when there is a network.
 
-    The control socket is in it by its path: `control_socket_in` finds it again.
+    An `incoming` machine waits to be told of the state that it begins with. The control socket is
+    in the line by its path: `control_socket_in` finds it again.
     """
     return (
         QEMU,
@@ -78,7 +85,7 @@ def qemu_argv(
         *("-sandbox", _SANDBOX),
         *("-machine", _MACHINE),
         *_processor(machine, host.accelerator),
-        *("-m", f"{machine.memory_mib}M"),
+        *_memory(machine),
         *("-kernel", str(machine.kernel), "-initrd", str(machine.initramfs)),
         *("-append", " ".join(_kernel_parameters(machine, host))),
         *_control(machine.control_socket, inherited.launch_fd),
@@ -87,7 +94,26 @@ def qemu_argv(
         *("-device", "virtio-rng-device"),
         *(word for disk in machine.disks for word in _disk(disk)),
         *(_network(inherited.network_fd, mac) if inherited.network_fd >= 0 else ()),
+        *(("-incoming", "defer") if incoming else ()),
     )
+
+
+def shape_of(machine: Machine, host: HostFacts, *, network: bool) -> tuple[str, ...]:
+    """The command line of a machine without what differs from one such machine to the next."""
+    nowhere = Path("/")
+    same = replace(
+        machine,
+        vm_id="",
+        kernel=nowhere,
+        initramfs=nowhere,
+        disks=tuple(replace(disk, path=nowhere) for disk in machine.disks),
+        console_log=nowhere,
+        hypervisor_log=nowhere,
+        control_socket=nowhere,
+        agent_socket=nowhere,
+        memory_file=None,
+    )
+    return qemu_argv(same, host, Inherited(0, 0 if network else -1))
 
 
 def control_socket_in(argv: tuple[str, ...]) -> Path | None:
@@ -108,6 +134,17 @@ def _processor(machine: Machine, accelerator: Accelerator) -> tuple[str, ...]:
     if accelerator is Accelerator.KVM:
         return ("-accel", "kvm", "-cpu", KVM_CPU, *smp)
     return ("-accel", "tcg,thread=multi", "-cpu", _TCG_CPU, *smp)
+
+
+def _memory(machine: Machine) -> tuple[str, ...]:
+    size = f"id=memory,size={machine.memory_mib}M"
+    file = machine.memory_file
+    if file is None:
+        backend = f"memory-backend-ram,{size}"
+    else:
+        share = "off" if file.private else "on"
+        backend = f"memory-backend-file,{size},share={share},mem-path={option_value(file.path)}"
+    return "-m", f"{machine.memory_mib}M", "-object", backend
 
 
 def _kernel_parameters(machine: Machine, host: HostFacts) -> tuple[str, ...]:

@@ -22,6 +22,8 @@ import os
 import socket
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from banger.base import proc
@@ -38,6 +40,8 @@ GATEWAY = "172.16.0.1"
 DNS = "172.16.0.3"
 #: The gateway's: given, because passt would take the MAC of an uplink that may not be there.
 GATEWAY_MAC = "02:62:67:00:00:01"
+#: Of a machine that is connected to nothing: no VM keeps it.
+_UNPLUGGED_MAC = "02:62:67:00:00:02"
 
 _ROUTES = Path("/proc/net/route")
 _ROUTE_UP = 0x1  # RTF_UP
@@ -87,8 +91,15 @@ class PasstNetwork:
             hypervisor.close()
             raise
         proc.watch(sifter)
-        guest = GuestNetwork(mac, f"{GUEST_ADDRESS}/{PREFIX_LENGTH}", GATEWAY, DNS)
-        return NetworkAttachment(guest=guest, fd=hypervisor.detach(), pids=(sifter.pid, server.pid))
+        pids = (sifter.pid, server.pid)
+        return NetworkAttachment(guest=_guest(mac), fd=hypervisor.detach(), pids=pids)
+
+    @contextmanager
+    def unplugged(self) -> Iterator[NetworkAttachment]:
+        """See `Network.unplugged`. Whoever launches closes the descriptor, as that of `attach`."""
+        hypervisor, nowhere = socket.socketpair()
+        with nowhere:
+            yield NetworkAttachment(guest=_guest(_UNPLUGGED_MAC), fd=hypervisor.detach())
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
         return filter_argv(vm_id, 0, 0)[:-2] == list(argv[:-2]) or _is_passt_of(argv, vm_id)
@@ -98,6 +109,10 @@ def mac_address(vm_id: str) -> str:
     """The VM's MAC address: always the same, of the locally administered unicast ones."""
     digest = hashlib.sha256(vm_id.encode()).digest()
     return ":".join(f"{octet:02x}" for octet in (0x02, *digest[:5]))
+
+
+def _guest(mac: str) -> GuestNetwork:
+    return GuestNetwork(mac, f"{GUEST_ADDRESS}/{PREFIX_LENGTH}", GATEWAY, DNS)
 
 
 def _is_passt_of(argv: tuple[str, ...], vm_id: str) -> bool:

@@ -12,17 +12,17 @@
 #include "setup.h"
 
 #define START_DIRECTORY "/etc/banger/start.d"
+enum { HEAD_START_US = 500000 };
 #define SERVICE_PATH "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 static char *const service_environment[] = {"PATH=" SERVICE_PATH, "HOME=/root", "USER=root",
                                             "LOGNAME=root", "SHELL=/bin/sh", "LANG=C.UTF-8", NULL};
 
-static pid_t spawn(const char *path, const char *argument) {
+static pid_t spawn(char *const arguments[]) {
     pid_t pid = fork();
     if (pid == 0) {
-        char *arguments[] = {(char *)path, (char *)argument, NULL};
         setsid();
-        execve(path, arguments, service_environment);
+        execve(arguments[0], arguments, service_environment);
         _exit(127);
     }
     return pid;
@@ -38,14 +38,22 @@ static bool has_host_keys(void) {
     return found;
 }
 
+/* One key, of the kind that every client of today takes: an RSA key takes seconds to find when the
+ * processor is emulated. */
+static void make_host_key(void) {
+    static char *const keygen[] = {"/usr/bin/ssh-keygen", "-q", "-t", "ed25519", "-N", "",
+                                   "-f", "/etc/ssh/ssh_host_ed25519_key", NULL};
+    if (!has_host_keys())
+        waitpid(spawn(keygen), NULL, 0);
+}
+
 static void start_sshd(void) {
-    static const char sshd[] = "/usr/sbin/sshd", keygen[] = "/usr/bin/ssh-keygen";
-    if (access(sshd, X_OK) < 0)
+    static char *const sshd[] = {"/usr/sbin/sshd", "-D", NULL};
+    if (access(sshd[0], X_OK) < 0)
         return;
     mkdir("/run/sshd", 0755);
-    if (!has_host_keys())
-        waitpid(spawn(keygen, "-A"), NULL, 0);
-    spawn(sshd, "-D");
+    make_host_key();
+    spawn(sshd);
 }
 
 static int by_name(const struct dirent **left, const struct dirent **right) {
@@ -62,14 +70,16 @@ static void start_scripts(void) {
     for (int i = 0; i < count; i++) {
         char path[300];
         snprintf(path, sizeof path, "%s/%s", START_DIRECTORY, entries[i]->d_name);
-        spawn(path, NULL);
+        char *script[] = {path, NULL};
+        spawn(script);
         free(entries[i]);
     }
     if (count >= 0)
         free(entries);
 }
 
-/* The work goes on after SETUP has answered: making host keys takes seconds without KVM. */
+/* The work goes on after SETUP has answered, and begins a little later: what the machine was
+ * started for has the processors to itself first. */
 void services_start(void) {
     mkdir("/run/banger", 0755);
     int once = open("/run/banger/started", O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
@@ -85,6 +95,7 @@ void services_start(void) {
     dup2(STDOUT_FILENO, STDERR_FILENO);
     for (int fd = STDERR_FILENO + 1; fd < 16; fd++)
         close(fd);
+    usleep(HEAD_START_US);
     if (chdir("/") == 0) {
         start_scripts();
         start_sshd();

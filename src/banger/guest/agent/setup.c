@@ -17,6 +17,7 @@
 
 #include "files.h"
 #include "init.h"
+#include "session.h"
 
 /* From the kernel's fs/ext4/ext4.h; no exported header has it. */
 #define EXT4_IOC_RESIZE_FS _IOW('f', 16, uint64_t)
@@ -25,7 +26,12 @@
 #define RNDRESEEDCRNG _IO('R', 0x07)
 #endif
 
-enum { EXT4_MAGIC = 0xEF53, HOSTS_LIMIT = 64 << 10 };
+enum {
+    EXT4_MAGIC = 0xEF53,
+    HOSTS_LIMIT = 64 << 10,
+    RESIZE_MS = 10000,
+    RESIZE_POLL_US = 2000,
+};
 
 static void must(bool done, const char *what) {
     if (!done)
@@ -119,18 +125,31 @@ static void set_dns(const char *server) {
     must(replace_text("/etc/resolv.conf", line, 0644), "/etc/resolv.conf");
 }
 
-/* Grow a mounted ext4 to its device; nothing happens when it fills it already. */
-static void grow(const char *mount) {
+/* Bytes of the device below a path; 0 when that is no block device. */
+static uint64_t device_size(const struct stat *info) {
+    char path[64], line[32];
+    snprintf(path, sizeof path, "/sys/dev/block/%u:%u/size", major(info->st_dev),
+             minor(info->st_dev));
+    return read_line(path, line, sizeof line) ? strtoull(line, NULL, 10) * 512 : 0;
+}
+
+/* Grow a mounted ext4 to its device; nothing happens when it fills it already. A device that was
+ * enlarged under a running kernel is waited for: its driver hears of it when it gets to run. */
+static void grow(const char *mount, uint64_t least) {
     struct stat info;
     struct statfs fs;
-    char path[64], line[32];
     if (stat(mount, &info) < 0 || statfs(mount, &fs) < 0 || fs.f_type != EXT4_MAGIC)
         return;
-    snprintf(path, sizeof path, "/sys/dev/block/%u:%u/size", major(info.st_dev),
-             minor(info.st_dev));
-    if (!read_line(path, line, sizeof line))
+    uint64_t size = device_size(&info);
+    for (int64_t end = now_ms() + RESIZE_MS; size < least; size = device_size(&info)) {
+        if (now_ms() > end)
+            fail(ETIMEDOUT, "the disk at %s has not grown to %llu bytes", mount,
+                 (unsigned long long)least);
+        usleep(RESIZE_POLL_US);
+    }
+    if (size == 0)
         return;
-    uint64_t blocks = strtoull(line, NULL, 10) * 512 / (uint64_t)fs.f_bsize;
+    uint64_t blocks = size / (uint64_t)fs.f_bsize;
     int fd = open(mount, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     if (fd < 0)
         fail_errno(mount);
@@ -155,8 +174,8 @@ void job_setup(const struct request *request) {
         set_network(request);
     if (request->text[SETUP_DNS])
         set_dns(request->text[SETUP_DNS]);
-    grow("/");
-    grow("/root");
+    grow("/", 0);
+    grow("/root", request->number[SETUP_WORK_SIZE]);
     if (init_is_ours())
         services_start();
 }

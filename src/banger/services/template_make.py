@@ -1,0 +1,136 @@
+"""Making a template: boot a machine without an identity, let it come to rest, save it.
+
+Its memory lies in a file from the start, so that saving writes a few dozen KiB. It is connected to
+no network, and is told nothing of any VM: what a template does not know, its copies do not share.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from banger.base import procfs
+from banger.base.errors import BangerError, Internal, Unavailable
+from banger.base.model import InitMode, NetworkMode, Vm
+from banger.base.paths import VmPaths, prepare_private_dir
+from banger.drivers.base import Hypervisor, Machine, MemoryFile, Network, NetworkAttachment
+from banger.guest.channel import AgentChannel, call
+from banger.guest.requests import Exec, Ping
+from banger.services.capabilities import Capabilities, Start
+from banger.services.guest_wait import console_tail, while_it_runs
+from banger.services.machine import machine_of
+from banger.services.operations import Progress
+
+_BOOT_TIMEOUT_S = 240.0
+_PING_TIMEOUT_S = 20.0
+#: The guest notices that nobody is connected any more: once, rather than in each copy.
+_SETTLE_S = 0.2
+
+#: What nearly every first command needs: read once here, it is in the memory of every copy.
+_WARM_UP = Exec(["/bin/sh", "-c", "exec true"])
+_WARM_UP_TIMEOUT_S = 20.0
+#: systemd's boot is a part of what a template saves; a service that fails does not spoil it.
+_SYSTEMD_IS_UP = Exec(["systemctl", "is-system-running", "--wait"])
+
+
+async def make_machine(
+    start: Start,
+    paths: VmPaths,
+    initramfs: Path,
+    capabilities: Capabilities,
+    hypervisor: Hypervisor,
+    network: Network,
+    progress: Progress,
+) -> None:
+    """Fill the directory of `paths`: disks, memory and the state of a machine at rest.
+
+    `start` is of a VM that there is not, with its files at those paths. Raises BangerError, with
+    the end of the console when the guest does not come up. In any case no process is left.
+    """
+    vm = start.vm
+    progress.stage("disks")
+    await capabilities.create(start)
+    capabilities.contribute_machine(start)
+    prepare_private_dir(paths.runtime)
+    progress.stage("launch")
+    machine = machine_of(start, paths, initramfs, MemoryFile(paths.memory, private=False))
+    try:
+        with _interface(vm, network) as attachment:
+            pid = await hypervisor.launch(machine, attachment)
+            pidfd = procfs.open_pidfd(
+                pid, lambda argv: hypervisor.control_socket(argv) == machine.control_socket
+            )
+            try:
+                await _boot_and_save(vm, machine, paths, pidfd, hypervisor, progress)
+            finally:
+                if pidfd >= 0:
+                    await asyncio.shield(_end(pidfd))
+    finally:
+        shutil.rmtree(paths.runtime, ignore_errors=True)
+    progress.stage("sync")
+    await asyncio.to_thread(_sync, paths)
+
+
+@contextmanager
+def _interface(vm: Vm, network: Network) -> Iterator[NetworkAttachment | None]:
+    with ExitStack() as stack:
+        wanted = vm.spec.network is not NetworkMode.NONE
+        yield stack.enter_context(network.unplugged()) if wanted else None
+
+
+async def _boot_and_save(
+    vm: Vm,
+    machine: Machine,
+    paths: VmPaths,
+    pidfd: int,
+    hypervisor: Hypervisor,
+    progress: Progress,
+) -> None:
+    if pidfd < 0:
+        raise Unavailable("the machine ended at once")
+    progress.stage("boot", "once, for all later starts")
+    try:
+        await while_it_runs(
+            _come_to_rest(vm, machine, progress), procfs.wait_exit(pidfd, 2 * _BOOT_TIMEOUT_S)
+        )
+    except BangerError as error:
+        tail = console_tail(paths.console_log, 0)
+        said = f"; the end of its console: {tail.splitlines()[-1]}" if tail else ""
+        raise Unavailable(f"its guest did not come up: {error.message}{said}") from error
+    progress.stage("save")
+    await hypervisor.save(machine.control_socket, paths.machine_state)
+
+
+async def _come_to_rest(vm: Vm, machine: Machine, progress: Progress) -> None:
+    channel = await AgentChannel.connect(machine.agent_socket, timeout_s=_BOOT_TIMEOUT_S)
+    try:
+        await call(channel, Ping(), timeout_s=_PING_TIMEOUT_S)
+        if vm.spec.init is InitMode.SYSTEMD:
+            progress.stage("boot", "its services")
+            await call(channel, _SYSTEMD_IS_UP, timeout_s=_BOOT_TIMEOUT_S)
+        await call(channel, _WARM_UP, timeout_s=_WARM_UP_TIMEOUT_S)
+    finally:
+        await channel.close()
+    await asyncio.sleep(_SETTLE_S)
+
+
+async def _end(pidfd: int) -> None:
+    try:
+        if not await procfs.kill(pidfd):
+            raise Internal("the process of a template's machine cannot be killed")
+    finally:
+        os.close(pidfd)
+
+
+def _sync(paths: VmPaths) -> None:
+    """What a power failure must not leave half written: nobody would notice but the guests."""
+    for path in (paths.memory, paths.machine_state, paths.system_overlay, paths.work_disk):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
