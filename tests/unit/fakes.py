@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -122,6 +122,7 @@ class Gate:
 
     async def passed(self) -> None:
         self.reached.set()
+        await asyncio.sleep(0)  # whatever a driver does, others have their turn meanwhile
         if self.fail is not None:
             raise self.fail
         if self.block:
@@ -239,6 +240,9 @@ class Hypervisor:
         self.agent = agent
         self.found: list[Check] = []
         self.gate = Gate()
+        self.restore_gate = Gate()
+        self.save_gate = Gate()
+        self.version = "1"
         self.machines: list[Machine] = []
         self.console = b""
         self.boots = True
@@ -252,11 +256,35 @@ class Hypervisor:
         return self.found
 
     async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:
+        return await self._start(machine, network, self.gate)
+
+    async def restore(
+        self, machine: Machine, network: NetworkAttachment | None, state: Path
+    ) -> int:
+        assert machine.memory_file is not None
+        assert machine.memory_file.private
+        assert machine.memory_file.path.read_bytes() + state.read_bytes() == b"memorystate"
+        return await self._start(machine, network, self.restore_gate)
+
+    async def save(self, control_socket: Path, state: Path) -> None:
+        self._check_answers()
+        await self.save_gate.passed()
+        (machine,) = (each for each in self.machines if each.control_socket == control_socket)
+        assert machine.memory_file is not None
+        assert not machine.memory_file.private
+        machine.memory_file.path.write_bytes(b"memory")
+        state.write_bytes(b"state")
+
+    async def shape(self, machine: Machine, *, network: bool) -> str:
+        shape = (machine.vcpu_count, machine.memory_mib, machine.kernel_parameters, network)
+        return f"{self.version} {shape}"
+
+    async def _start(self, machine: Machine, network: NetworkAttachment | None, gate: Gate) -> int:
         helpers = network.pids if network is not None else ()
         if network is not None:
             os.close(network.fd)
         try:
-            await self.gate.passed()
+            await gate.passed()
             await self.agent.listen(machine.agent_socket)
         except BaseException:
             for helper in helpers:  # as a real one: its end of the network is closed
@@ -315,6 +343,7 @@ class Storage:
         #: The second disk of a VM, made beside the first.
         self.work_gate = Gate()
         self.grow_gate = Gate()
+        self.copy_gate = Gate()
 
     async def checks(self) -> list[Check]:
         return self.found
@@ -330,6 +359,10 @@ class Storage:
         await self.grow_gate.passed()
         if await self.size_mib(overlay) < size_mib:
             overlay.write_text(f"{overlay.read_text().split()[0]} {size_mib}")
+
+    async def copy_overlay(self, overlay: Path, copy: Path) -> None:
+        await self.copy_gate.passed()
+        copy.write_text(overlay.read_text())
 
     def allocated_bytes(self, disk: Path) -> int:
         return disk.stat().st_size if disk.exists() else 0
@@ -353,6 +386,13 @@ class Network:
             guest=GuestNetwork("02:00:00:00:00:01", "172.16.0.2/24", "172.16.0.1", "172.16.0.3"),
             fd=os.open(os.devnull, os.O_RDONLY),
             pids=(self.processes.start("network", vm_id),),
+        )
+
+    @contextlib.contextmanager
+    def unplugged(self) -> Iterator[NetworkAttachment]:
+        yield NetworkAttachment(
+            guest=GuestNetwork("02:00:00:00:00:02", "172.16.0.2/24", "172.16.0.1", "172.16.0.3"),
+            fd=os.open(os.devnull, os.O_RDONLY),
         )
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:

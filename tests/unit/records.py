@@ -8,6 +8,8 @@ from banger.base.model import (
     Image,
     InitMode,
     Kernel,
+    NetworkMode,
+    Template,
     Vm,
     VmRuntime,
     VmSpec,
@@ -42,6 +44,26 @@ def a_vm(
         created_at=now(),
         updated_at=now(),
     )
+
+
+def a_template(template_id: str = "id-template", **fields: Any) -> Template:
+    values: dict[str, Any] = {
+        "id": template_id,
+        "key": f"key of {template_id}",
+        "image_id": "id-debian",
+        "image_name": "debian",
+        "kernel_id": "kernel",
+        "vcpu_count": 2,
+        "memory_mib": 512,
+        "disk_size_mib": 1024,
+        "init": InitMode.MINIMAL,
+        "network": NetworkMode.USER,
+        "directory": "",
+        "size_bytes": 1 << 20,
+        "created_at": now(),
+        "used_at": now(),
+    }
+    return Template(**values | fields)
 
 
 def an_image(name: str, **fields: Any) -> Image:

@@ -38,7 +38,7 @@ from banger.cli.render import print_json, print_table, printable
 from banger.rpc.client import Client
 from banger.rpc.protocol import Exit, FrameType, encode_json, frame
 from cli_daemon import Daemon, read_frame
-from records import a_kernel, a_vm, an_image
+from records import a_template, a_kernel, a_vm, an_image
 
 Captured = pytest.CaptureFixture[str]
 
@@ -377,6 +377,8 @@ def lists(daemon: Daemon) -> None:
         "image.list": lambda _: [an_image("debian", packages=("git 1",))],
         "image.show": lambda _: an_image("debian"),
         "kernel.list": lambda _: [a_kernel()],
+        "template.list": lambda _: [a_template()],
+        "template.show": lambda _: a_template(),
         "operations.list": lambda _: [operation],
         "doctor.run": lambda _: [
             {"name": "qemu", "level": "ok", "detail": "fine", "hint": "unseen"},
@@ -442,6 +444,8 @@ _LISTINGS = [
     ["ps"],
     ["image", "list"],
     ["kernel", "list"],
+    ["template", "list"],
+    ["template", "show", "id"],
     ["operations", "list"],
     ["vm", "show", "box"],
     ["image", "show", "debian"],

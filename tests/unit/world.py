@@ -6,6 +6,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,15 @@ from test_kernel_extract import make_elf
 class World(Parts):
     """Everything a daemon is made of. `restarted` is the next daemon on the same files."""
 
-    def __init__(self, paths: Paths, processes: Processes, agent: Agent, store: Store) -> None:
+    def __init__(
+        self,
+        paths: Paths,
+        processes: Processes,
+        agent: Agent,
+        store: Store,
+        *,
+        template_limit: int = 0,
+    ) -> None:
         self.processes = processes
         self.agent = agent
         self.hypervisor = Hypervisor(processes, agent)
@@ -40,7 +49,7 @@ class World(Parts):
         self.network = Network(processes)
         super().__init__(
             paths,
-            load_config(paths.config_file, {}),
+            replace(load_config(paths.config_file, {}), template_limit=template_limit),
             Drivers(self.hypervisor, self.storage, self.network),
             store,
         )
@@ -80,7 +89,13 @@ class World(Parts):
     async def restarted(self) -> World:
         """The next daemon, before it reconciles; this one is gone as if killed."""
         await self.close()
-        following = World(self.paths, self.processes, self.agent, self.store)
+        following = World(
+            self.paths,
+            self.processes,
+            self.agent,
+            self.store,
+            template_limit=self.config.template_limit,
+        )
         following.hypervisor.pids = self.hypervisor.pids
         return following
 
@@ -155,8 +170,13 @@ async def copy_seed(source: Path, copy: Path, size_mib: int) -> None:
 
 
 @asynccontextmanager
-async def made_world(root: Path, patch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    """A world below `root`, with an image called ``base`` and its kernel."""
+async def made_world(
+    root: Path, patch: pytest.MonkeyPatch, *, template_limit: int = 0
+) -> AsyncIterator[World]:
+    """A world below `root`, with an image called ``base`` and its kernel.
+
+    Every start is a boot, unless templates are asked for.
+    """
     paths = Paths(root / "c", root / "d", root / "s", root / "r")
     paths.state_dir.mkdir(parents=True)
     processes, agent = Processes(), Agent()
@@ -169,7 +189,7 @@ async def made_world(root: Path, patch: pytest.MonkeyPatch) -> AsyncIterator[Wor
     image, kernel = write_image(paths)
     await store.insert_kernel(kernel)
     await store.insert_image(image)
-    world = World(paths, processes, agent, store)
+    world = World(paths, processes, agent, store, template_limit=template_limit)
     try:
         yield world
     finally:

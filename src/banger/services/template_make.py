@@ -90,10 +90,10 @@ async def _boot_and_save(
     hypervisor: Hypervisor,
     progress: Progress,
 ) -> None:
-    if pidfd < 0:
-        raise Unavailable("the machine ended at once")
     progress.stage("boot", "once, for all later starts")
     try:
+        if pidfd < 0:
+            raise Unavailable("the machine ended at once")
         await while_it_runs(
             _come_to_rest(vm, machine, progress), procfs.wait_exit(pidfd, 2 * _BOOT_TIMEOUT_S)
         )
