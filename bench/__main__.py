@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from bench import cli_start, cold_run, exec_latency, reconcile, rpc, vm_list
+from bench import cli_start, cold_run, exec_latency, reconcile, rpc, vm_list, warm_run
 from bench.home import Home
 from bench.measure import Figure, percentile
 
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[Home], list[Figure]]] = {
     "reconcile": reconcile.measure,
     "exec_latency": exec_latency.measure,
     "cold_run": cold_run.measure,
+    "warm_run": warm_run.measure,
 }
 
 RESULTS = Path(__file__).with_name("results.json")

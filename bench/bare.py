@@ -9,28 +9,33 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
+from qemu.qmp import QMPClient, QMPError
+
 from banger.base.config import load_config
-from banger.base.errors import Unavailable
 from banger.base.model import Image, Kernel
 from banger.base.paths import Paths
-from banger.drivers.base import Disk, DiskFormat, Machine
+from banger.drivers.base import Disk, DiskFormat, Machine, MemoryFile
 from banger.drivers.hypervisor.qemu import QemuHypervisor, tsc_khz
 from banger.drivers.hypervisor.qemu_argv import HostFacts, Inherited, qemu_argv
+from banger.drivers.hypervisor.qemu_monitor import load_state, save_state
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
 from banger.guest.channel import AgentChannel, call
 from banger.guest.requests import Exec
 
 _BOOT_TIMEOUT_S = 240.0
-_RETRY_S = 0.02
+_SETTLE_S = 0.2
 _VM_ID = "bench"
+_DISKS = ("system.qcow2", "work.qcow2")
 
 
 class BareQemu:
@@ -59,18 +64,57 @@ class BareQemu:
                 await true_s(channel)
                 return time.perf_counter() - begin
 
+    async def save(self) -> None:
+        """Boot once and save, for `warm_true_s`."""
+        async with self._machine() as machine:
+            memory = MemoryFile(self._directory / "memory", private=False)
+            async with self._started(replace(machine, memory_file=memory)) as qmp:
+                channel = await _connected(machine.agent_socket)
+                await true_s(channel)
+                await channel.close()
+                await asyncio.sleep(_SETTLE_S)
+                await save_state(qmp, self._directory / "state")
+        for name in _DISKS:
+            (self._directory / name).rename(self._directory / f"saved-{name}")
+
+    async def warm_true_s(self) -> float:
+        """From what was saved, restored by hand, to the end of ``true`` in the guest."""
+        machine = self._described(MemoryFile(self._directory / "memory", private=True))
+        begin = time.perf_counter()
+        try:
+            for name in _DISKS:
+                shutil.copyfile(self._directory / f"saved-{name}", self._directory / name)
+            async with self._started(machine, incoming=True) as qmp:
+                await load_state(qmp, self._directory / "state", ())
+                channel = await _connected(machine.agent_socket)
+                await true_s(channel)
+                took_s = time.perf_counter() - begin
+                await channel.close()
+        finally:
+            _remove_sockets(machine)
+        return took_s
+
     @asynccontextmanager
     async def _machine(self) -> AsyncIterator[Machine]:
         config = load_config(self._paths.config_file)
         storage = Qcow2Storage()
-        system, work = self._directory / "system.qcow2", self._directory / "work.qcow2"
+        system, work = (self._directory / name for name in _DISKS)
         await storage.create_overlay(
             Path(self._image.rootfs_path), system, config.vm_defaults_system_overlay_size
         )
         await storage.create_overlay(
             Path(self._image.work_seed_path), work, config.vm_defaults_disk_size
         )
-        machine = Machine(
+        machine = self._described(None)
+        try:
+            yield machine
+        finally:
+            _remove_sockets(machine)
+
+    def _described(self, memory: MemoryFile | None) -> Machine:
+        config = load_config(self._paths.config_file)
+        system, work = (self._directory / name for name in _DISKS)
+        return Machine(
             vm_id=_VM_ID,
             vcpu_count=config.vm_defaults_vcpu,
             memory_mib=config.vm_defaults_memory,
@@ -78,23 +122,31 @@ class BareQemu:
             initramfs=self._initramfs,
             kernel_parameters=(f"banger.init={self._image.init}",),
             disks=(
-                Disk("system", system, storage.format),
-                Disk("work", work, storage.format),
+                Disk("system", system, DiskFormat.QCOW2),
+                Disk("work", work, DiskFormat.QCOW2),
                 Disk("modules", Path(self._kernel.modules_path), DiskFormat.RAW, read_only=True),
             ),
             console_log=self._directory / "console.log",
             hypervisor_log=self._directory / "qemu.log",
             control_socket=self._directory / "control.sock",
             agent_socket=self._directory / "agent.sock",
+            memory_file=memory,
         )
-        try:
-            yield machine
-        finally:
-            for path in (machine.control_socket, machine.agent_socket):
-                path.unlink(missing_ok=True)
 
     @asynccontextmanager
     async def _booted(self, machine: Machine) -> AsyncIterator[AgentChannel]:
+        async with self._started(machine):
+            channel = await _connected(machine.agent_socket)
+            try:
+                yield channel
+            finally:
+                await channel.close()
+
+    @asynccontextmanager
+    async def _started(
+        self, machine: Machine, *, incoming: bool = False
+    ) -> AsyncIterator[QMPClient]:
+        """A QEMU process and the first conversation with it; it is killed at the end."""
         hypervisor = QemuHypervisor("auto", self._paths.probe_cache)
         accelerator, _ = await hypervisor.choose_accelerator()
         network = await PasstNetwork().attach(machine.vm_id, self._directory / "network.log")
@@ -103,32 +155,32 @@ class BareQemu:
             inherited = Inherited(theirs.fileno(), network.fd)
             facts = HostFacts(accelerator, tsc_khz())
             qemu = subprocess.Popen(
-                qemu_argv(machine, facts, inherited, network.guest.mac),
+                qemu_argv(machine, facts, inherited, network.guest.mac, incoming=incoming),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 pass_fds=(theirs.fileno(), network.fd),
             )
             os.close(network.fd)
+            qmp = QMPClient("bench")
             try:
-                async with asyncio.timeout(_BOOT_TIMEOUT_S):
-                    channel = await _connected(machine.agent_socket)
-                try:
-                    yield channel
-                finally:
-                    await channel.close()
+                await qmp.connect(ours)
+                yield qmp
             finally:
                 qemu.kill()
                 await asyncio.to_thread(qemu.wait)
+                with suppress(QMPError, EOFError, OSError):
+                    await qmp.disconnect()
+
+
+def _remove_sockets(machine: Machine) -> None:
+    for path in (machine.control_socket, machine.agent_socket):
+        path.unlink(missing_ok=True)
 
 
 async def _connected(agent_socket: Path) -> AgentChannel:
-    """The channel to a machine that may not have its sockets yet: nobody waited for QMP here."""
-    while True:
-        try:
-            return await AgentChannel.connect(agent_socket, timeout_s=_BOOT_TIMEOUT_S)
-        except Unavailable:
-            await asyncio.sleep(_RETRY_S)
+    """The channel to a machine that has its sockets: QMP answers when they are there."""
+    return await AgentChannel.connect(agent_socket, timeout_s=_BOOT_TIMEOUT_S)
 
 
 async def true_s(channel: AgentChannel) -> float:

@@ -13,7 +13,7 @@ _ROUNDS = 5
 
 def measure(home: Home) -> list[Figure]:
     image, kernel = home.image()
-    run = ("vm", "run", "--rm", "--quiet", "--image", image.name, "--", "true")
+    run = ("vm", "run", "--rm", "--quiet", "--cold", "--image", image.name, "--", "true")
     home.banger(*run)  # makes the initramfs
     with asyncio.Runner() as runner:
         bare = BareQemu(home.paths, home.directory / "cold", image, kernel)

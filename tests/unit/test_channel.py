@@ -131,7 +131,7 @@ async def all_was_read(agent: FakeAgent, channel: AgentChannel) -> None:
 
 
 async def test_the_greeting_says_who_answers(channel: AgentChannel) -> None:
-    assert channel.info == AgentInfo("9", "6.1", "boot")
+    assert channel.info == AgentInfo("9", "6.1")
     assert not channel.closed
 
 

@@ -73,14 +73,13 @@ class AgentInfo:
 
     version: str
     kernel: str
-    boot_id: str
 
 
 class AgentChannel(asyncio.BufferedProtocol):
     """See the module. Make one with `connect`."""
 
     def __init__(self) -> None:
-        self.info = AgentInfo("", "", "")
+        self.info = AgentInfo("", "")
         self._nonce = secrets.token_bytes(NONCE_BYTES)
         self._greeting: _Greeting | None = _Greeting(self._nonce)
         loop = asyncio.get_running_loop()
@@ -354,7 +353,7 @@ class _Greeting:
             return None
         fields = parse_fields(bytes(self._held[HEADER.size + len(self._mark) : end]))
         texts = {tag: value.decode(errors="replace") for tag, value in fields.items()}
-        info = AgentInfo(texts.get(1) or "unknown", texts.get(2, ""), texts.get(3, ""))
+        info = AgentInfo(texts.get(1) or "unknown", texts.get(2, ""))
         return _Answer(info, bytes(self._held[end:]))
 
     def _skip(self, count: int) -> None:

@@ -66,7 +66,7 @@ enum {
     SETUP_WORK_SIZE = 10, /* after the tag that every kind has */
 };
 enum { SHUTDOWN_FLAGS = 1 };
-enum { HELLO_VERSION = 1, HELLO_KERNEL, HELLO_BOOT_ID };
+enum { HELLO_VERSION = 1, HELLO_KERNEL };
 /* Of every kind: the operation that the request is part of, for what the console says of it. */
 enum { OPEN_OP_ID = 9, OP_ID_ROOM = 24 };
 enum { TAG_LIMIT = 11 }; /* tags are below this */

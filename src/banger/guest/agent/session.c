@@ -88,16 +88,13 @@ static uint8_t *put_field(uint8_t *at, uint8_t tag, const char *text) {
 static void greet(struct session *session, const uint8_t *nonce) {
     session_drop(session);
     struct utsname kernel;
-    char boot_id[64] = "";
     uname(&kernel);
-    read_line("/proc/sys/kernel/random/boot_id", boot_id, sizeof boot_id);
     uint8_t *payload = outbox_room(session, 512); /* the outbox is empty: there is room */
     memcpy(payload, HELLO_MAGIC, HELLO_MAGIC_BYTES);
     memcpy(payload + HELLO_MAGIC_BYTES, nonce, NONCE_BYTES);
     uint8_t *end = payload + HELLO_MAGIC_BYTES + NONCE_BYTES;
     end = put_field(end, HELLO_VERSION, AGENT_VERSION);
     end = put_field(end, HELLO_KERNEL, kernel.release);
-    end = put_field(end, HELLO_BOOT_ID, boot_id);
     outbox_add(session, FRAME_HELLO, 0, (size_t)(end - payload));
     session->greeted = true;
 }

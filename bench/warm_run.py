@@ -1,0 +1,41 @@
+"""A machine from a template, made for one command and deleted after it: beside QEMU restored by
+hand to the same answer, and beside the same command with a boot."""
+
+from __future__ import annotations
+
+import asyncio
+
+from bench.bare import BareQemu
+from bench.home import Home
+from bench.measure import Figure, Target, compare, timed
+
+_ROUNDS = 100
+_COLD_ROUNDS = 5
+
+
+def measure(home: Home) -> list[Figure]:
+    image, kernel = home.image()
+    run = ("vm", "run", "--rm", "--quiet", "--image", image.name, "--", "true")
+    cold = ("vm", "run", "--rm", "--quiet", "--cold", "--image", image.name, "--", "true")
+    home.banger(*run)  # makes the template
+    with asyncio.Runner() as runner:
+        bare = BareQemu(home.paths, home.directory / "warm", image, kernel)
+        runner.run(bare.save())
+        return [
+            compare(
+                "vm run --rm -- true",
+                lambda: timed(lambda: home.banger(*run)),
+                floor_name="bare QEMU restored to the same answer",
+                floor=lambda: runner.run(bare.warm_true_s()),
+                rounds=_ROUNDS,
+                target=Target(times=1.5),
+            ),
+            compare(
+                "vm run --rm -- true, beside a boot",
+                lambda: timed(lambda: home.banger(*run)),
+                floor_name="vm run --rm --cold -- true",
+                floor=lambda: timed(lambda: home.banger(*cold)),
+                rounds=_COLD_ROUNDS,
+                target=Target(times=1 / 8),
+            ),
+        ]
