@@ -52,6 +52,8 @@ class Before(StrEnum):
     """The subject, when the operation begins."""
 
     ABSENT = "absent"
+    #: With its disks, and never started.
+    MADE = "made"
     STOPPED = "stopped"
     RUNNING = "running"
 
@@ -76,6 +78,8 @@ class Operation:
     variant: str = ""
     #: It makes an image or a kernel, and needs a home where that is missing.
     builds: bool = False
+    #: Whether the home has a template for it; None where that makes no difference.
+    template: bool | None = None
 
     @property
     def title(self) -> str:
@@ -89,7 +93,7 @@ class Operation:
 BOOT = ("--boot-timeout", "60")
 _CREATE = ("vm", "create", "-q", *SMALL, *BOOT, "--name", SUBJECT)
 
-#: The stages of every start.
+#: The stages of every boot.
 _START = (
     Stage("prepare"),
     Stage("launch"),
@@ -103,7 +107,35 @@ _POWER_OFF = Stage("power_off", machine=True)
 BY_CHANCE = {"vm.kill": {"wait", "cleanup"}, "vm.delete": {"wait"}}
 
 OPERATIONS = (
-    Operation("vm.create", Before.ABSENT, _CREATE, (Stage("preflight"), Stage("disks"), *_START)),
+    Operation(
+        "vm.create",
+        Before.ABSENT,
+        _CREATE,
+        (
+            Stage("preflight"),
+            Stage("template"),
+            Stage("disks"),
+            Stage("prepare"),
+            Stage("restore"),
+            Stage("setup", machine=True),
+        ),
+        template=True,
+    ),
+    Operation(
+        "vm.create",
+        Before.ABSENT,
+        (*_CREATE, "--cold"),
+        (Stage("preflight"), Stage("disks"), *_START),
+        variant="cold",
+    ),
+    # A machine of its own, which no record names.
+    Operation(
+        "template.make",
+        Before.ABSENT,
+        _CREATE,
+        (Stage("disks"), Stage("launch"), Stage("boot"), Stage("save"), Stage("sync")),
+        template=False,
+    ),
     # What is taken back when a creation fails before its guest runs: no host has 10 TiB of memory.
     Operation(
         "vm.discard",
@@ -152,6 +184,22 @@ OPERATIONS = (
         Before.RUNNING,
         ("vm", "publish", SUBJECT, "0:80"),
         (Stage("record", machine=True), Stage("apply", machine=True)),
+    ),
+    # The first start of a machine that was only made.
+    Operation(
+        "vm.start",
+        Before.MADE,
+        ("vm", "start", "-q", *BOOT, SUBJECT),
+        (
+            Stage("preflight"),
+            Stage("template"),
+            Stage("disks"),
+            Stage("prepare"),
+            Stage("restore"),
+            Stage("setup", machine=True),
+        ),
+        variant="first",
+        template=True,
     ),
     # What every start of a daemon does, before it serves.
     Operation(
@@ -219,6 +267,8 @@ ALL = tuple(_cells())
 #: Cells of the reduced form besides those of daemons killed in operations on VMs: one or two of
 #: each other fault, and two of a build, which takes long.
 _CHOSEN = {
+    (Fault.MACHINE_KILLED, "vm.create:setup"),
+    (Fault.DISK_FULL, "template.make:save"),
     (Fault.MACHINE_KILLED, "vm.start:boot"),
     (Fault.MACHINE_KILLED, "vm.stop:power_off"),
     (Fault.DISK_FULL, "vm.create:disks"),

@@ -24,8 +24,10 @@ _FILES |= {"console.log", "console.log.old"}
 _FILES_RUNNING = _FILES | {"handles.json"}
 _SOCKETS = {"control.sock", "agent.sock"}
 
-_RUNTIME = {"bangerd.sock", "bangerd.lock", "start.lock", "probes.json", "vms"}
-_STATE = {"banger.db", "banger.db-wal", "banger.db-shm", "bangerd.log", "vms"}
+_RUNTIME = {"bangerd.sock", "bangerd.lock", "start.lock", "probes.json", "vms", "templates"}
+_STATE = {"banger.db", "banger.db-wal", "banger.db-shm", "bangerd.log", "vms", "templates"}
+_TEMPLATE = {"system.qcow2", "work.qcow2", "memory", "machine-state"}
+_TEMPLATE |= {"hypervisor.log", "console.log"}
 _IMAGE = re.compile(r"rootfs\.ext4|work-seed(-\d+)?\.ext4|image\.json")
 _KERNEL = re.compile(r"vmlinux|config|modules\.ext4|boot-modules|initramfs-[0-9a-f]{12}\.cpio")
 
@@ -177,6 +179,11 @@ class Scene:
             files = home.state / "vms" / vm["id"]
             yield from _others(files, _FILES_RUNNING if runs else _FILES)
             yield from _others(home.runtime / "vms" / vm["id"], _SOCKETS if runs else set())
+        templates = {each["id"] for each in home.banger.json("template", "list")}
+        yield from _others(home.runtime / "templates", set())
+        yield from _others(home.state / "templates", templates)
+        for template_id in templates:
+            yield from _others(home.state / "templates" / template_id, _TEMPLATE)
         for kind, pattern in (("image", _IMAGE), ("kernel", _KERNEL)):
             recorded = {each["artifact_dir"] for each in home.banger.json(kind, "list")}
             for directory in (home.data / f"{kind}s").glob("*"):

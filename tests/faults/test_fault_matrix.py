@@ -17,7 +17,7 @@ import matrix
 from harm import strike
 from homes import Home
 from matrix import BOOT, SMALL, Before, Cell, Fault, Operation
-from product import IMAGE
+from product import IMAGE, Banger
 from reliability import GONE, Finding
 from scene import Scene
 from scenes import Scenes
@@ -54,7 +54,7 @@ def test_every_stage_of_a_build_is_in_the_matrix(seed: Home) -> None:
 @pytest.mark.parametrize("operation", matrix.OPERATIONS, ids=lambda operation: operation.title)
 def test_every_stage_of_an_operation_is_in_the_matrix(operation: Operation, scenes: Scenes) -> None:
     with scenes.scene(without_image=False, small=False) as scene:
-        name = _prepare(scene, operation.before)
+        name = _prepare(scene, operation)
         scene.home.banger.ok("daemon", "stop")
         begins = len(scene.home.log)
         scene.home.banger.run(*operation.command(name))
@@ -78,7 +78,7 @@ def test_after_a_fault(
 
 
 def _walk(scene: Scene, cell: Cell, *, thorough: bool) -> Finding:
-    name = _prepare(scene, cell.operation.before)
+    name = _prepare(scene, cell.operation)
     ended_s = strike(scene, cell, name)
     began = time.monotonic()
     scene.vms()
@@ -103,17 +103,28 @@ def _walk(scene: Scene, cell: Cell, *, thorough: bool) -> Finding:
     return Finding(shown, answered_s, ended_s, pause_s)
 
 
-def _prepare(scene: Scene, before: Before) -> str:
+def _prepare(scene: Scene, operation: Operation) -> str:
     """A name, and under it the VM that the operation expects, with a file on its work disk."""
-    name = f"subject-{next(_numbers)}"
+    name, before = f"subject-{next(_numbers)}", operation.before
+    banger = scene.home.banger
+    if operation.template is not None:
+        _have_template(banger, wanted=operation.template)
     if before is Before.ABSENT:
         return name
-    banger = scene.home.banger
+    if before is Before.MADE:
+        banger.ok("vm", "create", "-q", "--no-start", *SMALL, "--name", name)
+        return name
     banger.ok("vm", "create", "-q", *SMALL, *BOOT, "--name", name)
     banger.guest(name, f"echo {name} >/root/kept; sync")
     if before is Before.STOPPED:
         banger.ok("vm", "stop", name)
     return name
+
+
+def _have_template(banger: Banger, *, wanted: bool) -> None:
+    banger.ok("template", "prune", "--all")
+    if wanted:
+        banger.ok("vm", "run", "-q", "--rm", *SMALL, "--", "true")
 
 
 def _use(scene: Scene, cell: Cell, name: str) -> None:
@@ -122,7 +133,7 @@ def _use(scene: Scene, cell: Cell, name: str) -> None:
         return  # what is left of it is there to be deleted again
     banger = scene.home.banger
     state = scene.state(name)
-    was_there = cell.operation.before is not Before.ABSENT
+    was_there = cell.operation.before not in (Before.ABSENT, Before.MADE)
     if state == "running" and banger.run("vm", "exec", name, "--", "true").returncode:
         # Its machine hangs: that is for its user to end.
         banger.ok("vm", "stop", name)

@@ -17,7 +17,7 @@ import pytest
 
 from banger.base import proc, procfs
 from banger.base.errors import Unavailable
-from banger.drivers.base import Disk, DiskFormat, Machine
+from banger.drivers.base import Disk, DiskFormat, Machine, MachineStatus, MemoryFile
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.network.user import PasstNetwork
@@ -112,7 +112,7 @@ async def test_a_machine_boots_answers_and_quits(
 async def test_a_machine_that_hangs_is_told_of_with_the_time_that_it_had(
     machine: Machine, hypervisor: QemuHypervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("banger.drivers.hypervisor.qemu._QMP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("banger.drivers.hypervisor.qemu_monitor._QMP_TIMEOUT_S", 0.5)
     pid = await hypervisor.launch(machine, None)
     os.kill(pid, signal.SIGSTOP)
     try:
@@ -121,6 +121,128 @@ async def test_a_machine_that_hangs_is_told_of_with_the_time_that_it_had(
     finally:
         os.kill(pid, signal.SIGKILL)
     await exit_of(pid)
+
+
+async def saved(
+    machine: Machine, hypervisor: QemuHypervisor, network: PasstNetwork
+) -> tuple[Path, Path]:
+    """The memory and the state of a machine that has said its line."""
+    memory, state = machine.kernel.with_name("mem,ory"), machine.kernel.with_name("sta,te")
+    with network.unplugged() as nowhere:
+        pid = await hypervisor.launch(
+            replace(machine, memory_file=MemoryFile(memory, private=False)), nowhere
+        )
+        await console_says(machine, "hello, host")
+        await hypervisor.save(machine.control_socket, state)
+    assert await hypervisor.status(machine.control_socket) is MachineStatus.PAUSED
+    await hypervisor.quit(machine.control_socket)
+    await exit_of(pid)
+    return memory, state
+
+
+@pytest.mark.guest
+async def test_machines_are_restored_side_by_side_and_leave_what_was_saved_as_it_is(
+    machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
+) -> None:
+    base, overlay = tmp_path / "base", tmp_path / "overlay"
+    base.write_bytes(bytes(MIB))
+    await Qcow2Storage().create_overlay(base, overlay, 1)
+    system = Disk("system", overlay, DiskFormat.QCOW2)
+    network = PasstNetwork()
+    memory, state = await saved(replace(machine, disks=(system,)), hypervisor, network)
+    before = memory.read_bytes(), state.read_bytes()
+    assert b"hello, host" in before[0]  # all of the memory is in its file
+    assert len(before[1]) < MIB // 4
+    pids, copies = [], []
+    for number in range(2):
+        disk = tmp_path / f"copy-{number}"
+        await Qcow2Storage().copy_overlay(overlay, disk)
+        copy = replace(
+            machine,
+            vm_id=f"vm-{number}",
+            disks=(replace(system, path=disk, size_mib=3 * number),),
+            control_socket=tmp_path / f"control-{number}",
+            agent_socket=tmp_path / f"agent-{number}",
+            memory_file=MemoryFile(memory, private=True),
+        )
+        copies.append(copy)
+        attachment = await network.attach(copy.vm_id, tmp_path / "network.log")
+        pids.append(await hypervisor.restore(copy, attachment, state))
+    for copy in copies:
+        assert await hypervisor.status(copy.control_socket) is MachineStatus.RUNNING
+        await hypervisor.quit(copy.control_socket)
+    for pid in pids:
+        await exit_of(pid)
+    assert (memory.read_bytes(), state.read_bytes()) == before
+    assert machine.console_log.read_text().count("hello, host") == 1  # nobody booted again
+    sizes = [await Qcow2Storage().size_mib(copy.disks[0].path) for copy in copies]
+    assert sizes == [1, 3]
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize("harm", ["cut", "missing", "of another shape"])
+async def test_a_machine_that_cannot_be_restored_says_why_and_leaves_nothing(
+    machine: Machine, hypervisor: QemuHypervisor, harm: str
+) -> None:
+    network = PasstNetwork()
+    memory, state = await saved(machine, hypervisor, network)
+    copy = replace(machine, memory_file=MemoryFile(memory, private=True))
+    if harm == "cut":
+        state.write_bytes(state.read_bytes()[:5000])
+    elif harm == "missing":
+        state.unlink()
+    else:
+        copy = replace(copy, memory_mib=128)
+    with (
+        pytest.raises((Unavailable, OSError)) as caught,
+        network.unplugged() as nowhere,
+    ):
+        await hypervisor.restore(copy, nowhere, state)
+    assert harm == "missing" or "inspect" in str(caught.value)
+    with pytest.raises(Unavailable):
+        await hypervisor.status(machine.control_socket)
+    left = [pid for pid, argv in procfs.own_processes() if str(machine.control_socket) in str(argv)]
+    assert left == []
+
+
+@pytest.mark.guest
+async def test_a_machine_whose_memory_is_its_own_cannot_be_saved_for_others(
+    machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
+) -> None:
+    """Nothing fails: all of its memory is in the state then, which is what tells."""
+    pid = await hypervisor.launch(machine, None)
+    await console_says(machine, "hello, host")
+    await hypervisor.save(machine.control_socket, tmp_path / "state")
+    assert b"hello, host" in (tmp_path / "state").read_bytes()
+    await hypervisor.quit(machine.control_socket)
+    await exit_of(pid)
+
+
+async def test_a_shape_is_of_all_that_a_state_depends_on_and_of_nothing_else(
+    machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
+) -> None:
+    shape = await hypervisor.shape(machine, network=False)
+    for same in (
+        replace(machine, vm_id="vm-other"),
+        replace(machine, control_socket=tmp_path / "c", agent_socket=tmp_path / "a"),
+        replace(machine, console_log=tmp_path / "log", hypervisor_log=tmp_path / "log"),
+        replace(machine, memory_file=MemoryFile(tmp_path / "memory", private=True)),
+    ):
+        assert await hypervisor.shape(same, network=False) == shape
+    disk = Disk("system", tmp_path / "disk", DiskFormat.QCOW2)
+    with_disk = await hypervisor.shape(replace(machine, disks=(disk,)), network=False)
+    elsewhere = replace(machine, disks=(replace(disk, path=tmp_path / "elsewhere"),))
+    assert await hypervisor.shape(elsewhere, network=False) == with_disk
+    others = {
+        with_disk,
+        await hypervisor.shape(machine, network=True),
+        await hypervisor.shape(replace(machine, vcpu_count=2), network=False),
+        await hypervisor.shape(replace(machine, memory_mib=128), network=False),
+        await hypervisor.shape(
+            replace(machine, kernel_parameters=("banger.init=systemd",)), network=False
+        ),
+    }
+    assert len(others | {shape}) == 6
 
 
 @pytest.mark.guest

@@ -31,9 +31,10 @@ cat /proc/sys/kernel/random/boot_id
 cat /proc/sys/kernel/random/uuid
 head -c 16 /dev/urandom | od -An -tx1
 """
-_HOST_KEY = "until [ -s /etc/ssh/ssh_host_ed25519_key.pub ]; do sleep 0.1; done; " + (
-    "cat /etc/ssh/ssh_host_*.pub"
-)
+_HOST_KEY = """
+until [ -s /etc/ssh/ssh_host_ed25519_key.pub ]; do sleep 0.1; done
+cat /etc/ssh/ssh_host_*.pub
+"""
 #: What all share: the files of the image. (And not those that it gets an identity in.)
 _FILES = "cd / && find bin/* usr/bin usr/lib/os-release etc/passwd -type f | sort | xargs md5sum"
 

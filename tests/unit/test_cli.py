@@ -38,7 +38,7 @@ from banger.cli.render import print_json, print_table, printable
 from banger.rpc.client import Client
 from banger.rpc.protocol import Exit, FrameType, encode_json, frame
 from cli_daemon import Daemon, read_frame
-from records import a_template, a_kernel, a_vm, an_image
+from records import a_kernel, a_template, a_vm, an_image
 
 Captured = pytest.CaptureFixture[str]
 

@@ -48,6 +48,7 @@ class Daemon:
                     prune=world.prune,
                     ports=world.ports,
                     stats=world.stats,
+                    templates=world.templates,
                     doctor=Doctor(world.paths, world.drivers, []),
                     stop=self.stopping.set,
                 )
@@ -393,3 +394,27 @@ async def test_what_lies_at_a_path_in_the_guest_is_told(daemon: Daemon) -> None:
     daemon.world.agent.stdout.clear()
     daemon.world.agent.exits[requests.Stat.KIND] = b"\2\0\0\0\x02no"
     assert not (await daemon.call("vm.stat", {"vm": "box", "path": "/x"}))["exists"]
+
+
+async def test_templates_are_listed_shown_deleted_and_go_with_their_image(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with made_world(short_path, monkeypatch, template_limit=3) as world:
+        world.paths.runtime_dir.mkdir(mode=0o700)
+        daemon = Daemon(world)
+        await daemon.server.start()
+        try:
+            for vcpu_count in (1, 2):
+                name = f"box-{vcpu_count}"
+                await daemon.call("vm.create", CREATE | {"name": name, "vcpu_count": vcpu_count})
+            second, first = await daemon.call("template.list")
+            assert (first["vcpu_count"], second["vcpu_count"]) == (1, 2)
+            assert await daemon.call("template.show", {"template": first["id"]}) == first
+            assert await daemon.call("template.delete", {"template": first["id"]}) == first
+            assert await daemon.call("template.prune", {"dry_run": True}) == []
+            for name in ("box-1", "box-2"):
+                await daemon.call("vm.delete", {"vm": name, "force": True})
+            await daemon.call("image.delete", {"image": "base"})
+            assert await daemon.call("template.list") == []
+        finally:
+            await asyncio.wait_for(daemon.server.stop(), _TIMEOUT_S)

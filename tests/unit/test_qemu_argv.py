@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from banger.drivers.base import Disk, DiskFormat, Machine
+from banger.drivers.base import Disk, DiskFormat, Machine, MemoryFile
 from banger.drivers.hypervisor.qemu import QemuHypervisor, tsc_khz
 from banger.drivers.hypervisor.qemu_argv import (
     Accelerator,
@@ -53,8 +53,10 @@ def test_the_whole_command_line() -> None:
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
-        *("-machine", "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on"),
-        *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "512M"),
+        "-machine",
+        "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=memory",
+        *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"),
+        *("-m", "512M", "-object", "memory-backend-ram,id=memory,size=512M"),
         *("-kernel", "/k/vmlinux", "-initrd", "/k/initramfs"),
         "-append",
         f"console=ttyS0 quiet loglevel=5 panic=-1 reboot=t {for_tcg} banger.init=minimal",
@@ -165,3 +167,16 @@ def test_the_tsc_rate_is_half_of_bogomips(tmp_path: Path, monkeypatch: pytest.Mo
     assert tsc_khz() == 2596120
     cpuinfo.write_text("processor\t: 0\n")
     assert tsc_khz() == 0
+
+
+@pytest.mark.parametrize(("private", "share"), [(True, "off"), (False, "on")])
+def test_memory_in_a_file_is_shared_or_private(private: bool, share: str) -> None:
+    machine = replace(MACHINE, memory_file=MemoryFile(Path("/t/a,b"), private=private))
+    backend = f"memory-backend-file,id=memory,size=512M,share={share},mem-path=/t/a,,b"
+    assert f"-object {backend} " in words(machine=machine)
+
+
+def test_an_incoming_machine_waits_for_its_state() -> None:
+    argv = qemu_argv(MACHINE, TCG, Inherited(7), incoming=True)
+    assert argv[-2:] == ("-incoming", "defer")
+    assert argv[:-2] == qemu_argv(MACHINE, TCG, Inherited(7))

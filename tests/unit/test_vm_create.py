@@ -23,9 +23,9 @@ from banger.base.model import InitMode, NetworkMode, Operation, OperationState, 
 from banger.drivers.base import MachineStatus
 from banger.guest import requests
 from banger.services import vm_create
+from banger.services.guest_wait import console_tail
 from banger.services.operations import raise_failure
 from banger.services.vm_spec import CreateRequest
-from banger.services.vm_start import console_tail
 from fakes import Gate, failed_check, failing
 from world import World, ended, made_world
 

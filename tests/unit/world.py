@@ -54,7 +54,7 @@ class World(Parts):
             store,
         )
 
-    async def start(self, reference: str, **options: float) -> Vm:
+    async def start(self, reference: str, **options: Any) -> Vm:
         with OperationLog("vm.start") as log:
             return await self.lifecycle.start(reference, log, **options)
 

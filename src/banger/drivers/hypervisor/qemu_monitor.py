@@ -48,13 +48,15 @@ class Log:
 
 @asynccontextmanager
 async def conversation(
-    control_socket: Path, timeout_s: float = _QMP_TIMEOUT_S
+    control_socket: Path, timeout_s: float | None = None
 ) -> AsyncIterator[QMPClient]:
     """A short conversation with QEMU: it serves one client at a time, the next one waits.
 
-    Raises Unavailable when it does not answer in time, here or in the block.
+    Without `timeout_s` it has as long as a question and its answer take at most. Raises
+    Unavailable when it does not answer in time, here or in the block.
     """
     client = QMPClient("banger")
+    timeout_s = timeout_s or _QMP_TIMEOUT_S
     try:
         async with asyncio.timeout(timeout_s):
             await client.connect(str(control_socket))
