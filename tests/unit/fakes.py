@@ -242,6 +242,7 @@ class Hypervisor:
         self.gate = Gate()
         self.restore_gate = Gate()
         self.save_gate = Gate()
+        self.pause_gate = Gate()
         self.version = "1"
         self.machines: list[Machine] = []
         self.console = b""
@@ -320,6 +321,11 @@ class Hypervisor:
     async def status(self, control_socket: Path) -> MachineStatus:
         self._check_answers()
         return self.statuses.get(control_socket, MachineStatus.RUNNING)
+
+    async def pause(self, control_socket: Path) -> None:
+        self._check_answers()
+        await self.pause_gate.passed()
+        self.statuses[control_socket] = MachineStatus.PAUSED
 
     async def resume(self, control_socket: Path) -> None:
         self._check_answers()

@@ -49,6 +49,7 @@ class Daemon:
                     ports=world.ports,
                     stats=world.stats,
                     templates=world.templates,
+                    standbys=world.standbys,
                     doctor=Doctor(world.paths, world.drivers, []),
                     stop=self.stopping.set,
                 )

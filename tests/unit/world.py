@@ -41,6 +41,7 @@ class World(Parts):
         store: Store,
         *,
         template_limit: int = 0,
+        standby_limit: int = 0,
     ) -> None:
         self.processes = processes
         self.agent = agent
@@ -49,7 +50,11 @@ class World(Parts):
         self.network = Network(processes)
         super().__init__(
             paths,
-            replace(load_config(paths.config_file, {}), template_limit=template_limit),
+            replace(
+                load_config(paths.config_file, {}),
+                template_limit=template_limit,
+                standby_limit=standby_limit,
+            ),
             Drivers(self.hypervisor, self.storage, self.network),
             store,
         )
@@ -95,6 +100,7 @@ class World(Parts):
             self.agent,
             self.store,
             template_limit=self.config.template_limit,
+            standby_limit=self.config.standby_limit,
         )
         following.hypervisor.pids = self.hypervisor.pids
         return following
@@ -171,7 +177,7 @@ async def copy_seed(source: Path, copy: Path, size_mib: int) -> None:
 
 @asynccontextmanager
 async def made_world(
-    root: Path, patch: pytest.MonkeyPatch, *, template_limit: int = 0
+    root: Path, patch: pytest.MonkeyPatch, *, template_limit: int = 0, standby_limit: int = 0
 ) -> AsyncIterator[World]:
     """A world below `root`, with an image called ``base`` and its kernel.
 
@@ -189,7 +195,14 @@ async def made_world(
     image, kernel = write_image(paths)
     await store.insert_kernel(kernel)
     await store.insert_image(image)
-    world = World(paths, processes, agent, store, template_limit=template_limit)
+    world = World(
+        paths,
+        processes,
+        agent,
+        store,
+        template_limit=template_limit,
+        standby_limit=standby_limit,
+    )
     try:
         yield world
     finally:

@@ -92,6 +92,7 @@ class Config:
     stats_poll_interval: float
     template_limit: int
     template_size_limit: int
+    standby_limit: int
     vm_defaults_vcpu: int
     vm_defaults_memory: int
     vm_defaults_disk_size: int
@@ -130,6 +131,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("template_limit", _count(0, 1000), 8,
             "how many templates are kept, those used last (0: every start is a boot)"),
     Setting("template_size_limit", _size, "8G", "how much of the disk they may take together"),
+    Setting("standby_limit", _count(0, 16), 1,
+            "how many machines wait ready for the next start (100 MB each, for 10 minutes)"),
     Setting("vm_defaults.vcpu", _count(1, VCPU_MAX), 2, "vCPUs of a new VM"),
     Setting("vm_defaults.memory", _size, "2G", "memory of a new VM"),
     Setting("vm_defaults.disk_size", _size, "8G", "size of a new VM's work disk, /root"),

@@ -256,3 +256,5 @@ class DaemonStatus(Record, frozen=True):
     hypervisor: str
     storage: str
     network: str
+    #: Machines that wait for the next start.
+    standbys: int = 0

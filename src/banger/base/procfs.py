@@ -32,6 +32,15 @@ def boot_id() -> str:
     return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
+def available_memory_bytes() -> int:
+    """How much memory the host could give to new processes (MemAvailable of /proc/meminfo)."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return 0
+
+
 def start_ticks(pid: int) -> int:
     """When the process started, in clock ticks since boot (proc(5): stat field 22); 0 if gone."""
     fields = _stat(pid)

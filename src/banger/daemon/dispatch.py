@@ -38,6 +38,7 @@ from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations
 from banger.services.ports import PortService
 from banger.services.prune import Prune
+from banger.services.standby import Standbys
 from banger.services.stats import StatsService
 from banger.services.templates import TemplateService
 from banger.services.vm import VmService
@@ -65,6 +66,7 @@ class Services:
     ports: PortService
     stats: StatsService
     templates: TemplateService
+    standbys: Standbys
     doctor: Doctor
     stop: Callable[[], None]
 
@@ -157,6 +159,7 @@ class Dispatch:
             hypervisor=services.drivers.hypervisor.name,
             storage=services.drivers.storage.name,
             network=services.drivers.network.name,
+            standbys=services.standbys.count,
         )
 
     async def _stop(self, _: Nothing, connection: Connection) -> None:
@@ -193,6 +196,7 @@ class Dispatch:
 
     async def _image_delete(self, params: ImageReference, _: Connection) -> Image:
         image = await self._services.images.delete(params.image)
+        await self._services.standbys.retire_all()
         await self._services.templates.forget_image(image.id)
         return image
 
@@ -203,12 +207,17 @@ class Dispatch:
         return await self._services.templates.resolve(params.template)
 
     async def _template_delete(self, params: TemplateReference, _: Connection) -> Template:
-        return await self._services.templates.delete(params.template)
+        template = await self._services.templates.delete(params.template)
+        await self._services.standbys.retire_all()
+        return template
 
     async def _template_prune(self, params: PruneTemplates, _: Connection) -> list[Template]:
-        return await self._services.templates.prune(
+        gone = await self._services.templates.prune(
             everything=params.everything, dry_run=params.dry_run
         )
+        if gone and not params.dry_run:
+            await self._services.standbys.retire_all()
+        return gone
 
     async def _kernels(self, _: Nothing, __: Connection) -> list[Kernel]:
         return await self._services.kernels.all()

@@ -170,6 +170,7 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         ports=parts.ports,
         stats=parts.stats,
         templates=parts.templates,
+        standbys=parts.standbys,
         doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
         stop=stopping.set,
     )

@@ -25,6 +25,7 @@ from banger.services.operations import Operations
 from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.publishing import Publishing
+from banger.services.standby import Standbys
 from banger.services.stats import StatsService
 from banger.services.templates import TemplateService
 from banger.services.vm import VmService
@@ -70,6 +71,14 @@ class Parts:
         self.vms = VmService(
             paths, store, self.handles, self.liveness, self.agents, self.capabilities
         )
+        self.standbys = Standbys(
+            paths=paths,
+            hypervisor=drivers.hypervisor,
+            vms=self.vms,
+            liveness=self.liveness,
+            agents=self.agents,
+            limit=config.standby_limit,
+        )
         self._put_lives_together()
         self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents)
         self.prune = Prune(self.vms, self.lifecycle, drivers.storage)
@@ -92,6 +101,7 @@ class Parts:
             liveness=self.liveness,
             agents=self.agents,
             templates=self.templates,
+            standbys=self.standbys,
         )
         self.lifecycle = Lifecycle(
             hypervisor=self.drivers.hypervisor,
@@ -137,6 +147,7 @@ class Parts:
 
     async def close(self) -> None:
         """Wait for clean-ups, close listeners and channels. VMs run on."""
+        await self.standbys.close()
         await self.vms.close()
         await self.publishing.close()
         await self.agents.close()

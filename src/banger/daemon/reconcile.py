@@ -20,6 +20,7 @@ from banger.services.capabilities import Capabilities
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.liveness import Liveness
+from banger.services.standby import MARKER, nobody
 from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 from banger.store.store import Store
@@ -60,6 +61,7 @@ class Reconciler:
                     # A supervisor's boundary: one VM's trouble must not keep the daemon down.
                     get_logger().exception("vm not reconciled", **vm_attributes(vm))
             log.stage("leftovers")
+            await self._end_standbys({vm.id for vm in records}, machines)
             self._report_strangers({vm.id for vm in records}, machines)
             await self._images.remove_leftovers()
             await self._kernels.remove_leftovers()
@@ -88,6 +90,15 @@ class Reconciler:
         else:
             get_logger().warning("vm is gone", **vm_attributes(vm))
             await self._vms.mark_ended(vm, "its process was gone when bangerd started")
+
+    async def _end_standbys(self, known: set[str], machines: Mapping[Path, int]) -> None:
+        """Those that waited for a VM when their daemon died: they have a marker, and no record."""
+        for entry in _strangers(self._paths.vms_dir, known):
+            if (entry / MARKER).is_file():
+                get_logger().warning("a standby of a daemon that is gone", path=str(entry))
+                vm = nobody(entry.name, self._paths.vm(entry.name))
+                self._liveness.rediscover(vm, machines)
+                await self._vms.remove_unrecorded(vm)
 
     def _report_strangers(self, known: set[str], machines: Mapping[Path, int]) -> None:
         """VM directories and machines without a record; sockets of nobody's are removed."""

@@ -179,6 +179,10 @@ class Hypervisor(Protocol):
         """Whether the machine's vCPUs run. Raises Unavailable when it cannot be asked."""
         ...
 
+    async def pause(self, control_socket: Path) -> None:
+        """Hold the machine until `resume`. Raises Unavailable when it cannot be asked."""
+        ...
+
     async def resume(self, control_socket: Path) -> None:
         """Let a machine that is held run on. Raises Unavailable when it cannot be asked."""
         ...

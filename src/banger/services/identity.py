@@ -26,7 +26,9 @@ class Identity(Capability):
 
     def contribute_guest(self, start: Start) -> None:
         vm = start.vm
-        start.setup = replace(start.setup, hostname=vm.name, machine_id=machine_id(vm.id))
+        # A machine that waits for a VM has no name yet.
+        hostname = vm.name or None
+        start.setup = replace(start.setup, hostname=hostname, machine_id=machine_id(vm.id))
 
     async def apply_config_changes(self, before: Vm, after: Vm) -> None:
         if after.name != before.name and self._liveness.vm_alive(after):

@@ -1,13 +1,26 @@
-"""The machine of a start: what a hypervisor is told to make."""
+"""The machine of a start: what a hypervisor is told to make, and where its files are."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from banger.base.model import InitMode
+from banger.base.model import InitMode, VmRuntime, VmState
 from banger.base.paths import VmPaths
 from banger.drivers.base import Disk, DiskFormat, Machine, MemoryFile
 from banger.services.capabilities import Start
+
+
+def new_runtime(paths: VmPaths) -> VmRuntime:
+    """Of a VM in creation that has its files at these paths."""
+    return VmRuntime(
+        state=VmState.CREATING,
+        api_socket=str(paths.control_socket),
+        agent_socket=str(paths.agent_socket),
+        log_path=str(paths.console_log),
+        vm_dir=str(paths.directory),
+        system_overlay=str(paths.system_overlay),
+        work_disk=str(paths.work_disk),
+    )
 
 
 def machine_of(

@@ -46,7 +46,7 @@ from banger.services import artifacts
 from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.services.capabilities import Capabilities, Start
 from banger.services.kernel import KernelService
-from banger.services.machine import machine_of
+from banger.services.machine import machine_of, new_runtime
 from banger.services.operations import Operations, Progress, Stages
 from banger.services.preflight import check_free_disk, require
 from banger.services.single_flight import SingleFlight
@@ -124,6 +124,10 @@ class TemplateService:
         except (BangerError, OSError) as error:
             stages.note(f"no template for this machine, it boots: {error}")
             return None
+
+    async def key(self, start: Start, initramfs: Path) -> str:
+        """The key of the template that the first start of this VM would use; there may be none."""
+        return (await self._plan(start, initramfs)).key
 
     @contextmanager
     def in_use(self, template: Template) -> Iterator[None]:
@@ -366,17 +370,11 @@ def _without_identity(start: Start, machine_id: str, paths: VmPaths, disk_size_m
     spec = msgspec.structs.replace(
         start.vm.spec, disk_size_mib=disk_size_mib, ephemeral=False, published_ports=()
     )
-    runtime = VmRuntime(
-        state=VmState.CREATING,
-        api_socket=str(paths.control_socket),
-        agent_socket=str(paths.agent_socket),
-        log_path=str(paths.console_log),
-        vm_dir=str(paths.directory),
-        system_overlay=str(paths.system_overlay),
-        work_disk=str(paths.work_disk),
-    )
     vm = msgspec.structs.replace(
-        _nobody(start.image, spec), id=machine_id, kernel_id=start.kernel.id, runtime=runtime
+        _nobody(start.image, spec),
+        id=machine_id,
+        kernel_id=start.kernel.id,
+        runtime=new_runtime(paths),
     )
     return Start(vm, start.image, start.kernel)
 

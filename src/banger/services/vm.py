@@ -261,6 +261,12 @@ class VmService:
         await self._release(vm)
         return await self.save(vm, state=VmState.STOPPED, last_error=reason)
 
+    async def remove_unrecorded(self, vm: Vm) -> None:
+        """End a machine that was made for no VM yet, and remove its files."""
+        await self._release(vm)
+        directory = self._paths.vm(vm.id).directory
+        await to_its_end(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
+
     async def start_over(self, vm: Vm) -> None:
         """End and clean up an attempt to start; the VM is about to be started in another way."""
         await self._release(vm)

@@ -16,12 +16,13 @@ from banger.base.cancellation import to_its_end
 from banger.base.config import Config
 from banger.base.errors import BangerError, Conflict, Internal
 from banger.base.log import OperationLog, vm_attributes
-from banger.base.model import Image, InitMode, Vm, VmRuntime, VmSpec, VmState, now
+from banger.base.model import Image, InitMode, Vm, VmSpec, VmState, now
 from banger.base.paths import Paths, check_socket_path
 from banger.services.capabilities import Start
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.listeners import numbered
+from banger.services.machine import new_runtime
 from banger.services.names import generate_name
 from banger.services.operations import Progress
 from banger.services.vm import VmService
@@ -80,9 +81,15 @@ class VmCreator:
                 start = await self._starter.preflight(
                     self._record(request.name, spec, image), image, kernel
                 )
-                # Before anybody sees the record: in creation and without a holder, it has failed.
-                await held.enter_async_context(self._vms.locks.hold(start.vm.id))
-                start.vm = await self._insert(start.vm)
+                if request.start and not request.cold:
+                    start.vm = await self._starter.reserve(start)
+                try:
+                    # Before anybody sees the record: in creation and unheld, it has failed.
+                    await held.enter_async_context(self._vms.locks.hold(start.vm.id))
+                    start.vm = await self._insert(start.vm)
+                except BaseException:
+                    self._starter.give_back(start.vm)
+                    raise
             progress.describe(**vm_attributes(start.vm))
             return await self._bring_up(start, request, progress)
 
@@ -132,15 +139,7 @@ class VmCreator:
             image_name=image.name,
             kernel_id=image.kernel_id,
             spec=spec,
-            runtime=VmRuntime(
-                state=VmState.CREATING,
-                api_socket=str(paths.control_socket),
-                agent_socket=str(paths.agent_socket),
-                log_path=str(paths.console_log),
-                vm_dir=str(paths.directory),
-                system_overlay=str(paths.system_overlay),
-                work_disk=str(paths.work_disk),
-            ),
+            runtime=new_runtime(paths),
             created_at=moment,
             updated_at=moment,
         )

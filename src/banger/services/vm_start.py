@@ -7,6 +7,7 @@ lock. What fails before the guest runs leaves no process; a guest that does not 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Coroutine
@@ -24,6 +25,7 @@ from banger.base.errors import (
     Cancelled,
     OperationTimeout,
 )
+from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Image, Kernel, Template, Vm, VmState
 from banger.base.paths import Paths, prepare_private_dir
 from banger.drivers.base import Hypervisor, MachineStatus, MemoryFile, Network, Storage
@@ -36,6 +38,7 @@ from banger.services.liveness import Liveness
 from banger.services.machine import machine_of
 from banger.services.operations import Stages
 from banger.services.preflight import require
+from banger.services.standby import Standby, Standbys
 from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 
@@ -97,6 +100,7 @@ class VmStarter:
         liveness: Liveness,
         agents: Agents,
         templates: TemplateService,
+        standbys: Standbys,
     ) -> None:
         self._paths = paths
         self._drivers = drivers
@@ -106,6 +110,7 @@ class VmStarter:
         self._liveness = liveness
         self._agents = agents
         self._templates = templates
+        self._standbys = standbys
 
     async def preflight(self, vm: Vm, image: Image, kernel: Kernel) -> Start:
         """A start of which everything is there; PreconditionFailed with all that is missing."""
@@ -132,12 +137,16 @@ class VmStarter:
         GuestLost when the machine runs and the guest does not come up. Whoever calls ends and
         cleans up what is left of a start that failed or was cancelled (`VmService`).
         """
+        if standby := self._standbys.take(start.vm):
+            vm = await self._taken_over(start, standby, stages)
+            if vm is not None:
+                return vm
         prepare_private_dir(self._paths.vm(start.vm.id).runtime)
         initramfs = await self._kernels.initramfs(start.kernel)
         if not cold and _never_ran(start.vm):
             template = await self._templates.obtain(start, initramfs, stages)
             if template is not None:
-                vm = await self._restored(start, template, initramfs, stages, boot_timeout_s)
+                vm = await self._restored(start, template, stages, boot_timeout_s)
                 if vm is not None:
                     return vm
         if start.vm.runtime.state is VmState.CREATING:
@@ -145,38 +154,78 @@ class VmStarter:
             await self.create(start)
         return await self._booted(start, initramfs, stages, boot_timeout_s)
 
+    async def reserve(self, start: Start) -> Vm:
+        """The VM of `start`, which has no record yet, as it is to be recorded: with the machine of
+        a standby where one waits for such a VM. `run` starts it, or else `give_back` is called."""
+        if not self._standbys.count:
+            return start.vm
+        initramfs = await self._kernels.initramfs(start.kernel)
+        key = await self._templates.key(start, initramfs)
+        return self._standbys.reserve(key, start) or start.vm
+
+    def give_back(self, vm: Vm) -> None:
+        """The VM was not recorded after all."""
+        self._standbys.give_back(vm)
+
+    async def _taken_over(self, start: Start, standby: Standby, stages: Stages) -> Vm | None:
+        """The VM, on the machine of its standby; None when that failed, and nothing is left."""
+        vm, made = start.vm, standby.start
+        ready = replace(made, vm=vm, setup=replace(made.setup, hostname=vm.name))
+        try:
+            stages.stage("resume")
+            self._check_wanted(vm)
+            await self._drivers.hypervisor.resume(Path(vm.runtime.api_socket))
+            stages.stage("setup")
+            await self._while_it_runs(vm, self._set_up(ready), _setup_timeout_s(vm))
+        except Cancelled:
+            raise
+        except (BangerError, OSError) as error:
+            self._check_wanted(vm)
+            await to_its_end(self._vms.start_over(vm))
+            get_logger().warning("standby lost", error=str(error), **vm_attributes(vm))
+            return None
+        assert made.template is not None  # standbys are made from templates
+        await self._templates.used(made.template)
+        self._standbys.prepare(start, made.template, self._restore)
+        return await self._running(ready)
+
+    async def _restore(self, start: Start, template: Template, stages: Stages) -> None:
+        """Bring the machine up from `template`, to its identity as far as `start` has one."""
+        vm = start.vm
+        initramfs = await self._kernels.initramfs(start.kernel)
+        prepare_private_dir(self._paths.vm(vm.id).runtime)
+        with self._templates.in_use(template):
+            stages.stage("disks")
+            await self.create(start)
+            stages.stage("prepare")
+            await self._launch(start, initramfs, stages)
+        stages.stage("setup")
+        timeout_s = _RESTORE_TIMEOUT_S
+        await self._while_it_runs(vm, self._agents.connect(vm, timeout_s), timeout_s)
+        await self._while_it_runs(vm, self._set_up(start), _setup_timeout_s(vm))
+
     async def _restored(
-        self,
-        start: Start,
-        template: Template,
-        initramfs: Path,
-        stages: Stages,
-        boot_timeout_s: float,
+        self, start: Start, template: Template, stages: Stages, boot_timeout_s: float
     ) -> Vm | None:
         """The VM, started from `template`; None when that failed, and nothing of it is left."""
         warm = Start(start.vm, start.image, start.kernel, template)
         try:
-            with self._templates.in_use(template):
-                stages.stage("disks")
-                await self.create(warm)
-                stages.stage("prepare")
-                await self._launch(warm, initramfs, stages)
-            stages.stage("setup")
-            timeout_s = min(boot_timeout_s, _RESTORE_TIMEOUT_S)
-            await self._while_it_runs(warm.vm, self._agents.connect(warm.vm, timeout_s), timeout_s)
-            await self._while_it_runs(warm.vm, self._set_up(warm), _setup_timeout_s(warm.vm))
+            async with asyncio.timeout(boot_timeout_s):
+                await self._restore(warm, template, stages)
         except Cancelled:
             raise
-        except (BangerError, OSError) as error:
+        except (BangerError, OSError) as error:  # TimeoutError is one
             self._check_wanted(start.vm)
             await to_its_end(self._vms.start_over(start.vm))
-            await self._templates.discard(template, str(error))
-            stages.note(f"starting from a template failed, the machine boots: {error}")
+            why = str(error) or f"it took longer than {boot_timeout_s:g} s"
+            await self._templates.discard(template, why)
+            stages.note(f"starting from a template failed, the machine boots: {why}")
             if start.vm.runtime.state is not VmState.CREATING:
                 await self.create(start)  # its own disks, as a VM that was not started has them
             prepare_private_dir(self._paths.vm(start.vm.id).runtime)
             return None
         await self._templates.used(template)
+        self._standbys.prepare(start, template, self._restore)
         return await self._running(warm)
 
     async def _booted(

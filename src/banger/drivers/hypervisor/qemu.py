@@ -185,6 +185,11 @@ class QemuHypervisor:
             return MachineStatus.DISK_FULL
         return MachineStatus.RUNNING if answer.get("running") else MachineStatus.PAUSED
 
+    async def pause(self, control_socket: Path) -> None:
+        """See `Hypervisor.pause`."""
+        async with conversation(control_socket) as client:
+            await client.execute("stop")
+
     async def resume(self, control_socket: Path) -> None:
         """See `Hypervisor.resume`."""
         async with conversation(control_socket) as client:

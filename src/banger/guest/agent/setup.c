@@ -176,6 +176,7 @@ void job_setup(const struct request *request) {
         set_dns(request->text[SETUP_DNS]);
     grow("/", 0);
     grow("/root", request->number[SETUP_WORK_SIZE]);
-    if (init_is_ours())
+    /* Not before the guest has its name: one that waits to be somebody has none yet. */
+    if (init_is_ours() && request->text[SETUP_HOSTNAME])
         services_start();
 }
