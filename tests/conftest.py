@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import leftovers
+from homes import new_home
 
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[list[str]]()
@@ -93,7 +94,7 @@ def private_home(request: pytest.FixtureRequest) -> Iterator[PrivateHome]:
     """Point HOME and XDG_* at a directory of this session; nothing of it outlives the session."""
     # In /tmp whatever TMPDIR says: the path of a Unix socket is limited to 107 bytes.
     home = PrivateHome(Path(tempfile.mkdtemp(prefix="bt-", dir="/tmp")))
-    (home.directory / "run").mkdir(mode=0o700)
+    new_home(home.directory)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in home.environment.items():
             patch.setenv(name, value)

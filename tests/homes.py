@@ -57,10 +57,10 @@ class Home:
         return (self.state / "bangerd.log").read_text()
 
     def configure(self, text: str) -> Path:
-        """Write config.toml; its path."""
+        """Write config.toml, and that no machine waits that a test does not know of; its path."""
         file = self.directory / "config/banger/config.toml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text)
+        file.write_text(text if "standby_limit" in text else f"standby_limit = 0\n{text}\n")
         return file
 
     def daemon_pid(self) -> int:
@@ -109,7 +109,9 @@ class Home:
 def new_home(directory: Path) -> Home:
     """An empty home at `directory`, which is made; keep it short, for sockets go below it."""
     (directory / "run").mkdir(parents=True, mode=0o700)
-    return Home(directory)
+    home = Home(directory)
+    home.configure("")
+    return home
 
 
 def copy_artifacts(source: Path, home: Home) -> None:
