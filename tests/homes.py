@@ -124,7 +124,8 @@ def copy_artifacts(source: Path, home: Home) -> None:
         sqlite3.connect(home.state / "banger.db") as new,
     ):
         old.backup(new)
-        new.execute("DELETE FROM vms")
+        for table in ("vms", "templates"):
+            new.execute(f"DELETE FROM {table}")
         for table in ("images", "kernels"):
             new.execute(
                 f"UPDATE {table} SET record = replace(record, ?, ?)",

@@ -231,7 +231,8 @@ class Lifecycle:
         `check` is as for `stop`.
         """
         found = await self._vms.settled(reference, half_made=True)
-        if force:
+        if force and self._vms.locks.held(found.id):
+            # Whoever holds it may be waiting for this machine: it ends without the lock.
             await self._end_now(found, stages, "its deletion was cancelled")
         async with self._vms.locked(found, stages) as vm:
             if self._liveness.vm_alive(vm) and not force:
