@@ -11,7 +11,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 
-from bench import cli_start, cold_run, exec_latency, reconcile, rpc, vm_list, warm_run
+from bench import (
+    cli_start,
+    cold_run,
+    exec_latency,
+    first_command,
+    reconcile,
+    rpc,
+    stages,
+    vm_list,
+    warm_run,
+)
 from bench.home import Home
 from bench.measure import Figure, percentile
 
@@ -23,6 +33,8 @@ BENCHMARKS: dict[str, Callable[[Home], list[Figure]]] = {
     "exec_latency": exec_latency.measure,
     "cold_run": cold_run.measure,
     "warm_run": warm_run.measure,
+    "first_command": first_command.measure,
+    "stages": stages.measure,
 }
 
 RESULTS = Path(__file__).with_name("results.json")

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,9 @@ import msgspec
 
 from banger.base.model import Image, Kernel
 from banger.base.paths import Paths
+
+_STANDBY_TIMEOUT_S = 60.0
+_STANDBY_POLL_S = 0.2
 
 BANGER = Path(sys.executable).with_name("banger")
 IMAGE = "debian-bookworm"
@@ -70,6 +74,20 @@ class Home:
             self.banger("image", "build", IMAGE)
         image = msgspec.convert(self._only("image", name=IMAGE), Image)
         return image, msgspec.convert(self._only("kernel", id=image.kernel_id), Kernel)
+
+    def configure(self, text: str) -> None:
+        """Let the daemon run with this config.toml. VMs run on, standbys do not."""
+        self.paths.config_file.parent.mkdir(parents=True, exist_ok=True)
+        self.paths.config_file.write_text(text)
+        self.banger("daemon", "restart")
+
+    def await_standby(self) -> None:
+        """Return when a machine waits for the next start."""
+        deadline = time.monotonic() + _STANDBY_TIMEOUT_S
+        while not msgspec.json.decode(self.banger("daemon", "status", "--json"))["standbys"]:
+            if time.monotonic() > deadline:
+                raise TimeoutError("no standby was made")
+            time.sleep(_STANDBY_POLL_S)
 
     def _json(self, *arguments: str) -> list[dict[str, object]]:
         found: list[dict[str, object]] = msgspec.json.decode(self.banger(*arguments, "--json"))

@@ -129,7 +129,7 @@ async def test_the_one_of_another_kind_is_ended_for_the_new_one(world: World) ->
     await world.create("b", vcpu_count=1)
     await until(lambda: first not in str(world.processes.argv))
     assert await ready(world) != first
-    assert not world.paths.vm(first).directory.exists()
+    await until(lambda: not world.paths.vm(first).directory.exists())
 
 
 async def test_without_a_limit_there_is_none(
