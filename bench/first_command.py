@@ -50,7 +50,11 @@ def _samples_s(
     names = [f"bench-first-{next(_numbers)}" for _ in starts_s or range(_SEQUENTIAL)]
     try:
         if starts_s is None:
-            return tuple(_first_command_s(home, image, name, 0.0, cold=cold) for name in names)
+            samples_s = []
+            for name in names:
+                samples_s.append(_first_command_s(home, image, name, 0.0, cold=cold))
+                home.banger("vm", "delete", "--force", "--quiet", name)
+            return tuple(samples_s)
         with ThreadPoolExecutor(len(names)) as clients:
             return tuple(
                 clients.map(
@@ -60,7 +64,7 @@ def _samples_s(
                 )
             )
     finally:
-        home.banger("vm", "delete", "--force", "--quiet", *names)
+        home.delete_vms()
 
 
 def _first_command_s(home: Home, image: str, name: str, start_s: float, *, cold: bool) -> float:

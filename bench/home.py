@@ -48,8 +48,7 @@ class Home:
     ) -> None:
         try:
             if self.paths.daemon_socket.exists():
-                for vm in self._json("vm", "list"):
-                    self.banger("vm", "delete", "--force", str(vm["id"]))
+                self.delete_vms()
                 self.banger("daemon", "stop")
         finally:
             os.environ.clear()
@@ -74,6 +73,10 @@ class Home:
             self.banger("image", "build", IMAGE)
         image = msgspec.convert(self._only("image", name=IMAGE), Image)
         return image, msgspec.convert(self._only("kernel", id=image.kernel_id), Kernel)
+
+    def delete_vms(self) -> None:
+        for vm in self._json("vm", "list"):
+            self.banger("vm", "delete", "--force", str(vm["id"]))
 
     def configure(self, text: str) -> None:
         """Let the daemon run with this config.toml. VMs run on, standbys do not."""

@@ -15,10 +15,12 @@ Sample = Callable[[], float]
 
 @dataclass(frozen=True)
 class Target:
-    """What is promised of the median: at most so many times the floor's, or so much above it."""
+    """What is promised of the median, and of the 95th percentile where it says so: at most so many
+    times the floor's, or so much above it."""
 
     times: float = math.inf
     above_floor_s: float = math.inf
+    p95: bool = False
 
     def holds(self, figure_s: float, floor_s: float) -> bool:
         return figure_s <= floor_s * self.times and figure_s - floor_s <= self.above_floor_s
@@ -29,6 +31,8 @@ class Target:
             parts.append(f"≤ {self.times:g} x floor")
         if self.above_floor_s < math.inf:
             parts.append(f"≤ floor + {self.above_floor_s * 1000:g} ms")
+        if self.p95:
+            parts.append("p95, too")
         return ", ".join(parts)
 
 
@@ -51,7 +55,12 @@ class Figure:
         """Whether the target holds; None when there is none."""
         if self.target is None:
             return None
-        return self.target.holds(median(self.samples_s), median(self.floor_samples_s))
+        held = self.target.holds(median(self.samples_s), median(self.floor_samples_s))
+        if not self.target.p95:
+            return held
+        return held and self.target.holds(
+            percentile(self.samples_s, 95), percentile(self.floor_samples_s, 95)
+        )
 
 
 def compare(
