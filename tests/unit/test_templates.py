@@ -255,6 +255,16 @@ async def test_disks_that_cannot_be_copied_are_made(world: World) -> None:
     done = await create(world)
     assert done.state is OperationState.COMPLETED
     assert "disk full" in done.notes[0]
+    assert len(await world.templates.all()) == 1  # which is not to blame
+
+
+async def test_a_time_limit_that_is_too_short_costs_nobody_the_template(world: World) -> None:
+    await world.create("a")
+    world.agent.exits[requests.Setup.KIND] = None  # no answer, for a while
+    asyncio.get_running_loop().call_later(1.1, world.agent.exits.clear)
+    done = await create(world, "b", boot_timeout_s=1)
+    assert "longer than 1 s" in done.notes[0]
+    assert len(await world.templates.all()) == 1
 
 
 async def test_a_template_whose_files_are_gone_is_made_again(world: World) -> None:

@@ -24,6 +24,7 @@ from banger.base.errors import (
     BangerError,
     Cancelled,
     OperationTimeout,
+    Unavailable,
 )
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Image, Kernel, Template, Vm, VmState
@@ -218,7 +219,8 @@ class VmStarter:
             self._check_wanted(start.vm)
             await to_its_end(self._vms.start_over(start.vm))
             why = str(error) or f"it took longer than {boot_timeout_s:g} s"
-            await self._templates.discard(template, why)
+            if isinstance(error, Unavailable | FileNotFoundError):  # not the host's trouble
+                await self._templates.discard(template, why)
             stages.note(f"starting from a template failed, the machine boots: {why}")
             if start.vm.runtime.state is not VmState.CREATING:
                 await self.create(start)  # its own disks, as a VM that was not started has them
