@@ -169,3 +169,8 @@ async def test_an_exit_ends_the_wait() -> None:
 
 def test_the_boot_has_an_id() -> None:
     assert len(procfs.boot_id()) == 36
+
+
+def test_the_hosts_memory_is_what_the_kernel_says() -> None:
+    assert 0 < procfs.available_memory_bytes() <= procfs.total_memory_bytes()
+    assert procfs.total_memory_bytes() % 1024 == 0

@@ -261,7 +261,7 @@ async def test_disks_that_cannot_be_copied_are_made(world: World) -> None:
 async def test_a_time_limit_that_is_too_short_costs_nobody_the_template(world: World) -> None:
     await world.create("a")
     world.agent.exits[requests.Setup.KIND] = None  # no answer, for a while
-    asyncio.get_running_loop().call_later(1.1, world.agent.exits.clear)
+    asyncio.get_running_loop().call_later(0.9, world.agent.exits.clear)
     done = await create(world, "b", boot_timeout_s=1)
     assert "longer than 1 s" in done.notes[0]
     assert len(await world.templates.all()) == 1
@@ -328,6 +328,13 @@ async def test_a_cancelled_making_is_no_reason_to_go_without(world: World) -> No
     world.hypervisor.save_gate.block = False
     assert (await create(world, "next")).notes == ()
     assert len(await world.templates.all()) == 1
+
+
+async def test_memory_that_the_host_has_not_is_not_looked_for_on_its_disk(world: World) -> None:
+    done = await create(world, memory_mib=10 << 20)
+    assert "has less than 10485760 MiB of memory" in done.notes[0]
+    (booted,) = machines(world)
+    assert booted.memory_file is None
 
 
 # Bounds

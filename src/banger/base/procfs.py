@@ -32,11 +32,20 @@ def boot_id() -> str:
     return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
+def total_memory_bytes() -> int:
+    """How much memory the host has (MemTotal of /proc/meminfo)."""
+    return _meminfo_bytes("MemTotal")
+
+
 def available_memory_bytes() -> int:
-    """How much memory the host could give to new processes (MemAvailable of /proc/meminfo)."""
+    """How much of it the host could give to new processes (MemAvailable)."""
+    return _meminfo_bytes("MemAvailable")
+
+
+def _meminfo_bytes(field: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
-        if name == "MemAvailable":
+        if name == field:
             return int(value.split()[0]) * 1024
     return 0
 

@@ -27,7 +27,14 @@ import msgspec
 
 from banger.base import procfs
 from banger.base.config import Config
-from banger.base.errors import Ambiguous, BadRequest, BangerError, Conflict, NotFound
+from banger.base.errors import (
+    Ambiguous,
+    BadRequest,
+    BangerError,
+    Conflict,
+    NotFound,
+    PreconditionFailed,
+)
 from banger.base.log import OperationLog, get_logger
 from banger.base.model import (
     Image,
@@ -276,6 +283,10 @@ class TemplateService:
 
     async def _made(self, plan: _Plan, progress: Progress) -> Template:
         require([check_free_disk(self._paths.templates_dir)])
+        memory_mib = plan.start.vm.spec.memory_mib
+        if memory_mib * _MIB > await asyncio.to_thread(procfs.total_memory_bytes):
+            # A file of that size may be possible: the guest would fill the disk with it.
+            raise PreconditionFailed(f"this host has less than {memory_mib} MiB of memory")
         template_id = new_id()
         final = self._paths.template(template_id)
         check_socket_path(final.control_socket)
