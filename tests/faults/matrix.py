@@ -133,7 +133,13 @@ OPERATIONS = (
         "template.make",
         Before.ABSENT,
         _CREATE,
-        (Stage("disks"), Stage("launch"), Stage("boot"), Stage("save"), Stage("sync")),
+        (
+            Stage("disks"),
+            Stage("launch"),
+            Stage("boot", machine=True),
+            Stage("save", machine=True),
+            Stage("sync"),
+        ),
         template=False,
     ),
     # What is taken back when a creation fails before its guest runs: no host has 10 TiB of memory.

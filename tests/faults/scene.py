@@ -136,7 +136,7 @@ class Scene:
 
     def subject_agent_sockets(self) -> list[Path]:
         """Those of agents that are not the bystander's. Asks no daemon."""
-        sockets = self.home.runtime.glob("vms/*/agent.sock")
+        sockets = self.home.runtime.glob("*/*/agent.sock")
         return [each for each in sockets if each.parent.name != self.bystander_id]
 
     def daemons(self) -> list[leftovers.Process]:

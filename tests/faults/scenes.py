@@ -15,7 +15,7 @@ from homes import Home, copy_artifacts, new_home
 from scene import Scene
 
 #: A start wants 512 MiB free.
-_STATE_DISK_MIB = 700
+_STATE_DISK_MIB = 1000
 #: The artifacts that are there, 350 MiB, and what a build wants free, 1 GiB.
 _ARTIFACTS_DISK_MIB = 1600
 

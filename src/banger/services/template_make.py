@@ -25,7 +25,10 @@ from banger.services.guest_wait import console_tail, while_it_runs
 from banger.services.machine import machine_of
 from banger.services.operations import Progress
 
-_BOOT_TIMEOUT_S = 240.0
+#: Far more than a guest takes beside others, even emulated; a VM that boots has as long again.
+_BOOT_TIMEOUT_S = 60.0
+#: For systemd to have started its services.
+_SERVICES_TIMEOUT_S = 240.0
 _PING_TIMEOUT_S = 20.0
 #: The guest notices that nobody is connected any more: once, rather than in each copy.
 _SETTLE_S = 0.2
@@ -95,7 +98,7 @@ async def _boot_and_save(
         if pidfd < 0:
             raise Unavailable("the machine ended at once")
         await while_it_runs(
-            _come_to_rest(vm, machine, progress), procfs.wait_exit(pidfd, 2 * _BOOT_TIMEOUT_S)
+            _come_to_rest(vm, machine, progress), procfs.wait_exit(pidfd, 2 * _SERVICES_TIMEOUT_S)
         )
     except BangerError as error:
         tail = console_tail(paths.console_log, 0)
@@ -111,7 +114,7 @@ async def _come_to_rest(vm: Vm, machine: Machine, progress: Progress) -> None:
         await call(channel, Ping(), timeout_s=_PING_TIMEOUT_S)
         if vm.spec.init is InitMode.SYSTEMD:
             progress.stage("boot", "its services")
-            await call(channel, _SYSTEMD_IS_UP, timeout_s=_BOOT_TIMEOUT_S)
+            await call(channel, _SYSTEMD_IS_UP, timeout_s=_SERVICES_TIMEOUT_S)
         await call(channel, _WARM_UP, timeout_s=_WARM_UP_TIMEOUT_S)
     finally:
         await channel.close()
