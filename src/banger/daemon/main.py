@@ -170,6 +170,9 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         ports=parts.ports,
         stats=parts.stats,
         templates=parts.templates,
+        snapshots=parts.snapshots,
+        forks=parts.forks,
+        suspension=parts.suspension,
         doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
         stop=stopping.set,
     )

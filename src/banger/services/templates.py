@@ -44,7 +44,7 @@ from banger.base.paths import Paths, VmPaths, check_socket_path
 from banger.drivers.base import Hypervisor, Network
 from banger.services import artifacts
 from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
-from banger.services.capabilities import Capabilities, Start
+from banger.services.capabilities import Capabilities, Saved, Start
 from banger.services.kernel import KernelService
 from banger.services.machine import machine_of
 from banger.services.operations import Operations, Progress, Stages
@@ -124,6 +124,12 @@ class TemplateService:
         except (BangerError, OSError) as error:
             stages.note(f"no template for this machine, it boots: {error}")
             return None
+
+    def start_from(self, template: Template, start: Start) -> Start:
+        """The same start, from a template."""
+        made = self._paths.template(template.id)
+        saved = Saved(made.memory, made.machine_state, template.disk_size_mib)
+        return Start(start.vm, start.image, start.kernel, template=template, saved=saved)
 
     @contextmanager
     def in_use(self, template: Template) -> Iterator[None]:

@@ -136,6 +136,7 @@ class VmService:
             reason = f": {vm.runtime.last_error}" if vm.runtime.last_error else ""
             hints = {
                 VmState.STOPPED: f"start it: banger vm start {vm.name}",
+                VmState.SUSPENDED: f"let it go on: banger vm start {vm.name}",
                 VmState.CREATING: f"banger vm wait {vm.name} --for running",
                 VmState.STARTING: f"banger vm wait {vm.name} --for running",
                 VmState.ERROR: f"banger vm logs {vm.name}",
@@ -237,6 +238,7 @@ class VmService:
     async def mark_running(self, vm: Vm) -> Vm:
         """Record that the VM runs, and watch its process."""
         moment = await self.touch(vm.id)
+        self.drop_memory(vm)  # it is mapped, and the next start must not go on from it
         vm = msgspec.structs.replace(vm, started_at=moment, touched_at=moment)
         vm = await self.save(vm, state=VmState.RUNNING, last_error="")
         self.watch(vm)
@@ -251,6 +253,7 @@ class VmService:
             await self._release(vm)
         except (BangerError, OSError):
             get_logger().exception("clean-up failed", **vm_attributes(vm))
+        self.drop_memory(vm)
         # Kept, it is nobody's session any more: the next daemon would remove it once it is mended.
         spec = msgspec.structs.replace(vm.spec, ephemeral=False)
         vm = msgspec.structs.replace(vm, spec=spec)
@@ -259,7 +262,24 @@ class VmService:
     async def mark_ended(self, vm: Vm, reason: str) -> Vm:
         """End what still runs of it, clean up, and record that it is stopped, and why."""
         await self._release(vm)
-        return await self.save(vm, state=VmState.STOPPED, last_error=reason)
+        stopped = await self.save(vm, state=VmState.STOPPED, last_error=reason)
+        self.drop_memory(vm)
+        return stopped
+
+    async def mark_suspended(self, vm: Vm) -> Vm:
+        """Record that the VM is suspended, its memory being saved; then end what runs of it.
+
+        In this order: a daemon that dies between the two leaves a machine that nobody needs.
+        """
+        suspended = await self.save(vm, state=VmState.SUSPENDED)
+        await self._release(vm)
+        return suspended
+
+    def drop_memory(self, vm: Vm) -> None:
+        """Forget the memory that was kept of a VM, if some was."""
+        paths = self._paths.vm(vm.id)
+        for path in (paths.memory, paths.machine_state):
+            path.unlink(missing_ok=True)
 
     async def start_over(self, vm: Vm) -> None:
         """End and clean up an attempt to start; the VM is about to be started in another way."""

@@ -24,7 +24,7 @@ from banger.base.errors import (
     Cancelled,
     OperationTimeout,
 )
-from banger.base.model import Image, Kernel, Template, Vm, VmState
+from banger.base.model import Image, Kernel, Snapshot, Template, Vm, VmState
 from banger.base.paths import Paths, prepare_private_dir
 from banger.drivers.base import Hypervisor, MachineStatus, MemoryFile, Network, Storage
 from banger.guest.channel import call
@@ -107,9 +107,14 @@ class VmStarter:
         self._agents = agents
         self._templates = templates
 
-    async def preflight(self, vm: Vm, image: Image, kernel: Kernel) -> Start:
-        """A start of which everything is there; PreconditionFailed with all that is missing."""
-        start = Start(vm, image, kernel)
+    async def preflight(
+        self, vm: Vm, image: Image, kernel: Kernel, snapshot: Snapshot | None = None
+    ) -> Start:
+        """A start of which everything is there; PreconditionFailed with all that is missing.
+
+        The disks of a new VM begin as those of the `snapshot`, if one is given.
+        """
+        start = Start(vm, image, kernel, snapshot=snapshot)
         require(
             [
                 *await self._drivers.hypervisor.checks(),
@@ -128,12 +133,15 @@ class VmStarter:
     ) -> Vm:
         """Bring the machine up; the VM as it is recorded then, running.
 
-        A VM that never ran starts from a template, unless `cold`; when that fails it boots. Raises
-        GuestLost when the machine runs and the guest does not come up. Whoever calls ends and
-        cleans up what is left of a start that failed or was cancelled (`VmService`).
+        A start with a saved machine goes on from that. A VM that never ran starts from a template,
+        unless `cold`; when that fails it boots. Raises GuestLost when the machine runs and the
+        guest does not come up. Whoever calls ends and cleans up what is left of a start that failed
+        or was cancelled (`VmService`).
         """
         prepare_private_dir(self._paths.vm(start.vm.id).runtime)
         initramfs = await self._kernels.initramfs(start.kernel)
+        if start.saved is not None:
+            return await self._went_on(start, initramfs, stages, boot_timeout_s)
         if not cold and _never_ran(start.vm):
             template = await self._templates.obtain(start, initramfs, stages)
             if template is not None:
@@ -145,6 +153,26 @@ class VmStarter:
             await self.create(start)
         return await self._booted(start, initramfs, stages, boot_timeout_s)
 
+    async def _went_on(
+        self, start: Start, initramfs: Path, stages: Stages, boot_timeout_s: float
+    ) -> Vm:
+        """The VM, with a memory of its own or of another's, which there is no other way to."""
+        if start.vm.runtime.state is VmState.CREATING:
+            stages.stage("disks")
+            await self.create(start)
+        stages.stage("prepare")
+        await self._launch(start, initramfs, stages)
+        await self._introduce(start, stages, boot_timeout_s)
+        return await self._running(start)
+
+    async def _introduce(self, start: Start, stages: Stages, boot_timeout_s: float) -> None:
+        """Tell the guest of a restored machine who it is."""
+        stages.stage("setup")
+        timeout_s = min(boot_timeout_s, _RESTORE_TIMEOUT_S)
+        vm = start.vm
+        await self._while_it_runs(vm, self._agents.connect(vm, timeout_s), timeout_s)
+        await self._while_it_runs(vm, self._set_up(start), _setup_timeout_s(vm))
+
     async def _restored(
         self,
         start: Start,
@@ -154,17 +182,14 @@ class VmStarter:
         boot_timeout_s: float,
     ) -> Vm | None:
         """The VM, started from `template`; None when that failed, and nothing of it is left."""
-        warm = Start(start.vm, start.image, start.kernel, template)
+        warm = self._templates.start_from(template, start)
         try:
             with self._templates.in_use(template):
                 stages.stage("disks")
                 await self.create(warm)
                 stages.stage("prepare")
                 await self._launch(warm, initramfs, stages)
-            stages.stage("setup")
-            timeout_s = min(boot_timeout_s, _RESTORE_TIMEOUT_S)
-            await self._while_it_runs(warm.vm, self._agents.connect(warm.vm, timeout_s), timeout_s)
-            await self._while_it_runs(warm.vm, self._set_up(warm), _setup_timeout_s(warm.vm))
+            await self._introduce(warm, stages, boot_timeout_s)
         except Cancelled:
             raise
         except (BangerError, OSError) as error:
@@ -211,7 +236,7 @@ class VmStarter:
             network_pids = start.network.pids if start.network is not None else ()
             self._liveness.record(vm, pid=0, network_pids=network_pids)
             self._check_wanted(vm)
-            stages.stage("launch" if start.template is None else "restore")
+            stages.stage("launch" if start.saved is None else "restore")
         except BaseException:
             start.abandon()
             raise
@@ -224,13 +249,17 @@ class VmStarter:
 
     async def _machine_of(self, start: Start, initramfs: Path) -> int:
         """Launch or restore the machine: its pid."""
-        paths, template = self._paths.vm(start.vm.id), start.template
-        if template is None:
+        paths, saved = self._paths.vm(start.vm.id), start.saved
+        if saved is None:
             machine = machine_of(start, paths, initramfs)
             return await self._drivers.hypervisor.launch(machine, start.network)
-        made = self._paths.template(template.id)
-        machine = machine_of(start, paths, initramfs, MemoryFile(made.memory, private=True))
-        return await self._drivers.hypervisor.restore(machine, start.network, made.machine_state)
+        machine = machine_of(start, paths, initramfs, MemoryFile(saved.memory, private=True))
+        start.ran = True
+        try:
+            return await self._drivers.hypervisor.restore(machine, start.network, saved.state)
+        except BangerError:  # cancelled, it may have run for a moment
+            start.ran = False
+            raise
 
     def _check_wanted(self, vm: Vm) -> None:
         """Raise Cancelled when somebody has killed the VM before it had a machine."""
@@ -270,7 +299,7 @@ class VmStarter:
 
 def _never_ran(vm: Vm) -> bool:
     """Whether its disks are as they were made: no guest has written to them."""
-    return vm.started_at is None and not vm.runtime.last_error
+    return vm.started_at is None and not vm.runtime.last_error and not vm.copied_from
 
 
 def _setup_timeout_s(vm: Vm) -> float:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import mmap
 import os
 import re
@@ -179,8 +180,11 @@ async def top_nodes(client: QMPClient) -> dict[str, dict[str, Any]]:
 
 
 def file_of(node: dict[str, Any]) -> Path:
-    """The file of a qcow2 node. (The node's own "file" is a JSON once QEMU has changed it.)"""
-    return Path(node["image"]["filename"])
+    """The file of a qcow2 node. One that QEMU itself has put on top it calls by a JSON."""
+    name = str(node["image"]["filename"])
+    if name.startswith("json:"):
+        name = json.loads(name.removeprefix("json:"))["file"]["filename"]
+    return Path(name)
 
 
 async def add_overlays(client: QMPClient, overlays: dict[str, Path]) -> list[dict[str, Any]]:
