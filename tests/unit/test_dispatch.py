@@ -49,6 +49,9 @@ class Daemon:
                     ports=world.ports,
                     stats=world.stats,
                     templates=world.templates,
+                    snapshots=world.snapshots,
+                    forks=world.forks,
+                    suspension=world.suspension,
                     doctor=Doctor(world.paths, world.drivers, []),
                     stop=self.stopping.set,
                 )

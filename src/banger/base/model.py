@@ -231,6 +231,8 @@ class Snapshot(Record, frozen=True):
     system_disk: str
     work_disk: str
     size_bytes: int
+    #: For how long the machine did not run.
+    paused_ms: float
     created_at: datetime
 
     @property

@@ -172,11 +172,12 @@ class Hypervisor(Protocol):
 
     async def capture(
         self, control_socket: Path, pid: int, capture: Capture, stages: Callable[[str], None]
-    ) -> None:
+    ) -> float:
         """Copy a machine that runs as process `pid`: `restore` starts others from the copy.
 
-        It is paused only for the end of it, in which its disks go on in their overlays. However
-        this ends it runs on. Raises Unavailable or PermissionDenied when it cannot be copied; then
+        It is paused only for the end of it, in which its disks go on in their overlays: for how
+        many seconds is the result. However this ends it runs on. Raises Unavailable or
+        PermissionDenied when it cannot be copied, OSError when there is no room for the copy; then
         `disks` tells where the disks are.
         """
         ...

@@ -116,8 +116,11 @@ class SnapshotService:
         snapshot_id = new_id()
         final = self._paths.snapshot_dir(snapshot_id)
         async with staged(final) as staging:
-            shape = await self._captured(vm, staging.path, stages) if running else ""
-            if not running:
+            shape, paused_s = "", 0.0
+            if running:
+                shape, paused_s = await self._captured(vm, staging.path, stages)
+                stages.describe(paused_ms=round(paused_s * 1000, 1))
+            else:
                 await self._frozen(vm, staging.path, stages)
             disks = disks_of(vm)
             snapshot = Snapshot(
@@ -134,6 +137,7 @@ class SnapshotService:
                 system_disk=disks["system"].name,
                 work_disk=disks["work"].name,
                 size_bytes=await asyncio.to_thread(allocated_bytes, staging.path),
+                paused_ms=round(paused_s * 1000, 1),
                 created_at=now(),
             )
             yield snapshot, staging
@@ -149,8 +153,9 @@ class SnapshotService:
         hint = f"first: banger vm start {vm.name}" if vm.runtime.state is VmState.SUSPENDED else ""
         raise Conflict(f'vm "{vm.name}" is {vm.runtime.state}', hint=hint)
 
-    async def _captured(self, vm: Vm, directory: Path, stages: Stages) -> str:
-        """Copy the machine and have its disks go on in new layers; the shape of the machine."""
+    async def _captured(self, vm: Vm, directory: Path, stages: Stages) -> tuple[str, float]:
+        """Copy the machine and have its disks go on in new layers; its shape, and for how many
+        seconds it was paused."""
         socket = Path(vm.runtime.api_socket)
         if await self._hypervisor.status(socket) is not MachineStatus.RUNNING:
             raise Conflict(
@@ -163,7 +168,7 @@ class SnapshotService:
             capture = Capture(directory / MEMORY, directory / STATE, overlays)
             try:
                 pid = self._liveness.pid(vm)
-                await self._hypervisor.capture(socket, pid, capture, stages.stage)
+                paused_s = await self._hypervisor.capture(socket, pid, capture, stages.stage)
             except OSError as error:
                 raise Unavailable(
                     f'the memory of vm "{vm.name}" cannot be copied: {error.strerror or error}',
@@ -173,7 +178,7 @@ class SnapshotService:
         except BaseException:
             await to_its_end(self._settled(vm))
             raise
-        return shape
+        return shape, paused_s
 
     async def _frozen(self, vm: Vm, directory: Path, stages: Stages) -> None:
         stages.stage("freeze")
@@ -190,10 +195,13 @@ class SnapshotService:
             await self._storage.share(disk, directory)
 
     async def _settled(self, vm: Vm) -> None:
-        """After a failure: whatever the machine writes to is on the record."""
+        """After a failure: it runs, and what it writes to is on the record."""
         try:
             current = await self._store.get_vm(vm.id)
             if current is not None:
+                socket = Path(current.runtime.api_socket)
+                if await self._hypervisor.status(socket) is MachineStatus.PAUSED:
+                    await self._hypervisor.resume(socket)
                 await self._layers.settle(current)
         except (BangerError, OSError) as error:
             get_logger().error("layers not settled", error=str(error), **vm_attributes(vm))

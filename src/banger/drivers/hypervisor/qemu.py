@@ -11,6 +11,7 @@ import hashlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -166,7 +167,7 @@ class QemuHypervisor:
 
     async def capture(
         self, control_socket: Path, pid: int, capture: Capture, stages: Callable[[str], None]
-    ) -> None:
+    ) -> float:
         """See `Hypervisor.capture`."""
         async with conversation(control_socket, _CAPTURE_TIMEOUT_S) as client:
             memory = await find_memory(client, pid)
@@ -176,7 +177,7 @@ class QemuHypervisor:
                 actions = await add_overlays(client, capture.overlays)
                 stages("freeze")
                 # The machine is not left paused by a cancellation.
-                await to_its_end(self._freeze(client, copy, capture, actions))
+                return await to_its_end(self._freeze(client, copy, capture, actions))
 
     async def _freeze(
         self,
@@ -184,8 +185,8 @@ class QemuHypervisor:
         copy: MemoryCopy,
         capture: Capture,
         actions: list[dict[str, Any]],
-    ) -> None:
-        frozen = False
+    ) -> float:
+        frozen, began = False, time.monotonic()
         await client.execute("stop")
         try:
             await asyncio.to_thread(copy.at_rest)
@@ -197,8 +198,10 @@ class QemuHypervisor:
         finally:
             if capture.runs_on or not frozen:
                 await client.execute("cont")
+            paused_s = time.monotonic() - began
             if not frozen:
                 await drop_overlays(client, actions)
+        return paused_s
 
     async def disks(self, control_socket: Path) -> dict[str, Path]:
         """See `Hypervisor.disks`."""

@@ -26,7 +26,7 @@ from qemu.qmp import QMPClient
 from banger.base.errors import PermissionDenied, PreconditionFailed, Unavailable
 
 _PAGE = mmap.PAGESIZE
-#: Read in one call; other tasks of the thread pool and the guest get their turn between.
+#: Read in one call at most.
 _CHUNK = 4 << 20
 #: What is all zero in so large a block stays a hole of the copy.
 _BLOCK = 64 << 10
@@ -107,30 +107,36 @@ class MemoryCopy:
         Raises OSError, when the disk is full, too.
         """
         for ranges in (self._memory.of_file(), self._memory.own_pages()):
-            for start, end in _chunks(ranges):
-                data = os.pread(self._source, end - start, self._memory.address + start)
-                for at in range(0, len(data), _BLOCK):
-                    block = data[at : at + _BLOCK]
-                    if block != _ZEROS[: len(block)]:
-                        os.pwrite(self._copy, block, start + at)
+            for start, end in _pieces(ranges, _BLOCK):
+                at = start
+                while at < end:
+                    data = os.pread(self._source, end - at, self._memory.address + at)
+                    if data != _ZEROS[: len(data)]:
+                        os.pwrite(self._copy, data, at)
+                    at += _some(len(data))
 
     def at_rest(self) -> None:
         """What the process has to itself, while the machine is paused: the copy is whole then."""
-        for start, end in _chunks(self._memory.own_pages()):
+        for start, end in _pieces(self._memory.own_pages(), _CHUNK):
             at = start
             while at < end:
                 # Straight into the file's pages. A full disk is EFAULT, not SIGBUS, for it is the
                 # kernel that writes.
-                read = os.preadv(self._source, [self._view[at:end]], self._memory.address + at)
-                if not read:
-                    raise OSError(errno.EIO, "the machine's memory cannot be read")
-                at += read
+                with self._view[at:end] as pages:
+                    read = os.preadv(self._source, [pages], self._memory.address + at)
+                at += _some(read)
 
 
-def _chunks(ranges: list[Range]) -> Iterator[Range]:
+def _pieces(ranges: list[Range], size: int) -> Iterator[Range]:
     for start, end in ranges:
-        for at in range(start, end, _CHUNK):
-            yield at, min(at + _CHUNK, end)
+        for at in range(start, end, size):
+            yield at, min(at + size, end)
+
+
+def _some(read: int) -> int:
+    if not read:
+        raise OSError(errno.EIO, "the machine's memory cannot be read to its end")
+    return read
 
 
 @contextmanager
