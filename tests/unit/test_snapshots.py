@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -229,11 +230,11 @@ async def test_an_image_of_a_snapshot_stays(world: World) -> None:
     ],
 )
 async def test_what_cannot_be_with_a_memory_is_refused(
-    world: World, fields: dict[str, object]
+    world: World, fields: dict[str, Any]
 ) -> None:
     await world.create()
     await snapshot(world)
-    done = await create(world, **fields)
+    done = await create(world, "copy", **fields)
     assert done.error is not None
     assert done.error.code == "bad_request"
     assert len(await world.store.vms()) == 1

@@ -58,22 +58,46 @@ class ForkService:
         """
         if not 1 <= count <= FORKS_MAX:
             raise BadRequest(f"{count} forks are not possible (1 to {FORKS_MAX})")
+        made: list[Vm] = []
+        try:
+            made = await self._made(reference, count, prefix, progress)
+            for vm in made:
+                await self._vms.keep(vm)
+            return [await self._vms.show(vm.id) for vm in made]
+        except BaseException:
+            await to_its_end(self._delete(made))
+            raise
+
+    async def _made(self, reference: str, count: int, prefix: str, progress: Progress) -> list[Vm]:
+        """The forks, each of which runs and belongs to this operation still."""
         found = await self._vms.settled(reference)
-        async with AsyncExitStack() as files:
-            async with self._vms.locked(found, progress) as vm:
-                progress.stage("preflight")
-                if vm.runtime.state is not VmState.RUNNING or not self._vms.has_machine(vm):
-                    raise NotRunning(
-                        f'vm "{vm.name}" is not running: there are no processes to fork',
-                        hint=f"banger vm snapshot {vm.name} SNAP,"
-                        " then banger vm create --from-snapshot SNAP",
-                    )
-                names = await self._free_names(prefix or f"{vm.name}-fork", count)
-                snapshot, staging = await files.enter_async_context(
-                    self._snapshots.taken(vm, vm.name, progress)
+        made: list[Vm] = []
+        try:
+            async with AsyncExitStack() as files:
+                snapshot, names = await self._taken(found, count, prefix, progress, files)
+                made = await self._all(names, snapshot, progress)
+        except BaseException:
+            await to_its_end(self._delete(made))
+            raise
+        return made
+
+    async def _taken(
+        self, found: Vm, count: int, prefix: str, progress: Progress, files: AsyncExitStack
+    ) -> tuple[Snapshot, list[str]]:
+        """A snapshot that lasts as long as `files`, and the names of those made from it."""
+        async with self._vms.locked(found, progress) as vm:
+            progress.stage("preflight")
+            if vm.runtime.state is not VmState.RUNNING or not self._vms.has_machine(vm):
+                raise NotRunning(
+                    f'vm "{vm.name}" is not running: there are no processes to fork',
+                    hint=f"banger vm snapshot {vm.name} SNAP,"
+                    " then banger vm create --from-snapshot SNAP",
                 )
-            snapshot = msgspec.structs.replace(snapshot, directory=str(staging.path))
-            return await self._all(names, snapshot, progress)
+            names = await self._free_names(prefix or f"{vm.name}-fork", count)
+            snapshot, staging = await files.enter_async_context(
+                self._snapshots.taken(vm, vm.name, progress)
+            )
+        return msgspec.structs.replace(snapshot, directory=str(staging.path)), names
 
     async def _free_names(self, prefix: str, count: int) -> list[str]:
         taken = {vm.name for vm in await self._vms.all()}
@@ -103,17 +127,10 @@ class ForkService:
         tell()
         tasks = [asyncio.create_task(one(name)) for name in names]
         try:
-            made = await asyncio.gather(*tasks)
+            return await asyncio.gather(*tasks)
         except BaseException:
             await to_its_end(self._take_back(tasks))
             raise
-        try:
-            for vm in made:
-                await self._vms.keep(vm)
-        except BaseException:
-            await to_its_end(self._take_back(tasks))
-            raise
-        return [await self._vms.show(vm.id) for vm in made]
 
     async def _one(self, name: str, snapshot: Snapshot) -> Vm:
         record = Operation(
@@ -136,11 +153,13 @@ class ForkService:
         """Delete those that were made; the others take themselves back."""
         for task in tasks:
             task.cancel()
-        for made in await asyncio.gather(*tasks, return_exceptions=True):
-            if not isinstance(made, Vm):
-                continue
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        await self._delete([made for made in ended if isinstance(made, Vm)])
+
+    async def _delete(self, made: list[Vm]) -> None:
+        for vm in made:
             try:
-                with suppress(NotFound), OperationLog("vm.delete", **vm_attributes(made)) as log:
-                    await self._lifecycle.delete(made.id, log, force=True)
+                with suppress(NotFound), OperationLog("vm.delete", **vm_attributes(vm)) as log:
+                    await self._lifecycle.delete(vm.id, log, force=True)
             except (BangerError, OSError) as error:
-                get_logger().error("a fork stays", error=str(error), **vm_attributes(made))
+                get_logger().error("a fork stays", error=str(error), **vm_attributes(vm))

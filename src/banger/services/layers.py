@@ -14,6 +14,7 @@ from pathlib import Path
 
 import msgspec
 
+from banger.base.cancellation import to_its_end
 from banger.base.model import Vm
 from banger.drivers.base import Hypervisor, Storage
 from banger.services.liveness import Liveness
@@ -62,6 +63,12 @@ class DiskLayers:
 
     async def bound(self, vm: Vm, stages: Stages) -> None:
         """Make room for one more layer: what would be too many become one."""
+        try:
+            await self._bound(vm, stages)
+        finally:
+            await to_its_end(self._sweep(vm))
+
+    async def _bound(self, vm: Vm, stages: Stages) -> None:
         for name, disk in disks_of(vm).items():
             if len(await self._storage.layers(disk)) < LAYERS_MAX:
                 continue
@@ -75,7 +82,6 @@ class DiskLayers:
                 await self._hypervisor.collapse(socket, name, tell)
             else:
                 await self._storage.collapse(disk)
-        await self._sweep(vm)
 
     async def _recorded(self, vm: Vm, disks: dict[str, Path]) -> Vm:
         runtime = msgspec.structs.replace(

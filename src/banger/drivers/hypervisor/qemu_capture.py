@@ -15,7 +15,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,9 @@ from typing import Any, cast
 from qemu.qmp import QMPClient
 
 from banger.base.errors import PermissionDenied, PreconditionFailed, Unavailable
+
+#: Collapsing is work of seconds, and QEMU sends no event of how far it is.
+_POLL_S = 0.05
 
 _PAGE = mmap.PAGESIZE
 #: Read in one call at most.
@@ -221,7 +224,7 @@ async def drop_overlays(client: QMPClient, actions: list[dict[str, Any]]) -> Non
         await client.execute("blockdev-del", {"node-name": action["data"]["overlay"]})
 
 
-async def stream_down(client: QMPClient, name: str, tell: Any) -> None:
+async def stream_down(client: QMPClient, name: str, tell: Callable[[float], None]) -> None:
     """Copy what lies between a disk's top and its raw base into the top; the layers are closed.
 
     `tell` hears how far it is, 0 to 100.
@@ -239,12 +242,20 @@ async def stream_down(client: QMPClient, name: str, tell: Any) -> None:
     job = f"collapse-{name}"
     arguments = {"job-id": job, "device": top["node-name"], "base-node": node}
     await client.execute("block-stream", arguments)
+    try:
+        await _job_done(client, job, tell)
+    except asyncio.CancelledError:
+        await client.execute("block-job-cancel", {"device": job})
+        raise
+    if (await top_nodes(client))[name]["backing_file_depth"] != 1:
+        raise Unavailable(f"QEMU could not collapse the layers of disk {name}")
+
+
+async def _job_done(client: QMPClient, job: str, tell: Callable[[float], None]) -> None:
     while True:
         jobs = cast("list[dict[str, Any]]", await client.execute("query-block-jobs"))
         mine = [each for each in jobs if each["device"] == job]
         if not mine:
-            break
+            return
         tell(100 * mine[0]["offset"] / max(mine[0]["len"], 1))
-        await asyncio.sleep(0.05)
-    if (await top_nodes(client))[name]["backing_file_depth"] != 1:
-        raise Unavailable(f"QEMU could not collapse the layers of disk {name}")
+        await asyncio.sleep(_POLL_S)
