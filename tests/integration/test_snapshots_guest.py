@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import time
@@ -58,9 +59,11 @@ def _layers(home: Home, name: str) -> list[Path]:
 
 def _depth(vm: dict[str, Any]) -> int:
     """How many qcow2 files its system disk consists of."""
-    argv = ["qemu-img", "info", "-U", "--backing-chain", vm["runtime"]["system_overlay"]]
-    told = subprocess.run(argv, capture_output=True, check=True, text=True).stdout
-    return told.count("file format: qcow2")
+    argv = ["qemu-img", "info", "-U", "--backing-chain", "--output=json"]
+    told = subprocess.run(
+        [*argv, vm["runtime"]["system_overlay"]], capture_output=True, check=True
+    ).stdout
+    return sum(each["format"] == "qcow2" for each in json.loads(told))
 
 
 @pytest.fixture
