@@ -587,7 +587,9 @@ async def test_the_next_daemon_ends_what_was_suspended_but_for_its_process(world
     await following.close()
 
 
-async def test_the_next_daemon_removes_forks_that_were_not_all_there(world: World) -> None:
+async def test_until_all_forks_are_there_each_is_one_that_the_next_daemon_removes(
+    world: World,
+) -> None:
     await world.create()
     world.hypervisor.restore_gate.block = True
     begin(world, "vm.fork", lambda progress: forks_of(world, progress))
