@@ -17,6 +17,7 @@ import pytest
 from banger.base import procfs
 from banger.base.errors import PreconditionFailed, Unavailable
 from banger.drivers.base import (
+    Capture,
     Check,
     DiskFormat,
     GuestNetwork,
@@ -243,6 +244,11 @@ class Hypervisor:
         self.restore_gate = Gate()
         self.save_gate = Gate()
         self.pause_gate = Gate()
+        self.capture_gate = Gate()
+        self.collapse_gate = Gate()
+        #: Where each machine's disks are, by its control socket, and what was merged into them.
+        self.tops: dict[Path, dict[str, Path]] = {}
+        self.storage: Storage | None = None
         self.version = "1"
         self.machines: list[Machine] = []
         self.console = b""
@@ -276,6 +282,41 @@ class Hypervisor:
         machine.memory_file.path.write_bytes(b"memory")
         state.write_bytes(b"state")
 
+    async def capture(
+        self, control_socket: Path, pid: int, capture: Capture, stages: Callable[[str], None]
+    ) -> float:
+        self._check_answers()
+        assert self.processes.alive(pid)
+        stages("memory")
+        capture.memory.write_bytes(b"mem")
+        await asyncio.sleep(0)
+        stages("freeze")
+        self.statuses[control_socket] = MachineStatus.PAUSED
+        try:
+            await self.capture_gate.passed()
+            capture.memory.write_bytes(b"memory")
+            capture.state.write_bytes(b"state")
+            self.tops[control_socket].update(capture.overlays)
+        except BaseException:
+            self.statuses.pop(control_socket)
+            raise
+        if capture.runs_on:
+            self.statuses.pop(control_socket)
+        return 0.01
+
+    async def disks(self, control_socket: Path) -> dict[str, Path]:
+        self._check_answers()
+        return dict(self.tops[control_socket])
+
+    async def collapse(
+        self, control_socket: Path, disk: str, tell: Callable[[float], None]
+    ) -> None:
+        self._check_answers()
+        await self.collapse_gate.passed()
+        tell(50)
+        assert self.storage is not None
+        await self.storage.collapse(self.tops[control_socket][disk])
+
     async def shape(self, machine: Machine, *, network: bool) -> str:
         shape = (machine.vcpu_count, machine.memory_mib, machine.kernel_parameters, network)
         return f"{self.version} {shape}"
@@ -296,6 +337,9 @@ class Hypervisor:
             console.write(self.console)
         pid = self.processes.start("machine", str(machine.control_socket))
         self.pids[machine.control_socket] = pid
+        self.tops[machine.control_socket] = {
+            disk.name: disk.path for disk in machine.disks if not disk.read_only
+        }
 
         def then() -> None:
             for helper in helpers:
@@ -350,6 +394,9 @@ class Storage:
         self.work_gate = Gate()
         self.grow_gate = Gate()
         self.copy_gate = Gate()
+        self.layer_gate = Gate()
+        self.share_gate = Gate()
+        self.collapse_gate = Gate()
 
     async def checks(self) -> list[Check]:
         return self.found
@@ -369,6 +416,28 @@ class Storage:
     async def copy_overlay(self, overlay: Path, copy: Path) -> None:
         await self.copy_gate.passed()
         copy.write_text(overlay.read_text())
+
+    async def add_layer(self, disk: Path, overlay: Path) -> None:
+        """What a layer is over comes before its size, as in one that is over an image."""
+        await self.layer_gate.passed()
+        assert disk.parent == overlay.parent
+        overlay.write_text(f"{disk.name} {await self.size_mib(disk)}")
+
+    async def layers(self, disk: Path) -> list[Path]:
+        base = Path(disk.read_text().split()[0])
+        return [disk] if base.is_absolute() else [disk, *await self.layers(disk.parent / base)]
+
+    async def share(self, disk: Path, directory: Path) -> None:
+        await self.share_gate.passed()
+        for layer in await self.layers(disk):
+            os.link(layer, directory / layer.name)
+
+    async def collapse(self, disk: Path) -> None:
+        await self.collapse_gate.passed()
+        base = (await self.layers(disk))[-1].read_text().split()[0]
+        content = f"{base} {await self.size_mib(disk)}"
+        disk.unlink()  # others have the layers below, and may have this file, too
+        disk.write_text(content)
 
     def allocated_bytes(self, disk: Path) -> int:
         return disk.stat().st_size if disk.exists() else 0

@@ -9,6 +9,7 @@ from banger.base.model import (
     InitMode,
     Kernel,
     NetworkMode,
+    Snapshot,
     Template,
     Vm,
     VmRuntime,
@@ -64,6 +65,27 @@ def a_template(template_id: str = "id-template", **fields: Any) -> Template:
         "used_at": now(),
     }
     return Template(**values | fields)
+
+
+def a_snapshot(name: str = "snap", **fields: Any) -> Snapshot:
+    values: dict[str, Any] = {
+        "id": f"id-{name}",
+        "name": name,
+        "vm_id": "id-box",
+        "vm_name": "box",
+        "image_id": "id-debian",
+        "image_name": "debian",
+        "kernel_id": "kernel",
+        "spec": a_vm("box").spec,
+        "shape": "shape",
+        "directory": "",
+        "system_disk": "system.qcow2",
+        "work_disk": "work.qcow2",
+        "size_bytes": 1 << 20,
+        "paused_ms": 10.5,
+        "created_at": now(),
+    }
+    return Snapshot(**values | fields)
 
 
 def an_image(name: str, **fields: Any) -> Image:

@@ -38,7 +38,7 @@ from banger.cli.render import print_json, print_table, printable
 from banger.rpc.client import Client
 from banger.rpc.protocol import Exit, FrameType, encode_json, frame
 from cli_daemon import Daemon, read_frame
-from records import a_kernel, a_template, a_vm, an_image
+from records import a_kernel, a_snapshot, a_template, a_vm, an_image
 
 Captured = pytest.CaptureFixture[str]
 
@@ -379,6 +379,8 @@ def lists(daemon: Daemon) -> None:
         "kernel.list": lambda _: [a_kernel()],
         "template.list": lambda _: [a_template()],
         "template.show": lambda _: a_template(),
+        "snapshot.list": lambda _: [a_snapshot(), a_snapshot("disks", shape="")],
+        "snapshot.show": lambda _: a_snapshot(),
         "operations.list": lambda _: [operation],
         "doctor.run": lambda _: [
             {"name": "qemu", "level": "ok", "detail": "fine", "hint": "unseen"},
@@ -446,6 +448,8 @@ _LISTINGS = [
     ["kernel", "list"],
     ["template", "list"],
     ["template", "show", "id"],
+    ["snapshot", "list"],
+    ["snapshot", "show", "snap"],
     ["operations", "list"],
     ["vm", "show", "box"],
     ["image", "show", "debian"],

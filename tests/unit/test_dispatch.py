@@ -50,6 +50,9 @@ class Daemon:
                     stats=world.stats,
                     templates=world.templates,
                     standbys=world.standbys,
+                    snapshots=world.snapshots,
+                    forks=world.forks,
+                    suspension=world.suspension,
                     doctor=Doctor(world.paths, world.drivers, []),
                     stop=self.stopping.set,
                 )

@@ -8,7 +8,7 @@ import pytest
 
 from banger.base.errors import PreconditionFailed
 from banger.drivers.base import Level
-from banger.drivers.storage.qcow2 import Qcow2Storage, create_argv, overlay_bytes
+from banger.drivers.storage.qcow2 import Qcow2Storage, create_argv, layer_argv, overlay_bytes
 
 MIB = 1 << 20
 
@@ -29,6 +29,14 @@ def test_the_backing_files_format_is_named_and_paths_are_absolute(
     assert create_argv(Path("json:base"), Path("-o"), 4 * MIB) == [
         *("qemu-img", "create", "-q", "-f", "qcow2"),
         *("-b", f"{tmp_path}/json:base", "-F", "raw", f"{tmp_path}/-o", "4194304"),
+    ]
+
+
+def test_a_layer_names_what_is_below_it_without_a_directory(tmp_path: Path) -> None:
+    """Wherever both are linked to, each finds the other there."""
+    assert layer_argv("system.qcow2", tmp_path / "system-1.qcow2", MIB) == [
+        *("qemu-img", "create", "-q", "-u", "-f", "qcow2"),
+        *("-b", "system.qcow2", "-F", "qcow2", f"{tmp_path}/system-1.qcow2", "1048576"),
     ]
 
 

@@ -54,7 +54,11 @@ def test_the_whole_command_line() -> None:
         "-sandbox",
         "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
         "-machine",
-        "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=memory",
+        (
+            "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=memory"
+            ",suppress-vmdesc=on"
+        ),
+        *("-global", "migration.send-configuration=off"),
         *("-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2"),
         *("-m", "512M", "-object", "memory-backend-ram,id=memory,size=512M"),
         *("-kernel", "/k/vmlinux", "-initrd", "/k/initramfs"),

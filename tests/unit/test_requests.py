@@ -89,6 +89,7 @@ def test_setup_has_each_value_under_its_tag() -> None:
         7: b"e",
         8: struct.pack(">Q", 7),
     }
+    assert dict(fields_of(Setup(copied=True).encode())) == {11: struct.pack(">I", 1)}
 
 
 @given(st.lists(_TEXT), st.dictionaries(_TEXT, _TEXT), st.booleans())

@@ -198,6 +198,56 @@ async def test_a_standby_that_cannot_be_made_is_nobodys_trouble(world: World) ->
     assert [entry.name for entry in world.paths.vms_dir.iterdir()] == [vm.id]
 
 
+async def test_when_its_image_goes_it_goes_and_so_does_one_in_the_making(world: World) -> None:
+    vm = await world.create("a")
+    world.hypervisor.pause_gate.block = True
+    await world.hypervisor.pause_gate.reached.wait()
+    await world.standbys.retire_all()
+    world.hypervisor.pause_gate.block = False
+    assert [entry.name for entry in world.paths.vms_dir.iterdir()] == [vm.id]
+    await world.create("b")
+    await ready(world)
+    await world.standbys.retire_all()
+    assert world.standbys.count == 0
+    assert len(list(world.paths.vms_dir.iterdir())) == 2
+
+
+async def test_one_whose_network_has_died_is_not_taken(world: World) -> None:
+    await world.create("a")
+    waiting = await ready(world)
+    for each in world.handles.get(waiting).network:
+        world.processes.end(each.pid)
+    assert (await world.create("b")).id != waiting
+
+
+async def test_a_time_limit_holds_for_it_too(world: World) -> None:
+    await world.create("a")
+    waiting = await ready(world)
+    world.agent.exits[requests.Setup.KIND] = None  # no answer, for a while
+    asyncio.get_running_loop().call_later(1.5, world.agent.exits.clear)
+    async with asyncio.timeout(10):
+        vm = await world.create("b", boot_timeout_s=1)
+    assert vm.id == waiting
+    assert world.liveness.vm_alive(vm)
+
+
+async def test_one_that_cannot_be_ended_does_not_keep_the_next_daemon_down(world: World) -> None:
+    vm = await world.create("a")
+    waiting = await ready(world)
+    world.standbys._waiting.clear()
+    world.processes.immortal = set(world.hypervisor.pids.values())
+    following = await world.restarted()
+    following.hypervisor.can_quit = False
+    await following.reconcile()
+    assert (world.paths.vm(waiting).directory / MARKER).is_file()  # for the one after it
+    assert following.liveness.vm_alive(vm)
+    world.processes.immortal = set()
+    last = await following.restarted()
+    await last.reconcile()
+    assert [entry.name for entry in world.paths.vms_dir.iterdir()] == [vm.id]
+    await last.close()
+
+
 async def test_the_end_of_the_daemon_ends_it_and_one_in_the_making(world: World) -> None:
     vm = await world.create("a")
     world.hypervisor.pause_gate.block = True
@@ -223,8 +273,8 @@ async def test_after_a_killed_daemon_it_is_ended_and_vms_run_on(world: World) ->
 async def test_a_directory_without_a_record_or_a_marker_is_left_alone(world: World) -> None:
     stranger = world.paths.vms_dir / "0123456789ab"
     stranger.mkdir(parents=True)
+    (stranger / "work.qcow2").touch()
     following = await world.restarted()
     await following.reconcile()
-    assert stranger.is_dir()
-    stranger.rmdir()
+    assert [entry.name for entry in stranger.iterdir()] == ["work.qcow2"]
     await following.close()

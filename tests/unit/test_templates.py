@@ -4,24 +4,39 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace as replace_record
 
-from banger.base.errors import Ambiguous, BadRequest, Conflict, NotFound, Unavailable
+from banger.base.errors import (
+    Ambiguous,
+    BadRequest,
+    BangerError,
+    Cancelled,
+    Conflict,
+    NotFound,
+    Unavailable,
+)
 from banger.base.model import (
+    Image,
     InitMode,
+    Kernel,
     NetworkMode,
     Operation,
     OperationState,
     Template,
     Vm,
+    VmSpec,
     VmState,
 )
-from banger.drivers.base import Machine
+from banger.drivers.base import Machine, StateRefused
 from banger.guest import requests
+from banger.services.capabilities import Start
 from banger.services.vm_spec import CreateRequest
 from fakes import failing
+from records import a_vm
 from world import World, ended, made_world
 
 
@@ -130,7 +145,6 @@ async def test_without_a_limit_there_are_none(
         {"vcpu_count": 1},
         {"memory_mib": 256},
         {"network": NetworkMode.NONE},
-        {"init": InitMode.SYSTEMD},
         {"disk_size_mib": 200},
     ],
     ids=str,
@@ -150,6 +164,26 @@ async def test_what_changes_below_leads_to_another_template(world: World) -> Non
     world.hypervisor.version = "2"
     await world.create("b")
     assert len(await world.templates.all()) == 2
+
+
+async def test_each_thing_it_is_made_from_is_in_its_key(world: World) -> None:
+    image, kernel = await world.images.get("base"), await world.kernels.get("kernel")
+    spec = (await world.create("a", cold=True)).spec
+
+    async def key(image: Image, kernel: Kernel, spec: VmSpec, initramfs: str = "i-1") -> str:
+        vm = replace_record(a_vm("box"), spec=spec)
+        return await world.templates.key(Start(vm, image, kernel), Path(initramfs))
+
+    keys = [
+        await key(image, kernel, spec),
+        await key(replace_record(image, id="other"), kernel, spec),
+        await key(image, replace_record(kernel, id="other"), spec),
+        await key(image, kernel, spec, "i-2"),
+        await key(image, kernel, replace_record(spec, system_overlay_size_mib=9999)),
+        await key(image, kernel, replace_record(spec, vcpu_count=7)),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert await key(image, kernel, replace_record(spec, ephemeral=True)) == keys[0]
 
 
 async def test_larger_work_disks_share_a_template_and_grow(world: World) -> None:
@@ -226,7 +260,7 @@ async def test_a_template_of_a_guest_that_does_not_come_up_leaves_nothing(world:
 
 
 async def test_a_restore_that_fails_is_a_line_and_a_boot_on_disks_of_its_own(world: World) -> None:
-    world.hypervisor.restore_gate.fail = Unavailable("load of migration failed")
+    world.hypervisor.restore_gate.fail = StateRefused("load of migration failed")
     done = await create(world)
     assert done.state is OperationState.COMPLETED
     assert done.notes == (
@@ -244,7 +278,7 @@ async def test_a_restore_that_fails_is_a_line_and_a_boot_on_disks_of_its_own(wor
 
 async def test_a_vm_that_was_only_made_boots_when_a_restore_fails(world: World) -> None:
     await world.create("box", start=False)
-    world.hypervisor.restore_gate.fail = Unavailable("no")
+    world.hypervisor.restore_gate.fail = StateRefused("no")
     vm = await world.start("box")
     assert vm.runtime.state is VmState.RUNNING
     assert Path(vm.runtime.work_disk).read_text().endswith(" 8192")
@@ -280,17 +314,80 @@ async def test_a_template_whose_files_are_gone_is_made_again(world: World) -> No
 
 async def test_killed_while_it_is_restored_it_does_not_boot_after_all(world: World) -> None:
     await world.create("a")
-    world.hypervisor.restore_gate.block = True
-    world.hypervisor.restore_gate.reached.clear()
     await world.create("box", start=False)
+    world.agent.exits[requests.Setup.KIND] = None  # never answers
+    opened = len(world.agent.opened)
     starting = asyncio.create_task(world.start("box"))
-    await world.hypervisor.restore_gate.reached.wait()
-    killing = asyncio.create_task(world.kill("box"))
-    await asyncio.sleep(0.05)
-    starting.cancel()
-    await asyncio.gather(starting, killing, return_exceptions=True)
+    async with asyncio.timeout(10):
+        while len(world.agent.opened) == opened:
+            await asyncio.sleep(0.01)
+    launched = len(machines(world))
+    await world.kill("box")
+    with pytest.raises(Cancelled):
+        await starting
+    assert len(machines(world)) == launched
     assert (await world.vms.show("box")).runtime.state is VmState.STOPPED
     assert len(await world.templates.all()) == 1
+
+
+async def test_killed_while_a_template_is_made_for_it_it_ends_at_once(world: World) -> None:
+    await world.create("box", start=False)
+    world.hypervisor.save_gate.block = True
+    starting = asyncio.create_task(world.start("box"))
+    await world.hypervisor.save_gate.reached.wait()
+    async with asyncio.timeout(5):
+        await world.kill("box")
+    with pytest.raises(Cancelled):
+        await starting
+    assert (await world.vms.show("box")).runtime.state is VmState.STOPPED
+    assert template_files(world) == []
+
+
+async def test_a_template_that_takes_too_long_is_not_waited_for(world: World) -> None:
+    world.hypervisor.save_gate.block = True
+    done = await create(world, boot_timeout_s=1)
+    assert done.state is OperationState.COMPLETED
+    assert done.notes == ("no template within 1 s, the machine boots",)
+    assert template_files(world) == []
+
+
+async def test_a_vm_whose_first_start_failed_keeps_its_disks(world: World) -> None:
+    vm = await world.create("box", start=False)
+    world.agent.exits[requests.Setup.KIND] = None
+    with pytest.raises(BangerError):
+        await world.start("box", boot_timeout_s=1, cold=True)
+    disk = Path(vm.runtime.work_disk)
+    disk.write_text("what the guest wrote 8192")
+    world.agent.exits.clear()
+    await world.start("box")
+    assert restored(world) == []
+    assert disk.read_text() == "what the guest wrote 8192"
+
+
+async def test_machines_of_systemd_boot(world: World) -> None:
+    done = await create(world, init=InitMode.SYSTEMD)
+    assert (done.state, done.notes) == (OperationState.COMPLETED, ())
+    assert await world.templates.all() == []
+
+
+async def test_a_host_without_a_network_is_not_the_templates_fault(world: World) -> None:
+    await world.create("a")
+    world.network.gate.fail = Unavailable("passt does not start")
+    asyncio.get_running_loop().call_later(0.3, setattr, world.network.gate, "fail", None)
+    done = await create(world, "b")
+    assert "passt does not start" in str(done.notes) + str(done.error)
+    assert len(await world.templates.all()) == 1
+
+
+async def test_guests_that_do_not_come_up_twice_cost_the_template(world: World) -> None:
+    await world.create("a")
+    for name in ("b", "c"):
+        assert len(await world.templates.all()) == 1
+        world.agent.exits[requests.Setup.KIND] = b"\x02\x00\x00\x00\x05broken"
+        failed = await create(world, name)
+        assert failed.error is not None
+        world.agent.exits.clear()
+    assert await world.templates.all() == []
 
 
 async def test_cancelled_while_a_template_is_made_nothing_of_either_is_left(world: World) -> None:
@@ -345,6 +442,37 @@ async def test_the_one_that_was_used_longest_ago_is_evicted(world: World) -> Non
         await world.create(name, vcpu_count=vcpu_count)
     assert [each.vcpu_count for each in await world.templates.all()] == [4, 1, 3]
     assert len(template_files(world)) == 3
+
+
+async def test_what_is_evicted_no_longer_counts(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = iter([1 << 30, 7 << 30, 2 << 30])
+    monkeypatch.setattr("banger.services.templates.allocated_bytes", lambda _: next(sizes))
+    async with made_world(short_path, monkeypatch, template_limit=9) as world:
+        for name, vcpu_count in (("a", 1), ("b", 2), ("c", 3)):
+            await world.create(name, vcpu_count=vcpu_count)
+        assert [each.vcpu_count for each in await world.templates.all()] == [3, 1]
+
+
+async def test_a_lower_limit_holds_from_the_next_start_of_the_daemon_on(world: World) -> None:
+    for name, vcpu_count in (("a", 1), ("b", 2)):
+        await world.create(name, vcpu_count=vcpu_count)
+    world.config = replace(world.config, template_limit=0)
+    following = await world.restarted()
+    await following.reconcile()
+    assert await following.templates.all() == []
+    assert template_files(following) == []
+    await following.close()
+
+
+async def test_one_that_goes_between_lookup_and_use_is_no_scandal(world: World) -> None:
+    await world.create("a")
+    template = await only_template(world)
+    await world.templates.delete(template.id)
+    with pytest.raises(NotFound, match="removed meanwhile"), world.templates.in_use(template):
+        pass
+    assert world.templates._users == {}
 
 
 async def test_they_are_bounded_in_bytes_but_the_newest_stays(

@@ -46,7 +46,7 @@ class World(Parts):
         self.processes = processes
         self.agent = agent
         self.hypervisor = Hypervisor(processes, agent)
-        self.storage = Storage()
+        self.storage = self.hypervisor.storage = Storage()
         self.network = Network(processes)
         super().__init__(
             paths,
@@ -103,6 +103,8 @@ class World(Parts):
             standby_limit=self.config.standby_limit,
         )
         following.hypervisor.pids = self.hypervisor.pids
+        following.hypervisor.tops = self.hypervisor.tops
+        following.hypervisor.statuses = self.hypervisor.statuses
         return following
 
     def begin(self, request: CreateRequest) -> Progress:

@@ -55,6 +55,8 @@ class VmState(StrEnum):
     STARTING = "starting"
     RUNNING = "running"
     STOPPED = "stopped"
+    #: Ended, with its memory kept: a start goes on from there.
+    SUSPENDED = "suspended"
     ERROR = "error"
 
 
@@ -97,7 +99,8 @@ class VmSpec(Record, frozen=True):
 
 
 class VmRuntime(Record, frozen=True):
-    """State, and what is derived from the id: stable over the life of the VM."""
+    """State, and what is derived from the id: stable over the life of the VM, but for the disks,
+    which go on in another file when a snapshot is made."""
 
     state: VmState
     guest_ip: str = ""
@@ -107,6 +110,8 @@ class VmRuntime(Record, frozen=True):
     vm_dir: str = ""
     system_overlay: str = ""
     work_disk: str = ""
+    #: Of a suspended VM: what a machine must have to go on from its memory.
+    saved_shape: str = ""
     last_error: str = ""
 
 
@@ -121,6 +126,8 @@ class Vm(Record, frozen=True):
     created_at: datetime
     updated_at: datetime
     started_at: datetime | None = None
+    #: What its disks were copied from: ``snapshot NAME`` or ``vm NAME``; empty for none.
+    copied_from: str = ""
     #: When somebody last used it. Kept beside the record, so that noting it needs no lock.
     touched_at: datetime | None = None
 
@@ -202,6 +209,37 @@ class Template(Record, frozen=True):
     used_at: datetime
 
 
+class Snapshot(Record, frozen=True):
+    """A VM as it was: its disks and, of one that ran, its memory. VMs are made from it.
+
+    Its files lie in ``directory``, the layers of its disks shared with the VM it is of.
+    """
+
+    id: str
+    name: str
+    vm_id: str
+    vm_name: str
+    image_id: str
+    image_name: str
+    kernel_id: str
+    #: Of the VM; the shape of the machine when there is memory.
+    spec: VmSpec
+    #: What a machine must have to go on from the memory (`Hypervisor.shape`); empty: there is none.
+    shape: str
+    directory: str
+    #: The names of the topmost files of the disks.
+    system_disk: str
+    work_disk: str
+    size_bytes: int
+    #: For how long the machine did not run.
+    paused_ms: float
+    created_at: datetime
+
+    @property
+    def has_memory(self) -> bool:
+        return bool(self.shape)
+
+
 class OperationState(StrEnum):
     RUNNING = "running"
     COMPLETED = "completed"
@@ -236,6 +274,7 @@ class Operation(Record, frozen=True):
     vm: Vm | None = None
     image: Image | None = None
     template: Template | None = None
+    snapshot: Snapshot | None = None
 
     @property
     def done(self) -> bool:

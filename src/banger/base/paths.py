@@ -167,6 +167,13 @@ class Paths:
         component = safe_component(vm_id)
         return VmPaths(self.vms_dir / component, self.vms_runtime_dir / component)
 
+    @property
+    def snapshots_dir(self) -> Path:
+        return self.state_dir / "snapshots"
+
+    def snapshot_dir(self, snapshot_id: str) -> Path:
+        return self.snapshots_dir / safe_component(snapshot_id)
+
     def template(self, template_id: str) -> VmPaths:
         component = safe_component(template_id)
         return VmPaths(self.templates_dir / component, self.templates_runtime_dir / component)

@@ -86,6 +86,7 @@ class Checked(click.ParamType[Any]):
 
 SIZE = Checked("size", parse_size_mib)
 VM_NAME = Checked("name", check_vm_name)
+SNAPSHOT_NAME = Checked("name", check_vm_name)
 ARTIFACT_NAME = Checked("name", check_artifact_name)
 
 
@@ -107,6 +108,7 @@ def _complete(
 complete_vm = _complete("vm.list")
 complete_image = _complete("image.list")
 complete_template = _complete("template.list", "id")
+complete_snapshot = _complete("snapshot.list")
 
 
 vm_argument = click.argument("vm_ref", metavar="NAME", shell_complete=complete_vm)

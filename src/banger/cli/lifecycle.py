@@ -90,7 +90,8 @@ def start(
 ) -> int:
     """Start machines from their disks. One that runs stays as it is.
 
-    One that never ran starts from a template, as a new one does, unless --cold.
+    One that never ran starts from a template, as a new one does, and a suspended one goes on,
+    unless --cold.
     """
     params: dict[str, Any] = {"cold": cold}
     if boot_timeout is not None:
@@ -113,14 +114,17 @@ def restart(
 
 @click.command()
 @vms_argument
+@click.option("--suspend", is_flag=True, help="Keep their memory: `vm start` lets them go on.")
 @quiet_option
 @json_option
-def stop(*, vm_refs: tuple[str, ...], quiet: bool, as_json: bool) -> int:
+def stop(*, vm_refs: tuple[str, ...], suspend: bool, quiet: bool, as_json: bool) -> int:
     """Power machines off. Their disks stay.
 
-    A guest that does not go within half a minute is ended.
+    A guest that does not go within half a minute is ended. With --suspend guests are not told:
+    their processes and their memory are kept on disk, and go on with `banger vm start`.
     """
-    return _each(vm_refs, "vm.stop", {}, quiet=quiet, as_json=as_json)
+    params = {"suspend": suspend}
+    return _each(vm_refs, "vm.stop", params, quiet=quiet, as_json=as_json, cancels=suspend)
 
 
 @click.command()
@@ -130,7 +134,8 @@ def stop(*, vm_refs: tuple[str, ...], quiet: bool, as_json: bool) -> int:
 def kill(*, vm_refs: tuple[str, ...], quiet: bool, as_json: bool) -> int:
     """End machines at once, as by pulling their plug. Their disks stay.
 
-    What a guest has not yet written is lost. It ends a start or a stop that hangs, too.
+    What a guest has not yet written is lost, and the memory of a suspended one. It ends a start or
+    a stop that hangs, too.
     """
     return _each(vm_refs, "vm.kill", {}, quiet=quiet, as_json=as_json)
 

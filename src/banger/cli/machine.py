@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import click
 
 from banger.base.model import InitMode, NetworkMode
-from banger.cli.app import ARTIFACT_NAME, SIZE, VM_NAME, complete_image
+from banger.cli.app import ARTIFACT_NAME, SIZE, VM_NAME, complete_image, complete_snapshot
 from banger.cli.ports import publish_option
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -25,7 +25,7 @@ boot_timeout_option = click.option(
     help="How long the guest may take to come up.",
 )
 cold_option = click.option(
-    "--cold", is_flag=True, help="Boot it, even where a template would be faster."
+    "--cold", is_flag=True, help="Boot it: use no template, and no memory that was saved."
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
 
@@ -36,6 +36,12 @@ _OPTIONS = (
         type=ARTIFACT_NAME,
         shell_complete=complete_image,
         help="The image it starts from.",
+    ),
+    click.option(
+        "--from-snapshot",
+        metavar="SNAP",
+        shell_complete=complete_snapshot,
+        help="A snapshot it begins as, with its memory unless --cold.",
     ),
     vcpu_option,
     memory_option,
@@ -48,9 +54,7 @@ _OPTIONS = (
     click.option(
         "--network",
         type=click.Choice([mode.value for mode in NetworkMode]),
-        default="user",
-        show_default=True,
-        help="How it reaches the network.",
+        help="How it reaches the network (default: user).",
     ),
     publish_option,
     boot_timeout_option,
@@ -71,6 +75,7 @@ def machine_request(options: dict[str, Any]) -> dict[str, Any]:
     request = {
         "name": options["name"] or "",
         "image": options["image"] or "",
+        "from_snapshot": options["from_snapshot"] or "",
         "vcpu_count": options["vcpu"],
         "memory_mib": options["memory"],
         "disk_size_mib": options["disk_size"],

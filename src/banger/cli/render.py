@@ -13,8 +13,9 @@ import click
 import msgspec
 
 #: Colours of states, for terminals.
-_STYLES = {"running": "green", "creating": "yellow", "error": "red", "ok": "green",
-           "warn": "yellow", "fail": "red", "failed": "red", "completed": "green"}  # fmt: skip
+_STYLES = {"running": "green", "creating": "yellow", "suspended": "cyan",
+           "error": "red", "ok": "green", "warn": "yellow", "fail": "red", "failed": "red",
+           "completed": "green"}  # fmt: skip
 
 
 def print_json(value: object) -> None:

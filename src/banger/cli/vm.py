@@ -25,6 +25,8 @@ _COMMANDS = {
     "stop": ("banger.cli.lifecycle:stop", "Power machines off. Their disks stay."),
     "restart": ("banger.cli.lifecycle:restart", "Stop machines and start them again."),
     "kill": ("banger.cli.lifecycle:kill", "End machines at once, as by pulling their plug."),
+    "snapshot": ("banger.cli.snapshot:take", "Keep a machine as it is now, for others."),
+    "fork": ("banger.cli.snapshot:fork", "Copy a running machine, processes and all."),
     "delete": ("banger.cli.lifecycle:delete", "Delete machines and their disks, for good."),
     "prune": ("banger.cli.lifecycle:prune", "Delete all machines that do not run."),
     "set": ("banger.cli.lifecycle:set_", "Change a machine's name, vCPUs, memory or disk."),

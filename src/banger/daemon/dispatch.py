@@ -13,7 +13,16 @@ import msgspec
 from banger import __version__
 from banger.base.errors import BadRequest, UnknownMethod
 from banger.base.log import OperationLog
-from banger.base.model import DaemonStatus, Image, Kernel, Operation, Template, Vm, VmState
+from banger.base.model import (
+    DaemonStatus,
+    Image,
+    Kernel,
+    Operation,
+    Snapshot,
+    Template,
+    Vm,
+    VmState,
+)
 from banger.base.opid import current_op_id
 from banger.base.paths import Paths
 from banger.daemon.observation import Observation
@@ -22,6 +31,7 @@ from banger.daemon.params import (
     Nothing,
     OperationReference,
     PruneTemplates,
+    SnapshotReference,
     TemplateReference,
     VmReference,
 )
@@ -31,6 +41,7 @@ from banger.drivers.base import Check
 from banger.rpc.protocol import MALFORMED, Request
 from banger.rpc.server import Connection
 from banger.services.doctor import Doctor
+from banger.services.forks import ForkService
 from banger.services.health import Health
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
@@ -38,8 +49,10 @@ from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations
 from banger.services.ports import PortService
 from banger.services.prune import Prune
+from banger.services.snapshots import SnapshotService
 from banger.services.standby import Standbys
 from banger.services.stats import StatsService
+from banger.services.suspension import Suspension
 from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
@@ -67,6 +80,9 @@ class Services:
     stats: StatsService
     templates: TemplateService
     standbys: Standbys
+    snapshots: SnapshotService
+    forks: ForkService
+    suspension: Suspension
     doctor: Doctor
     stop: Callable[[], None]
 
@@ -97,6 +113,9 @@ class Dispatch:
             services.health,
             services.prune,
             services.ports,
+            services.snapshots,
+            services.forks,
+            services.suspension,
             services.operations,
         )
         observation = Observation(services.stats)
@@ -117,6 +136,9 @@ class Dispatch:
             "template.show": Method(TemplateReference, self._template),
             "template.delete": Method(TemplateReference, self._template_delete),
             "template.prune": Method(PruneTemplates, self._template_prune),
+            "snapshot.list": Method(Nothing, self._snapshot_list),
+            "snapshot.show": Method(SnapshotReference, self._snapshot),
+            "snapshot.delete": Method(SnapshotReference, self._snapshot_delete),
             "vm.create.begin": Method(CreateRequest, self._create_begin),
             "vm.create.status": Method(OperationReference, self._create_status),
             "vm.create.cancel": Method(OperationReference, self._cancel),
@@ -218,6 +240,15 @@ class Dispatch:
         if gone and not params.dry_run:
             await self._services.standbys.retire_all()
         return gone
+
+    async def _snapshot_list(self, _: Nothing, __: Connection) -> list[Snapshot]:
+        return await self._services.snapshots.all()
+
+    async def _snapshot(self, params: SnapshotReference, _: Connection) -> Snapshot:
+        return await self._services.snapshots.resolve(params.snapshot)
+
+    async def _snapshot_delete(self, params: SnapshotReference, _: Connection) -> Snapshot:
+        return await self._services.snapshots.delete(params.snapshot)
 
     async def _kernels(self, _: Nothing, __: Connection) -> list[Kernel]:
         return await self._services.kernels.all()

@@ -171,6 +171,9 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         stats=parts.stats,
         templates=parts.templates,
         standbys=parts.standbys,
+        snapshots=parts.snapshots,
+        forks=parts.forks,
+        suspension=parts.suspension,
         doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
         stop=stopping.set,
     )

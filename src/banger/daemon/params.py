@@ -40,6 +40,28 @@ class StartVm(Params, frozen=True):
     cold: bool = False
 
 
+class StopVm(Params, frozen=True):
+    vm: str
+    #: Keep its memory: its next start goes on from there.
+    suspend: bool = False
+
+
+class SnapshotVm(Params, frozen=True):
+    vm: str
+    name: str
+
+
+class ForkVm(Params, frozen=True):
+    vm: str
+    count: int = 1
+    #: What their names begin with; empty: the VM's name and ``-fork``.
+    name: str = ""
+
+
+class SnapshotReference(Params, frozen=True):
+    snapshot: str
+
+
 class SetVm(Params, frozen=True):
     vm: str
     change: ChangeRequest

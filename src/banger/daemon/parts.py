@@ -13,11 +13,13 @@ from banger.daemon.reconcile import Reconciler
 from banger.services.agents import Agents
 from banger.services.capabilities import Capabilities
 from banger.services.disks import SystemDisk, WorkDisk
+from banger.services.forks import ForkService
 from banger.services.handles import HandleCache
 from banger.services.health import Health
 from banger.services.identity import Identity
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
+from banger.services.layers import DiskLayers
 from banger.services.lifecycle import Lifecycle
 from banger.services.liveness import Liveness
 from banger.services.network import Networking
@@ -25,8 +27,10 @@ from banger.services.operations import Operations
 from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.publishing import Publishing
+from banger.services.snapshots import SnapshotService
 from banger.services.standby import Standbys
 from banger.services.stats import StatsService
+from banger.services.suspension import Suspension
 from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
@@ -77,9 +81,27 @@ class Parts:
             vms=self.vms,
             liveness=self.liveness,
             agents=self.agents,
+            templates=self.templates,
             limit=config.standby_limit,
         )
+        self.layers = DiskLayers(drivers.hypervisor, drivers.storage, self.vms, self.liveness)
+        self.snapshots = SnapshotService(
+            paths=paths,
+            store=store,
+            hypervisor=drivers.hypervisor,
+            storage=drivers.storage,
+            capabilities=self.capabilities,
+            images=self.images,
+            kernels=self.kernels,
+            vms=self.vms,
+            liveness=self.liveness,
+            layers=self.layers,
+        )
+        self.suspension = Suspension(
+            paths, drivers.hypervisor, self.vms, self.liveness, self.snapshots
+        )
         self._put_lives_together()
+        self.forks = ForkService(self.vms, self.snapshots, self.creator, self.lifecycle)
         self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents)
         self.prune = Prune(self.vms, self.lifecycle, drivers.storage)
         self.ports = PortService(self.vms, self.lifecycle, self.agents, self.publishing)
@@ -112,6 +134,7 @@ class Parts:
             starter=starter,
             liveness=self.liveness,
             agents=self.agents,
+            suspension=self.suspension,
         )
         self.creator = VmCreator(
             paths=self.paths,
@@ -121,6 +144,7 @@ class Parts:
             kernels=self.kernels,
             vms=self.vms,
             starter=starter,
+            snapshots=self.snapshots,
         )
 
     async def reconcile(self) -> None:
@@ -134,6 +158,9 @@ class Parts:
             images=self.images,
             kernels=self.kernels,
             templates=self.templates,
+            hypervisor=self.drivers.hypervisor,
+            layers=self.layers,
+            snapshots=self.snapshots,
         ).run()
 
     def maintenance(self) -> Maintenance:

@@ -13,13 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from banger.base import procfs
+from banger.base.errors import BangerError
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
+from banger.drivers.base import Hypervisor, MachineStatus
 from banger.services.capabilities import Capabilities
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
+from banger.services.layers import DiskLayers
 from banger.services.liveness import Liveness
+from banger.services.snapshots import SnapshotService
 from banger.services.standby import MARKER, nobody
 from banger.services.templates import TemplateService
 from banger.services.vm import VmService
@@ -38,6 +42,9 @@ class Reconciler:
         images: ImageService,
         kernels: KernelService,
         templates: TemplateService,
+        hypervisor: Hypervisor,
+        layers: DiskLayers,
+        snapshots: SnapshotService,
     ) -> None:
         self._paths = paths
         self._store = store
@@ -47,6 +54,9 @@ class Reconciler:
         self._images = images
         self._kernels = kernels
         self._templates = templates
+        self._hypervisor = hypervisor
+        self._layers = layers
+        self._snapshots = snapshots
 
     async def run(self) -> None:
         """One pass over /proc, then each VM. A VM that cannot be reconciled stops nothing."""
@@ -66,6 +76,7 @@ class Reconciler:
             await self._images.remove_leftovers()
             await self._kernels.remove_leftovers()
             await self._templates.remove_leftovers(machines.items())
+            await self._snapshots.remove_leftovers()
 
     async def _reconcile(self, vm: Vm, machines: Mapping[Path, int], log: OperationLog) -> None:
         alive = self._liveness.rediscover(vm, machines)
@@ -86,6 +97,7 @@ class Reconciler:
         elif alive:
             get_logger().info("vm runs on", pid=self._liveness.pid(vm), **vm_attributes(vm))
             self._vms.watch(vm)
+            await self._let_run_on(vm)
             await self._capabilities.resume(vm)
         else:
             get_logger().warning("vm is gone", **vm_attributes(vm))
@@ -94,11 +106,30 @@ class Reconciler:
     async def _end_standbys(self, known: set[str], machines: Mapping[Path, int]) -> None:
         """Those that waited for a VM when their daemon died: they have a marker, and no record."""
         for entry in _strangers(self._paths.vms_dir, known):
-            if (entry / MARKER).is_file():
-                get_logger().warning("a standby of a daemon that is gone", path=str(entry))
-                vm = nobody(entry.name, self._paths.vm(entry.name))
-                self._liveness.rediscover(vm, machines)
-                await self._vms.remove_unrecorded(vm)
+            try:
+                if (entry / MARKER).is_file():
+                    get_logger().warning("a standby of a daemon that is gone", path=str(entry))
+                    vm = nobody(entry.name, self._paths.vm(entry.name))
+                    self._liveness.rediscover(vm, machines)
+                    await self._vms.remove_unrecorded(vm, MARKER)
+                elif entry.is_dir() and not any(entry.iterdir()):
+                    entry.rmdir()  # it died before it had its marker
+            except Exception:
+                # A supervisor's boundary: what cannot be ended must not keep the daemon down.
+                get_logger().exception("standby stays", path=str(entry))
+
+    async def _let_run_on(self, vm: Vm) -> None:
+        """Whatever was being made of it: it is not paused, and its record says where its disks
+        are."""
+        socket = Path(vm.runtime.api_socket)
+        try:
+            if await self._hypervisor.status(socket) is MachineStatus.PAUSED:
+                get_logger().warning("vm was paused", **vm_attributes(vm))
+                await self._hypervisor.resume(socket)
+            self._vms.drop_memory(vm)
+            await self._layers.settle(vm)
+        except (BangerError, OSError) as error:
+            get_logger().error("vm not looked at", error=str(error), **vm_attributes(vm))
 
     def _report_strangers(self, known: set[str], machines: Mapping[Path, int]) -> None:
         """VM directories and machines without a record; sockets of nobody's are removed."""

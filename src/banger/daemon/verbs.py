@@ -14,21 +14,27 @@ from banger.base.errors import BadRequest
 from banger.base.model import Vm
 from banger.daemon.params import (
     DeleteVm,
+    ForkVm,
     PortsOf,
     PruneVms,
     PublishPort,
     SetVm,
+    SnapshotVm,
     StartVm,
+    StopVm,
     UnpublishPort,
     VmReference,
     WaitVm,
 )
 from banger.rpc.server import Connection
+from banger.services.forks import ForkService
 from banger.services.health import Health
 from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations, Progress, raise_failure
 from banger.services.ports import PortService
 from banger.services.prune import Prune
+from banger.services.snapshots import SnapshotService
+from banger.services.suspension import Suspension
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_spec import CreateRequest
@@ -48,6 +54,9 @@ class Verbs:
         health: Health,
         prune: Prune,
         ports: PortService,
+        snapshots: SnapshotService,
+        forks: ForkService,
+        suspension: Suspension,
         operations: Operations,
     ) -> None:
         self._vms = vms
@@ -56,6 +65,9 @@ class Verbs:
         self._health = health
         self._prune = prune
         self._ports = ports
+        self._snapshots = snapshots
+        self._forks = forks
+        self._suspension = suspension
         self._operations = operations
 
     def methods(self) -> Mapping[str, Row]:
@@ -63,7 +75,9 @@ class Verbs:
             "vm.create": (CreateRequest, self._create),
             "vm.start": (StartVm, self._start),
             "vm.restart": (StartVm, self._restart),
-            "vm.stop": (VmReference, self._stop),
+            "vm.stop": (StopVm, self._stop),
+            "vm.snapshot": (SnapshotVm, self._take_snapshot),
+            "vm.fork": (ForkVm, self._fork),
             "vm.kill": (VmReference, self._kill),
             "vm.delete": (DeleteVm, self._delete),
             "vm.set": (SetVm, self._set),
@@ -109,7 +123,31 @@ class Verbs:
             ),
         )
 
-    async def _stop(self, params: VmReference, connection: Connection) -> None:
+    async def _take_snapshot(self, params: SnapshotVm, connection: Connection) -> None:
+        await self._operate(
+            connection,
+            "vm.snapshot",
+            params.vm,
+            lambda progress: self._snapshots.take(params.vm, params.name, progress),
+        )
+
+    async def _fork(self, params: ForkVm, connection: Connection) -> None:
+        await self._operate(
+            connection,
+            "vm.fork",
+            params.vm,
+            lambda progress: self._forks.fork(params.vm, params.count, params.name, progress),
+        )
+
+    async def _stop(self, params: StopVm, connection: Connection) -> None:
+        if params.suspend:
+            await self._operate(
+                connection,
+                "vm.suspend",
+                params.vm,
+                lambda progress: self._suspension.suspend(params.vm, progress),
+            )
+            return
         await self._operate(
             connection,
             "vm.stop",

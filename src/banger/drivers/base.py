@@ -7,11 +7,14 @@ idempotent where they undo something.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
+
+from banger.base.errors import Unavailable
 
 
 class Level(StrEnum):
@@ -106,10 +109,27 @@ class Machine:
 
 
 @dataclass(frozen=True)
+class Capture:
+    """What `Hypervisor.capture` makes of a running machine."""
+
+    #: New files: its memory, and all that is neither memory nor disk.
+    memory: Path
+    state: Path
+    #: Disk name -> an empty layer over the file that it is in now: it goes on in that one.
+    overlays: dict[str, Path]
+    #: False: it stays paused, and is good for nothing but `quit`.
+    runs_on: bool = True
+
+
+@dataclass(frozen=True)
 class HypervisorFeatures:
     """What services may ask of it. A flag is here once some service reads it."""
 
     disk_formats: frozenset[DiskFormat]
+
+
+class StateRefused(Unavailable):
+    """A machine cannot go on from this saved state: there is something wrong with that."""
 
 
 class MachineStatus(StrEnum):
@@ -144,7 +164,8 @@ class Hypervisor(Protocol):
     ) -> int:
         """Start the machine from where `save` left one, with that one's memory, and let it run on.
 
-        It must have the `shape` of the machine that was saved. Returns and raises as `launch`.
+        It must have the `shape` of the machine that was saved. Returns and raises as `launch`;
+        StateRefused when the hypervisor was there and could not take the state.
         """
         ...
 
@@ -153,6 +174,34 @@ class Hypervisor(Protocol):
         file. Its disks are then as the guest left them, and it is good for nothing but `quit`.
 
         Raises Unavailable when it cannot be saved.
+        """
+        ...
+
+    async def capture(
+        self, control_socket: Path, pid: int, capture: Capture, stages: Callable[[str], None]
+    ) -> float:
+        """Copy a machine that runs as process `pid`: `restore` starts others from the copy.
+
+        It is paused only for the end of it, in which its disks go on in their overlays: for how
+        many seconds is the result. However this ends it runs on. Raises Unavailable or
+        PermissionDenied when it cannot be copied, OSError when there is no room for the copy; then
+        `disks` tells where the disks are.
+        """
+        ...
+
+    async def disks(self, control_socket: Path) -> dict[str, Path]:
+        """The file that each disk of a machine is written to, by the disk's name.
+
+        Raises Unavailable when the hypervisor cannot be asked.
+        """
+        ...
+
+    async def collapse(
+        self, control_socket: Path, disk: str, tell: Callable[[float], None]
+    ) -> None:
+        """Bring all that lies between a disk and its image into the file that is written to.
+
+        The machine runs on. `tell` hears how far it is, in percent. Raises Unavailable.
         """
         ...
 
@@ -224,6 +273,31 @@ class Storage(Protocol):
 
         Neither depends on the other. Replaces `copy`.
         """
+        ...
+
+    async def add_layer(self, disk: Path, overlay: Path) -> None:
+        """An empty disk over `disk`, of its size, for what is written from now on.
+
+        Both are in one directory and go together: the layer names `disk` by its name only.
+        """
+        ...
+
+    async def layers(self, disk: Path) -> list[Path]:
+        """The files that a disk consists of, the topmost first, without its image's.
+
+        It may be in use.
+        """
+        ...
+
+    async def share(self, disk: Path, directory: Path) -> None:
+        """Have all the files of a disk that nobody writes to any more in `directory`, too.
+
+        They are the same files (hard links): they are there for as long as one of their names is.
+        """
+        ...
+
+    async def collapse(self, disk: Path) -> None:
+        """Bring all that lies between a disk, which no machine has open, and its image into it."""
         ...
 
     def allocated_bytes(self, disk: Path) -> int:

@@ -234,6 +234,8 @@ class Setup:
     unix_time_ns: int | None = None
     #: What the work disk has grown to since the guest booted: it waits until it has heard of that.
     work_size_bytes: int | None = None
+    #: It was somebody else until now: what it must not share with that one is made anew.
+    copied: bool = False
     KIND: ClassVar[int] = 10
 
     def encode(self) -> bytes:
@@ -243,6 +245,7 @@ class Setup:
             self.KIND,
             _u64(8, self.unix_time_ns),
             _u64(10, self.work_size_bytes),
+            _u32(11, 1 if self.copied else None),
             field(7, self.entropy) if self.entropy else b"",
             _optional(6, self.mac),
             _optional(3, self.address),

@@ -22,12 +22,23 @@ import asyncio
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from banger.base.errors import BangerError, from_unexpected
 from banger.base.log import get_logger, vm_attributes
-from banger.base.model import Image, Kernel, Template, Vm
+from banger.base.model import Image, Kernel, Snapshot, Template, Vm
 from banger.drivers.base import Check, Disk, NetworkAttachment
 from banger.guest.requests import Setup
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A machine to go on from instead of a boot."""
+
+    memory: Path
+    state: Path
+    #: What it takes its work disk's size to be.
+    disk_size_mib: int
 
 
 @dataclass
@@ -37,8 +48,15 @@ class Start:
     vm: Vm
     image: Image
     kernel: Kernel
-    #: What it starts from instead of a boot; its disks begin as that one's.
+    #: Whose disks its own begin as.
     template: Template | None = None
+    snapshot: Snapshot | None = None
+    #: None: it boots.
+    saved: Saved | None = None
+    #: A machine that went on from it may have run: its disks are no longer what that one knows.
+    ran: bool = False
+    #: No guest has written to its disks yet.
+    untouched: bool = False
     disks: list[Disk] = field(default_factory=list)
     network: NetworkAttachment | None = None
     setup: Setup = field(default_factory=Setup)

@@ -1,7 +1,8 @@
 """The disks of a VM: its system over the image's root file system, and its work disk, /root.
 
 Both are made once, with the VM, or for its first start, and live as long as it. Those of a VM that
-starts from a template begin as copies of the template's, which are a megabyte. A work disk that is
+starts from a template begin as copies of the template's, which are a megabyte; those of one made
+from a snapshot are layers over the snapshot's, whose files the VM shares. A work disk that is
 smaller than the record says (the daemon died between the two) is grown by the next start.
 """
 
@@ -44,6 +45,9 @@ class SystemDisk(Capability):
             made = self._paths.template(start.template.id).system_overlay
             await self._storage.copy_overlay(made, disk)
             return
+        if (of := start.snapshot) is not None:
+            await _branch(self._storage, Path(of.directory) / of.system_disk, disk)
+            return
         size_mib = start.vm.spec.system_overlay_size_mib
         await self._storage.create_overlay(Path(start.image.rootfs_path), disk, size_mib)
 
@@ -79,12 +83,16 @@ class WorkDisk(Capability):
             made = self._paths.template(start.template.id).work_disk
             await self._storage.copy_overlay(made, disk)
             return
+        if (of := start.snapshot) is not None:
+            await _branch(self._storage, Path(of.directory) / of.work_disk, disk)
+            return
         seed = await self._images.work_seed(start.image, size_mib)
         await self._storage.create_overlay(seed, disk, size_mib)
 
     async def prepare_host(self, start: Start) -> None:
-        # A machine from a template knows its disk as that was: it is enlarged when that is there.
-        if start.vm.runtime.state is not VmState.CREATING and start.template is None:
+        # A machine that is restored knows its disk as that was: it is enlarged when that is there.
+        made_before = start.vm.runtime.state is not VmState.CREATING or start.snapshot is not None
+        if made_before and start.saved is None:
             disk = Path(start.vm.runtime.work_disk)
             await self._storage.grow(disk, start.vm.spec.disk_size_mib)
 
@@ -103,15 +111,21 @@ class WorkDisk(Capability):
 
 
 def _enlarged_mib(start: Start) -> int:
-    """What the work disk of a machine from a template grows to; 0 when it is as large already."""
-    template, wanted_mib = start.template, start.vm.spec.disk_size_mib
-    return wanted_mib if template is not None and wanted_mib > template.disk_size_mib else 0
+    """What the work disk of a restored machine grows to; 0 when it is as large already."""
+    saved, wanted_mib = start.saved, start.vm.spec.disk_size_mib
+    return wanted_mib if saved is not None and wanted_mib > saved.disk_size_mib else 0
+
+
+async def _branch(storage: Storage, frozen: Path, disk: Path) -> None:
+    """A disk of a VM's own that begins as a snapshot's: with the same files, and a layer of its."""
+    await storage.share(frozen, disk.parent)
+    await storage.add_layer(disk.with_name(frozen.name), disk)
 
 
 def _check_holds_seed(start: Start) -> list[Check]:
     """A new work disk is no smaller than what it begins as, or its record would be wrong."""
     seed, asked_mib = Path(start.image.work_seed_path), start.vm.spec.disk_size_mib
-    if start.vm.runtime.state is not VmState.CREATING or not seed.is_file():
+    if start.vm.runtime.state is not VmState.CREATING or start.snapshot or not seed.is_file():
         return []
     least_mib = -(-seed.stat().st_size // _MIB)
     if asked_mib >= least_mib:

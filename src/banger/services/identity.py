@@ -26,9 +26,14 @@ class Identity(Capability):
 
     def contribute_guest(self, start: Start) -> None:
         vm = start.vm
-        # A machine that waits for a VM has no name yet.
-        hostname = vm.name or None
-        start.setup = replace(start.setup, hostname=hostname, machine_id=machine_id(vm.id))
+        start.setup = replace(
+            start.setup,
+            # A machine that waits for a VM has no name yet.
+            hostname=vm.name or None,
+            machine_id=machine_id(vm.id),
+            # Until it has run once its disks have the secrets of what it was copied from.
+            copied=bool(vm.copied_from) and vm.started_at is None,
+        )
 
     async def apply_config_changes(self, before: Vm, after: Vm) -> None:
         if after.name != before.name and self._liveness.vm_alive(after):

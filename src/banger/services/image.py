@@ -138,19 +138,29 @@ class ImageService:
         return sized
 
     async def delete(self, name: str) -> Image:
-        """Delete an image; Conflict while a VM uses it."""
+        """Delete an image; Conflict while a VM or a snapshot uses it."""
         image = await self.get(name)
         async with self.locks.hold(image.id):
-            if users := await self._store.vms_of_image(image.id):
-                raise Conflict(
-                    f'image "{name}" is used by {", ".join(users)}',
-                    hint="delete those VMs first",
-                )
+            await self._check_unused(image)
             with OperationLog("image.delete", **image_attributes(image)):
                 await artifacts.delete(
                     Path(image.artifact_dir), partial(self._store.delete_image, image.id)
                 )
         return image
+
+    async def _check_unused(self, image: Image) -> None:
+        vms = await self._store.vms_of_image(image.id)
+        snapshots = await self._store.snapshots_of_image(image.id)
+        if vms or snapshots:
+            users = [*vms, *(f"snapshot {name}" for name in snapshots)]
+            raise Conflict(
+                f'image "{image.name}" is used by {", ".join(users)}',
+                hint=f"delete {'those VMs' if not snapshots else 'those'} first",
+            )
+
+    async def again(self, image: Image) -> Image:
+        """The same image, which may be gone by now: NotFound then."""
+        return await self._store.get_image(image.id) or await self.get(image.name)
 
     async def remove_leftovers(self) -> None:
         """At start-up: what interrupted builds and deletions left."""

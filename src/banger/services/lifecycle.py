@@ -24,6 +24,7 @@ from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.liveness import Liveness
 from banger.services.operations import Stages
+from banger.services.suspension import Suspension
 from banger.services.vm import VmService
 from banger.services.vm_start import BOOT_TIMEOUT_S, GuestLost, VmStarter
 
@@ -46,6 +47,7 @@ class Lifecycle:
         starter: VmStarter,
         liveness: Liveness,
         agents: Agents,
+        suspension: Suspension,
     ) -> None:
         self._hypervisor = hypervisor
         self._capabilities = capabilities
@@ -55,6 +57,7 @@ class Lifecycle:
         self._starter = starter
         self._liveness = liveness
         self._agents = agents
+        self._suspension = suspension
 
     async def start(
         self,
@@ -66,7 +69,7 @@ class Lifecycle:
     ) -> Vm:
         """Boot a stopped VM from its disks. One that runs stays as it is.
 
-        One that never ran starts from a template, unless `cold`.
+        One that never ran starts from a template, and a suspended one goes on, unless `cold`.
 
         Raises PreconditionFailed with all that is missing; GuestLost when the guest does not come
         up: then it is kept, stopped, with the reason.
@@ -78,6 +81,8 @@ class Lifecycle:
                     return vm
                 vm = await self._vms.mark_ended(vm, "")  # it has ended, unnoticed so far
             start = await self._preflight(vm, stages)
+            if vm.runtime.state is VmState.SUSPENDED and not cold:
+                start.saved = await self._suspension.saved(vm)
             return await self._start(start, stages, boot_timeout_s, cold=cold)
 
     async def restart(
@@ -85,10 +90,12 @@ class Lifecycle:
     ) -> Vm:
         """Stop the VM in good order and start it again; a stopped one is just started.
 
-        It is not stopped when something that its start needs is missing.
+        It is not stopped when something that its start needs is missing. Conflict for a suspended
+        one: to restart it would lose what it was suspended for.
         """
         found = await self._vms.settled(reference)
         async with self._vms.locked(found, stages) as vm:
+            _check_not_suspended(vm, f"banger vm start {vm.name}, then restart it")
             start = await self._preflight(vm, stages)
             if vm.runtime.state is VmState.RUNNING:
                 start.vm = await self._stop(vm, stages, reason="")
@@ -110,13 +117,21 @@ class Lifecycle:
         except GuestLost as error:
             await to_its_end(self._vms.mark_failed(vm, error))
             raise
-        except asyncio.CancelledError:
-            await to_its_end(self._end_broken_off(vm, "its start was cancelled"))
+        except BaseException as error:
+            cancelled = isinstance(error, asyncio.CancelledError)
+            reason = "its start was cancelled" if cancelled else f"it could not start: {error}"
+            if start.saved is not None and not start.ran:
+                await to_its_end(self._suspended_again(vm))
+            else:
+                await to_its_end(self._end_broken_off(vm, reason))
             raise
-        except Exception as error:
-            reason = f"it could not start: {error}"
-            await to_its_end(self._end_broken_off(vm, reason))
-            raise
+
+    async def _suspended_again(self, vm: Vm) -> None:
+        """A suspended VM has not gone on: its memory is as good as before."""
+        try:
+            await self._vms.mark_suspended(vm)
+        except (BangerError, OSError) as error:
+            get_logger().error("clean-up failed", error=str(error), **vm_attributes(vm))
 
     async def stop(
         self,
@@ -187,7 +202,8 @@ class Lifecycle:
             get_logger().warning("no power button", vm_id=vm.id, error=error.message)
 
     async def kill(self, reference: str, stages: Stages) -> Vm:
-        """End the machine at once, as by pulling its plug. A stopped VM stays as it is.
+        """End the machine at once, as by pulling its plug. A stopped VM stays as it is; a
+        suspended one loses its memory.
 
         It does not wait for the lock: a start, or a stop, that is under way fails, or is done,
         because the machine is gone.
@@ -195,7 +211,7 @@ class Lifecycle:
         vm = await self._vms.resolve(reference)
         await self._end_now(vm, stages, "killed")
         async with self._vms.locked(vm, stages) as vm:
-            if vm.runtime.state not in (VmState.RUNNING, VmState.STARTING):
+            if vm.runtime.state not in (VmState.RUNNING, VmState.STARTING, VmState.SUSPENDED):
                 return vm
             stages.stage("cleanup")
             return await to_its_end(self._vms.mark_ended(vm, "killed"))
@@ -266,6 +282,8 @@ class Lifecycle:
                 raise Conflict(
                     f'vm "{before.name}" is running', hint=f"first: banger vm stop {before.name}"
                 )
+            if not hot:
+                _check_not_suspended(before, f"drop its memory: banger vm kill {before.name}")
             stages.stage("record")
             try:
                 after = await self._vms.save(after)
@@ -284,3 +302,8 @@ class Lifecycle:
         except BangerError as error:
             # Another VM may have got the old name meanwhile.
             get_logger().error("change not taken back", error=str(error), **vm_attributes(before))
+
+
+def _check_not_suspended(vm: Vm, hint: str) -> None:
+    if vm.runtime.state is VmState.SUSPENDED:
+        raise Conflict(f'vm "{vm.name}" is suspended', hint=hint)

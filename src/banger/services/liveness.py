@@ -44,6 +44,13 @@ class Liveness:
             and self._is_machine(vm)(procfs.command_line(handles.pid))
         )
 
+    def is_whole(self, vm: Vm) -> bool:
+        """Whether the VM's machine runs, and all that serves its network."""
+        return self.vm_alive(vm) and all(
+            procfs.start_ticks(each.pid) == each.start_ticks
+            for each in self._handles.get(vm.id).network
+        )
+
     def pid(self, vm: Vm) -> int:
         """The recorded pid of the VM's machine, 0 when there is none."""
         return self._handles.get(vm.id).pid

@@ -22,7 +22,16 @@ from banger.base.errors import (
     from_wire,
 )
 from banger.base.log import OperationLog, get_logger
-from banger.base.model import ErrorInfo, Image, Operation, OperationState, Template, Vm, now
+from banger.base.model import (
+    ErrorInfo,
+    Image,
+    Operation,
+    OperationState,
+    Snapshot,
+    Template,
+    Vm,
+    now,
+)
 from banger.base.opid import current_op_id
 
 #: How long a finished operation can still be asked about.
@@ -77,11 +86,13 @@ class Progress:
         vm: Vm | None = None,
         image: Image | None = None,
         template: Template | None = None,
+        snapshot: Snapshot | None = None,
     ) -> None:
         self._update(
             vm=vm or self.record.vm,
             image=image or self.record.image,
             template=template or self.record.template,
+            snapshot=snapshot or self.record.snapshot,
         )
 
     def finish(self, state: OperationState, error: BangerError | None = None) -> None:

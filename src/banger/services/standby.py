@@ -31,6 +31,7 @@ from banger.services.agents import Agents
 from banger.services.capabilities import Start
 from banger.services.liveness import Liveness
 from banger.services.machine import new_runtime
+from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 
 #: After a start: its first command has the processors to itself.
@@ -49,8 +50,10 @@ _WARM_UP_TIMEOUT_S = 60.0
 #: In the directory of a VM that there is not: what is there is ours to remove.
 MARKER = "standby"
 
-#: Bring the machine of a start from a template up to its identity.
-Restore = Callable[[Start, Template, OperationLog], Awaitable[None]]
+_RESTORE_TIMEOUT_S = 60.0
+
+#: Bring the machine of a start from a template up to its identity, within so many seconds.
+Restore = Callable[[Start, Template, OperationLog, float], Awaitable[None]]
 
 
 def nobody(vm_id: str, paths: VmPaths) -> Vm:
@@ -87,6 +90,7 @@ class Standbys:
         vms: VmService,
         liveness: Liveness,
         agents: Agents,
+        templates: TemplateService,
         limit: int,
     ) -> None:
         self._paths = paths
@@ -94,6 +98,7 @@ class Standbys:
         self._vms = vms
         self._liveness = liveness
         self._agents = agents
+        self._templates = templates
         self._limit = limit
         #: Those that wait, the one that was made last first.
         self._waiting: list[Standby] = []
@@ -114,7 +119,7 @@ class Standbys:
         for standby in self._waiting:
             if standby.key == key and standby.vm.spec.disk_size_mib == start.vm.spec.disk_size_mib:
                 self._waiting.remove(standby)
-                if self._liveness.vm_alive(standby.vm):
+                if self._liveness.is_whole(standby.vm):
                     self._taken[standby.vm.id] = standby
                     runtime = standby.vm.runtime
                     return msgspec.structs.replace(start.vm, id=standby.vm.id, runtime=runtime)
@@ -160,14 +165,15 @@ class Standbys:
         asyncio.get_running_loop().call_later(_KEEP_S, self._retire, standby)
 
     async def _make(self, start: Start, template: Template, restore: Restore) -> Standby:
-        made = Start(self._nobody(start.vm), start.image, start.kernel, template)
+        nobodys = Start(self._nobody(start.vm), start.image, start.kernel)
+        made = self._templates.start_from(template, nobodys)
         vm = made.vm
         with OperationLog("standby.make", vm_id=vm.id, template=template.id) as log:
             try:
                 directory = self._paths.vm(vm.id).directory
                 directory.mkdir(mode=0o700, parents=True)
                 (directory / MARKER).touch(mode=0o600)
-                await restore(made, template, log)
+                await restore(made, template, log, _RESTORE_TIMEOUT_S)
                 log.stage("warm_up")
                 channel = await self._agents.channel(vm)
                 for _ in range(_WARM_UP_ROUNDS):
@@ -175,7 +181,7 @@ class Standbys:
                 log.stage("pause")
                 await self._hypervisor.pause(Path(vm.runtime.api_socket))
             except BaseException:
-                await to_its_end(self._vms.remove_unrecorded(vm))
+                await to_its_end(self._vms.remove_unrecorded(vm, MARKER))
                 raise
         return Standby(vm, made, template.key)
 
@@ -200,20 +206,20 @@ class Standbys:
 
     async def _end(self, standby: Standby) -> None:
         try:
-            await self._vms.remove_unrecorded(standby.vm)
+            await self._vms.remove_unrecorded(standby.vm, MARKER)
         except (BangerError, OSError) as error:
             get_logger().error("standby stays", vm_id=standby.vm.id, error=str(error))
 
     async def retire_all(self) -> None:
-        """End all that wait: their image or template goes."""
+        """End all that wait, and what is being made: their image or template goes."""
+        if (keeper := self._keeper) is not None:
+            keeper.cancel()
+            await asyncio.gather(keeper, return_exceptions=True)
         for standby in list(self._waiting):
             self._retire(standby)
         await asyncio.gather(*self._discarding, return_exceptions=True)
 
     async def close(self) -> None:
-        """End all, and what is being made: nobody would find them. VMs run on."""
+        """End all for good: nobody would find them. VMs run on."""
         self._closed = True
-        if self._keeper is not None:
-            self._keeper.cancel()
-            await asyncio.gather(self._keeper, return_exceptions=True)
         await self.retire_all()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from banger.base import procfs
 from banger.base.errors import BangerError, Internal, Unavailable
-from banger.base.model import InitMode, NetworkMode, Vm
+from banger.base.model import NetworkMode, Vm
 from banger.base.paths import VmPaths, prepare_private_dir
 from banger.drivers.base import Hypervisor, Machine, MemoryFile, Network, NetworkAttachment
 from banger.guest.channel import AgentChannel, call
@@ -27,8 +27,6 @@ from banger.services.operations import Progress
 
 #: Far more than a guest takes beside others, even emulated; a VM that boots has as long again.
 _BOOT_TIMEOUT_S = 60.0
-#: For systemd to have started its services.
-_SERVICES_TIMEOUT_S = 240.0
 _PING_TIMEOUT_S = 20.0
 #: The guest notices that nobody is connected any more: once, rather than in each copy.
 _SETTLE_S = 0.2
@@ -36,8 +34,6 @@ _SETTLE_S = 0.2
 #: What nearly every first command needs: read once here, it is in the memory of every copy.
 _WARM_UP = Exec(["/bin/sh", "-c", "exec true"])
 _WARM_UP_TIMEOUT_S = 20.0
-#: systemd's boot is a part of what a template saves; a service that fails does not spoil it.
-_SYSTEMD_IS_UP = Exec(["systemctl", "is-system-running", "--wait"])
 
 
 async def make_machine(
@@ -68,7 +64,7 @@ async def make_machine(
                 pid, lambda argv: hypervisor.control_socket(argv) == machine.control_socket
             )
             try:
-                await _boot_and_save(vm, machine, paths, pidfd, hypervisor, progress)
+                await _boot_and_save(machine, paths, pidfd, hypervisor, progress)
             finally:
                 if pidfd >= 0:
                     await asyncio.shield(_end(pidfd))
@@ -86,7 +82,6 @@ def _interface(vm: Vm, network: Network) -> Iterator[NetworkAttachment | None]:
 
 
 async def _boot_and_save(
-    vm: Vm,
     machine: Machine,
     paths: VmPaths,
     pidfd: int,
@@ -97,9 +92,7 @@ async def _boot_and_save(
     try:
         if pidfd < 0:
             raise Unavailable("the machine ended at once")
-        await while_it_runs(
-            _come_to_rest(vm, machine, progress), procfs.wait_exit(pidfd, 2 * _SERVICES_TIMEOUT_S)
-        )
+        await while_it_runs(_come_to_rest(machine), procfs.wait_exit(pidfd, 2 * _BOOT_TIMEOUT_S))
     except BangerError as error:
         tail = console_tail(paths.console_log, 0)
         said = f"; the end of its console: {tail.splitlines()[-1]}" if tail else ""
@@ -108,13 +101,10 @@ async def _boot_and_save(
     await hypervisor.save(machine.control_socket, paths.machine_state)
 
 
-async def _come_to_rest(vm: Vm, machine: Machine, progress: Progress) -> None:
+async def _come_to_rest(machine: Machine) -> None:
     channel = await AgentChannel.connect(machine.agent_socket, timeout_s=_BOOT_TIMEOUT_S)
     try:
         await call(channel, Ping(), timeout_s=_PING_TIMEOUT_S)
-        if vm.spec.init is InitMode.SYSTEMD:
-            progress.stage("boot", "its services")
-            await call(channel, _SYSTEMD_IS_UP, timeout_s=_SERVICES_TIMEOUT_S)
         await call(channel, _WARM_UP, timeout_s=_WARM_UP_TIMEOUT_S)
     finally:
         await channel.close()

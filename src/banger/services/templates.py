@@ -38,6 +38,7 @@ from banger.base.errors import (
 from banger.base.log import OperationLog, get_logger
 from banger.base.model import (
     Image,
+    InitMode,
     NetworkMode,
     Operation,
     Template,
@@ -51,7 +52,7 @@ from banger.base.paths import Paths, VmPaths, check_socket_path
 from banger.drivers.base import Hypervisor, Network
 from banger.services import artifacts
 from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
-from banger.services.capabilities import Capabilities, Start
+from banger.services.capabilities import Capabilities, Saved, Start
 from banger.services.kernel import KernelService
 from banger.services.machine import machine_of, new_runtime
 from banger.services.operations import Operations, Progress, Stages
@@ -97,6 +98,10 @@ class TemplateService:
         self._kernels = kernels
         self._flights = SingleFlight(operations, "template.make")
         self._users: Counter[str] = Counter()
+        #: Those that are being removed.
+        self._going: set[str] = set()
+        #: Those from which a machine was started and did not come up.
+        self._doubted: set[str] = set()
         #: Why there is no template of a key, and when that was found out (monotonic).
         self._refused: dict[str, tuple[float, str]] = {}
 
@@ -105,9 +110,12 @@ class TemplateService:
     async def obtain(self, start: Start, initramfs: Path, stages: Stages) -> Template | None:
         """The template for the first start of this VM, made when there is none.
 
-        None when templates are off, or, with a note, when there cannot be one.
+        None when templates are off, or, with a note, when there cannot be one. There is none of
+        machines that systemd runs: while it boots it gives out identities (host keys, a boot id in
+        its memory and in its journal's) that copies must not share, and until then there is little
+        to save.
         """
-        if not self._config.template_limit:
+        if not self._config.template_limit or start.vm.spec.init is InitMode.SYSTEMD:
             return None
         try:
             plan = await self._plan(start, initramfs)
@@ -136,11 +144,23 @@ class TemplateService:
         """The key of the template that the first start of this VM would use; there may be none."""
         return (await self._plan(start, initramfs)).key
 
+    def start_from(self, template: Template, start: Start) -> Start:
+        """The same start, from a template."""
+        made = self._paths.template(template.id)
+        saved = Saved(made.memory, made.machine_state, template.disk_size_mib)
+        return Start(start.vm, start.image, start.kernel, template=template, saved=saved)
+
     @contextmanager
     def in_use(self, template: Template) -> Iterator[None]:
-        """A machine is being started from it: it is not evicted meanwhile."""
+        """A machine is being started from it: it is not removed meanwhile.
+
+        Raises NotFound when it was removed since it was looked up.
+        """
         self._users[template.id] += 1
         try:
+            memory = self._paths.template(template.id).memory
+            if template.id in self._going or not memory.is_file():
+                raise NotFound(f'template "{template.id}" was removed meanwhile')
             yield
         finally:
             self._users[template.id] -= 1
@@ -149,17 +169,20 @@ class TemplateService:
 
     async def used(self, template: Template) -> None:
         """Note that a machine runs that was started from it."""
+        self._doubted.discard(template.id)
         await self._store.touch_template(template.id, now())
 
+    async def doubt(self, template: Template, why: str) -> None:
+        """A machine that was started from it did not come up: once is chance, twice is not."""
+        if template.id in self._doubted:
+            await self.discard(template, why)
+        self._doubted.add(template.id)
+
     async def discard(self, template: Template, why: str) -> None:
-        """No machine could be started from it: it goes, and another is not tried at once."""
+        """No machine can be started from it: it goes, and another is not tried at once."""
         self._refused[template.key] = (time.monotonic(), why)
-        if self._users[template.id]:
-            return  # others are being started from it, and may have more luck
-        try:
-            await self._remove(template)
-        except (BangerError, OSError) as error:
-            get_logger().warning("template stays", template=template.id, error=str(error))
+        if not self._users[template.id]:  # else others are being started from it
+            await self._try_to_remove(template)
 
     # What there is.
 
@@ -195,16 +218,15 @@ class TemplateService:
             for each in await self.all()
             if not self._users[each.id] and (everything or not await self._is_current(each))
         ]
-        if not dry_run:
-            for each in going:
-                await self.delete(each.id)
-        return going
+        if dry_run:
+            return going
+        return [each for each in going if await self._try_to_remove(each)]
 
     async def forget_image(self, image_id: str) -> None:
         """Delete the templates of an image that is gone."""
         for each in await self.all():
             if each.image_id == image_id:
-                await self._remove(each)
+                await self._try_to_remove(each)
 
     async def remove_leftovers(self, machines: Iterable[tuple[Path, int]]) -> None:
         """At start-up: end what was being made, and remove what is left of it.
@@ -218,7 +240,8 @@ class TemplateService:
         images = {image.id for image in await self._store.images()}
         for each in await self.all():
             if each.image_id not in images:
-                await self._remove(each)
+                await self._try_to_remove(each)
+        await self._evict()  # the limits may be others than before
         known = {each.id for each in await self.all()}
         await remove_leftovers(self._paths.templates_dir, known)
 
@@ -279,7 +302,7 @@ class TemplateService:
             raise
         self._refused.pop(plan.key, None)
         progress.result(template=template)
-        await self._evict(template)
+        await self._evict(template.id)
 
     async def _made(self, plan: _Plan, progress: Progress) -> Template:
         require([check_free_disk(self._paths.templates_dir)])
@@ -321,18 +344,19 @@ class TemplateService:
             await staging.publish(partial(self._store.insert_template, template))
         return template
 
-    async def _evict(self, newest: Template) -> None:
+    async def _evict(self, newest: str = "") -> None:
         """Keep to the limits: those that were not used for longest go first."""
         kept, size_bytes = 0, 0
         for each in await self.all():
-            kept, size_bytes = kept + 1, size_bytes + each.size_bytes
             over = (
-                kept > self._config.template_limit
-                or size_bytes > self._config.template_size_limit * _MIB
+                kept + 1 > self._config.template_limit
+                or size_bytes + each.size_bytes > self._config.template_size_limit * _MIB
             )
-            if over and each.id != newest.id and not self._users[each.id]:
+            if over and each.id != newest and not self._users[each.id]:
                 get_logger().info("template evicted", template=each.id, image_name=each.image_name)
-                await self._remove(each)
+                await self._try_to_remove(each)
+            else:
+                kept, size_bytes = kept + 1, size_bytes + each.size_bytes
 
     async def _is_current(self, template: Template) -> bool:
         """Whether a start could use it: what it was made from is still what starts are made of."""
@@ -349,12 +373,28 @@ class TemplateService:
             network=template.network,
         )
         start = Start(_nobody(image, spec), image, kernel)
-        plan = await self._plan(start, await self._kernels.initramfs(kernel))
+        try:
+            plan = await self._plan(start, await self._kernels.initramfs(kernel))
+        except (BangerError, OSError):
+            return False  # what it was made from is no longer whole
         return plan.key == template.key
 
     async def _remove(self, template: Template) -> None:
-        directory = self._paths.template(template.id).directory
-        await artifacts.delete(directory, partial(self._store.delete_template, template.id))
+        self._going.add(template.id)
+        try:
+            directory = self._paths.template(template.id).directory
+            await artifacts.delete(directory, partial(self._store.delete_template, template.id))
+        finally:
+            self._going.discard(template.id)
+
+    async def _try_to_remove(self, template: Template) -> bool:
+        """Whether it is gone; that it is not keeps nobody from anything."""
+        try:
+            await self._remove(template)
+        except (BangerError, OSError) as error:
+            get_logger().warning("template stays", template=template.id, error=str(error))
+            return False
+        return True
 
 
 _NOWHERE = VmPaths(Path("/"), Path("/"))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
+from pathlib import Path
 
 import msgspec
 
@@ -136,6 +137,7 @@ class VmService:
             reason = f": {vm.runtime.last_error}" if vm.runtime.last_error else ""
             hints = {
                 VmState.STOPPED: f"start it: banger vm start {vm.name}",
+                VmState.SUSPENDED: f"let it go on: banger vm start {vm.name}",
                 VmState.CREATING: f"banger vm wait {vm.name} --for running",
                 VmState.STARTING: f"banger vm wait {vm.name} --for running",
                 VmState.ERROR: f"banger vm logs {vm.name}",
@@ -237,6 +239,7 @@ class VmService:
     async def mark_running(self, vm: Vm) -> Vm:
         """Record that the VM runs, and watch its process."""
         moment = await self.touch(vm.id)
+        self.drop_memory(vm)  # it is mapped, and the next start must not go on from it
         vm = msgspec.structs.replace(vm, started_at=moment, touched_at=moment)
         vm = await self.save(vm, state=VmState.RUNNING, last_error="")
         self.watch(vm)
@@ -251,6 +254,7 @@ class VmService:
             await self._release(vm)
         except (BangerError, OSError):
             get_logger().exception("clean-up failed", **vm_attributes(vm))
+        self.drop_memory(vm)
         # Kept, it is nobody's session any more: the next daemon would remove it once it is mended.
         spec = msgspec.structs.replace(vm.spec, ephemeral=False)
         vm = msgspec.structs.replace(vm, spec=spec)
@@ -259,17 +263,35 @@ class VmService:
     async def mark_ended(self, vm: Vm, reason: str) -> Vm:
         """End what still runs of it, clean up, and record that it is stopped, and why."""
         await self._release(vm)
-        return await self.save(vm, state=VmState.STOPPED, last_error=reason)
+        stopped = await self.save(vm, state=VmState.STOPPED, last_error=reason)
+        self.drop_memory(vm)
+        return stopped
 
-    async def remove_unrecorded(self, vm: Vm) -> None:
-        """End a machine that was made for no VM yet, and remove its files."""
+    async def mark_suspended(self, vm: Vm) -> Vm:
+        """Record that the VM is suspended, its memory being saved; then end what runs of it.
+
+        In this order: a daemon that dies between the two leaves a machine that nobody needs.
+        """
+        suspended = await self.save(vm, state=VmState.SUSPENDED)
         await self._release(vm)
-        directory = self._paths.vm(vm.id).directory
-        await to_its_end(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
+        return suspended
+
+    def drop_memory(self, vm: Vm) -> None:
+        """Forget the memory that was kept of a VM, if some was."""
+        paths = self._paths.vm(vm.id)
+        for path in (paths.memory, paths.machine_state):
+            path.unlink(missing_ok=True)
+
+    async def remove_unrecorded(self, vm: Vm, marker: str) -> None:
+        """End a machine that was made for no VM yet, and remove its files, `marker` last: by that
+        the next daemon knows what is left of them."""
+        await self._release(vm)
+        await to_its_end(asyncio.to_thread(_remove_but, self._paths.vm(vm.id).directory, marker))
 
     async def start_over(self, vm: Vm) -> None:
-        """End and clean up an attempt to start; the VM is about to be started in another way."""
-        await self._release(vm)
+        """End and clean up an attempt to start; the VM is about to be started in another way,
+        unless somebody has killed it by then."""
+        await self._release(vm, again=True)
 
     async def end_stray(self, vm: Vm) -> None:
         """End what runs of a VM that is recorded as one that does not; the record stays."""
@@ -300,15 +322,19 @@ class VmService:
         await self._store.delete_vm(vm.id)
         self._ring()
 
-    async def _release(self, vm: Vm) -> None:
-        """End the machine and what belongs to its run; then forget its handles."""
+    async def _release(self, vm: Vm, *, again: bool = False) -> None:
+        """End the machine and what belongs to its run; then forget its handles.
+
+        With `again` it is about to be started once more, if nobody has ended it meanwhile.
+        """
         self._liveness.unwatch(vm.id)
         await self._liveness.end(vm)
         await self._agents.drop(vm.id)
         await self._capabilities.cleanup(vm)
         shutil.rmtree(self._paths.vm(vm.id).runtime, ignore_errors=True)
         self._handles.clear(vm.id)
-        self.end_reasons.pop(vm.id, None)
+        if not again:
+            self.end_reasons.pop(vm.id, None)
 
     async def keep(self, vm: Vm) -> None:
         """A VM made for a session outlives it after all; nothing if it is gone."""
@@ -365,3 +391,16 @@ class VmService:
 def _entered(vm: Vm, state: VmState, reason: str) -> Vm:
     runtime = msgspec.structs.replace(vm.runtime, state=state, last_error=reason)
     return msgspec.structs.replace(vm, runtime=runtime)
+
+
+def _remove_but(directory: Path, last: str) -> None:
+    """Remove a directory, and the file `last` in it after all others. Idempotent."""
+    if not directory.is_dir():
+        return
+    for entry in directory.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != last:
+            entry.unlink()
+    (directory / last).unlink(missing_ok=True)
+    directory.rmdir()

@@ -14,17 +14,19 @@ import msgspec
 
 from banger.base.cancellation import to_its_end
 from banger.base.config import Config
-from banger.base.errors import BangerError, Conflict, Internal
+from banger.base.errors import BangerError, Conflict, Internal, PreconditionFailed
 from banger.base.log import OperationLog, vm_attributes
-from banger.base.model import Image, InitMode, Vm, VmSpec, VmState, now
+from banger.base.model import Image, InitMode, Kernel, Snapshot, Vm, VmSpec, VmState, now
 from banger.base.paths import Paths, check_socket_path
 from banger.services.capabilities import Start
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
+from banger.services.layers import layer_name
 from banger.services.listeners import numbered
 from banger.services.machine import new_runtime
 from banger.services.names import generate_name
 from banger.services.operations import Progress
+from banger.services.snapshots import SnapshotService
 from banger.services.vm import VmService
 from banger.services.vm_spec import CreateRequest
 from banger.services.vm_start import GuestLost, VmStarter
@@ -42,6 +44,7 @@ class VmCreator:
         kernels: KernelService,
         vms: VmService,
         starter: VmStarter,
+        snapshots: SnapshotService,
     ) -> None:
         self._paths = paths
         self._config = config
@@ -50,6 +53,7 @@ class VmCreator:
         self._kernels = kernels
         self._vms = vms
         self._starter = starter
+        self._snapshots = snapshots
 
     def check(self, request: CreateRequest) -> None:
         """Raise BadRequest for what can be seen to be wrong without looking further."""
@@ -66,22 +70,54 @@ class VmCreator:
         GuestLost (the VM is kept) when the guest does not come up. Cancelled or failed before
         that, it leaves nothing.
         """
+        if request.from_snapshot:
+            snapshot = await self._snapshots.resolve(request.from_snapshot)
+            with self._snapshots.in_use(snapshot):
+                return await self.copy(
+                    request, snapshot, progress, copied_from=f"snapshot {snapshot.name}"
+                )
         spec = request.check(self._config)
         image = await self._images.ensure(
             request.image or self._config.default_image_name, progress
         )
+        return await self._over(image, request, spec, progress)
+
+    async def copy(
+        self, request: CreateRequest, snapshot: Snapshot, progress: Progress, *, copied_from: str
+    ) -> Vm:
+        """`create` of a VM that begins as a snapshot, which the caller keeps from going."""
+        request.check(self._config)
+        spec = request.check_copy(snapshot)
+        image = await self._store.get_image(snapshot.image_id)
+        if image is None:
+            raise PreconditionFailed(
+                f'image "{snapshot.image_name}" of snapshot "{snapshot.name}" is gone'
+            )
+        return await self._over(image, request, spec, progress, snapshot, copied_from)
+
+    async def _over(
+        self,
+        image: Image,
+        request: CreateRequest,
+        spec: VmSpec,
+        progress: Progress,
+        snapshot: Snapshot | None = None,
+        copied_from: str = "",
+    ) -> Vm:
         async with AsyncExitStack() as held:
             async with self._images.locks.hold(image.id):
-                image = await self._images.get(image.name)
+                image = await self._images.again(image)
                 if spec.init is InitMode.AUTO:
                     spec = msgspec.structs.replace(spec, init=image.init)
-                kernel = await self._kernels.get(image.kernel_id)
+                kernel_id = image.kernel_id if snapshot is None else snapshot.kernel_id
+                kernel = await self._kernels.get(kernel_id)
                 progress.stage("preflight")
                 spec = await self._numbered(spec)
-                start = await self._starter.preflight(
-                    self._record(request.name, spec, image), image, kernel
-                )
-                if request.start and not request.cold:
+                vm = self._record(request.name, spec, image, kernel, copied_from)
+                start = await self._starter.preflight(vm, image, kernel, snapshot)
+                if snapshot is not None and snapshot.has_memory and not request.cold:
+                    start.saved = await self._snapshots.saved(snapshot, vm)
+                if snapshot is None and request.start and not request.cold:
                     start.vm = await self._starter.reserve(start)
                 try:
                     # Before anybody sees the record: in creation and unheld, it has failed.
@@ -126,20 +162,28 @@ class VmCreator:
             # A record that says so can be deleted again; one "in creation" could not.
             await self._vms.mark_failed(vm, Internal(f"its clean-up failed: {error}"))
 
-    def _record(self, name: str, spec: VmSpec, image: Image) -> Vm:
+    def _record(
+        self, name: str, spec: VmSpec, image: Image, kernel: Kernel, copied_from: str
+    ) -> Vm:
         """The record of a new VM; without a name it gets one when it is inserted."""
         vm_id = secrets.token_hex(6)
         paths = self._paths.vm(vm_id)
         check_socket_path(paths.control_socket)
+        system, work = paths.system_overlay, paths.work_disk
+        if copied_from:  # these names may be those of layers that come with the copy
+            system, work = (system.with_name(layer_name(disk)) for disk in ("system", "work"))
         moment = now()
         return Vm(
             id=vm_id,
             name=name,
             image_id=image.id,
             image_name=image.name,
-            kernel_id=image.kernel_id,
+            kernel_id=kernel.id,
             spec=spec,
-            runtime=new_runtime(paths),
+            runtime=msgspec.structs.replace(
+                new_runtime(paths), system_overlay=str(system), work_disk=str(work)
+            ),
+            copied_from=copied_from,
             created_at=moment,
             updated_at=moment,
         )

@@ -6,24 +6,41 @@ import msgspec
 
 from banger.base.config import VCPU_MAX, Config
 from banger.base.errors import BadRequest
-from banger.base.model import InitMode, NetworkMode, PublishedPort, Vm, VmSpec, check_vm_name
+from banger.base.model import (
+    InitMode,
+    NetworkMode,
+    PublishedPort,
+    Snapshot,
+    Vm,
+    VmSpec,
+    check_vm_name,
+)
 from banger.base.ports import check_ports
 from banger.base.units import SIZE_MAX_MIB
 from banger.services.vm_start import BOOT_TIMEOUT_S, check_boot_timeout
 
 _MEMORY_MIN_MIB = 128
 
+_FIELD_NAMES = {
+    "vcpu_count": "vCPUs:",
+    "memory_mib": "memory in MiB:",
+    "init": "init",
+    "network": "network",
+}
+
 
 class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
     """What a client may say about a new VM; what it does not say is the configuration's."""
 
     name: str = ""
+    #: A snapshot that it begins as; it says what is not said here.
+    from_snapshot: str = ""
     image: str = ""
     vcpu_count: int | None = None
     memory_mib: int | None = None
     disk_size_mib: int | None = None
     init: InitMode | None = None
-    network: NetworkMode = NetworkMode.USER
+    network: NetworkMode | None = None
     ephemeral: bool = False
     published_ports: tuple[PublishedPort, ...] = ()
     #: False: make its record and its disks, and leave it stopped.
@@ -46,7 +63,49 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
             disk_size_mib=_given(self.disk_size_mib, config.vm_defaults_disk_size),
             system_overlay_size_mib=config.vm_defaults_system_overlay_size,
             init=self.init or config.vm_defaults_init,
-            network=self.network,
+            network=self.network or NetworkMode.USER,
+            ephemeral=self.ephemeral,
+            published_ports=self.published_ports,
+        )
+        return check_spec(spec)
+
+    def check_copy(self, snapshot: Snapshot) -> VmSpec:
+        """The spec of a VM made from `snapshot`. BadRequest for what cannot be with it."""
+        old = snapshot.spec
+        if self.image and self.image != snapshot.image_name:
+            raise BadRequest(
+                f'the disks of snapshot "{snapshot.name}" are of image {snapshot.image_name}',
+                hint="leave --image away",
+            )
+        wanted = {
+            "vcpu_count": _given(self.vcpu_count, old.vcpu_count),
+            "memory_mib": _given(self.memory_mib, old.memory_mib),
+            "init": old.init if self.init in (None, InitMode.AUTO) else self.init,
+            "network": self.network or old.network,
+        }
+        with_memory = snapshot.has_memory and not self.cold
+        for field, value in wanted.items():
+            if with_memory and value != getattr(old, field):
+                raise BadRequest(
+                    f'snapshot "{snapshot.name}" has the memory of a machine with'
+                    f" {_FIELD_NAMES[field]} {getattr(old, field)}, which cannot become {value}",
+                    hint="leave it as it is, or boot the disks without the memory: add --cold",
+                )
+        if with_memory and not self.start:
+            raise BadRequest(
+                "a VM that is not started cannot keep the memory of a snapshot",
+                hint="to have its disks only, add --cold",
+            )
+        disk_size_mib = _given(self.disk_size_mib, old.disk_size_mib)
+        if disk_size_mib < old.disk_size_mib:
+            raise BadRequest(
+                f"a work disk of {disk_size_mib} MiB is too small: that of snapshot"
+                f' "{snapshot.name}" has {old.disk_size_mib} MiB'
+            )
+        spec = msgspec.structs.replace(
+            old,
+            **wanted,
+            disk_size_mib=disk_size_mib,
             ephemeral=self.ephemeral,
             published_ports=self.published_ports,
         )

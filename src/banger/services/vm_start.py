@@ -24,12 +24,18 @@ from banger.base.errors import (
     BangerError,
     Cancelled,
     OperationTimeout,
-    Unavailable,
 )
 from banger.base.log import get_logger, vm_attributes
-from banger.base.model import Image, Kernel, Template, Vm, VmState
+from banger.base.model import Image, Kernel, Snapshot, Template, Vm, VmState
 from banger.base.paths import Paths, prepare_private_dir
-from banger.drivers.base import Hypervisor, MachineStatus, MemoryFile, Network, Storage
+from banger.drivers.base import (
+    Hypervisor,
+    MachineStatus,
+    MemoryFile,
+    Network,
+    StateRefused,
+    Storage,
+)
 from banger.guest.channel import call
 from banger.services.agents import Agents
 from banger.services.capabilities import Capabilities, Start
@@ -50,6 +56,7 @@ _BOOT_TIMEOUT_MAX_S = 3600.0
 _SETUP_TIMEOUT_S = 60.0
 #: Growing a file system by a terabyte takes an emulated guest 6 s and more.
 _SETUP_S_PER_MIB = 60.0 / (1 << 20)
+_WANTED_INTERVAL_S = 0.2
 #: From a restored machine to its agent: far more than it takes beside any number of others.
 _RESTORE_TIMEOUT_S = 60.0
 _ENTROPY_BYTES = 256
@@ -113,9 +120,14 @@ class VmStarter:
         self._templates = templates
         self._standbys = standbys
 
-    async def preflight(self, vm: Vm, image: Image, kernel: Kernel) -> Start:
-        """A start of which everything is there; PreconditionFailed with all that is missing."""
-        start = Start(vm, image, kernel)
+    async def preflight(
+        self, vm: Vm, image: Image, kernel: Kernel, snapshot: Snapshot | None = None
+    ) -> Start:
+        """A start of which everything is there; PreconditionFailed with all that is missing.
+
+        The disks of a new VM begin as those of the `snapshot`, if one is given.
+        """
+        start = Start(vm, image, kernel, snapshot=snapshot, untouched=_never_ran(vm))
         require(
             [
                 *await self._drivers.hypervisor.checks(),
@@ -134,18 +146,20 @@ class VmStarter:
     ) -> Vm:
         """Bring the machine up; the VM as it is recorded then, running.
 
-        A VM that never ran starts from a template, unless `cold`; when that fails it boots. Raises
-        GuestLost when the machine runs and the guest does not come up. Whoever calls ends and
-        cleans up what is left of a start that failed or was cancelled (`VmService`).
+        A start with a saved machine goes on from that. A VM that never ran starts from a template,
+        unless `cold`; when that fails it boots. Raises GuestLost when the machine runs and the
+        guest does not come up. Whoever calls ends and cleans up what is left of a start that failed
+        or was cancelled (`VmService`).
         """
         if standby := self._standbys.take(start.vm):
-            vm = await self._taken_over(start, standby, stages)
+            vm = await self._taken_over(start, standby, stages, boot_timeout_s)
             if vm is not None:
                 return vm
         prepare_private_dir(self._paths.vm(start.vm.id).runtime)
-        initramfs = await self._kernels.initramfs(start.kernel)
-        if not cold and _never_ran(start.vm):
-            template = await self._templates.obtain(start, initramfs, stages)
+        if start.saved is not None:
+            return await self._went_on(start, stages, boot_timeout_s)
+        if not cold and start.untouched:
+            template = await self._obtained(start, stages, boot_timeout_s)
             if template is not None:
                 vm = await self._restored(start, template, stages, boot_timeout_s)
                 if vm is not None:
@@ -153,7 +167,7 @@ class VmStarter:
         if start.vm.runtime.state is VmState.CREATING:
             stages.stage("disks")
             await self.create(start)
-        return await self._booted(start, initramfs, stages, boot_timeout_s)
+        return await self._booted(start, stages, boot_timeout_s)
 
     async def reserve(self, start: Start) -> Vm:
         """The VM of `start`, which has no record yet, as it is to be recorded: with the machine of
@@ -168,21 +182,24 @@ class VmStarter:
         """The VM was not recorded after all."""
         self._standbys.give_back(vm)
 
-    async def _taken_over(self, start: Start, standby: Standby, stages: Stages) -> Vm | None:
+    async def _taken_over(
+        self, start: Start, standby: Standby, stages: Stages, boot_timeout_s: float
+    ) -> Vm | None:
         """The VM, on the machine of its standby; None when that failed, and nothing is left."""
         vm, made = start.vm, standby.start
         ready = replace(made, vm=vm, setup=replace(made.setup, hostname=vm.name))
         try:
             stages.stage("resume")
             self._check_wanted(vm)
-            await self._drivers.hypervisor.resume(Path(vm.runtime.api_socket))
-            stages.stage("setup")
-            await self._while_it_runs(vm, self._set_up(ready), _setup_timeout_s(vm))
+            async with asyncio.timeout(boot_timeout_s):
+                await self._drivers.hypervisor.resume(Path(vm.runtime.api_socket))
+                stages.stage("setup")
+                await self._while_it_runs(vm, self._set_up(ready), _setup_timeout_s(vm))
         except Cancelled:
             raise
-        except (BangerError, OSError) as error:
-            self._check_wanted(vm)
+        except (BangerError, OSError) as error:  # TimeoutError is one
             await to_its_end(self._vms.start_over(vm))
+            self._check_wanted(vm)
             get_logger().warning("standby lost", error=str(error), **vm_attributes(vm))
             return None
         assert made.template is not None  # standbys are made from templates
@@ -190,37 +207,74 @@ class VmStarter:
         self._standbys.prepare(start, made.template, self._restore)
         return await self._running(ready)
 
-    async def _restore(self, start: Start, template: Template, stages: Stages) -> None:
-        """Bring the machine up from `template`, to its identity as far as `start` has one."""
+    async def _went_on(self, start: Start, stages: Stages, boot_timeout_s: float) -> Vm:
+        """The VM, with a memory of its own or of another's, which there is no other way to."""
+        if start.vm.runtime.state is VmState.CREATING:
+            stages.stage("disks")
+            await self.create(start)
+        stages.stage("prepare")
+        await self._launch(start, stages)
+        await self._introduce(start, stages, boot_timeout_s)
+        return await self._running(start)
+
+    async def _introduce(self, start: Start, stages: Stages, boot_timeout_s: float) -> None:
+        """Tell the guest of a restored machine who it is."""
+        stages.stage("setup")
+        timeout_s = min(boot_timeout_s, _RESTORE_TIMEOUT_S)
         vm = start.vm
+        await self._while_it_runs(vm, self._agents.connect(vm, timeout_s), timeout_s)
+        await self._while_it_runs(vm, self._set_up(start), _setup_timeout_s(vm))
+
+    async def _obtained(
+        self, start: Start, stages: Stages, boot_timeout_s: float
+    ) -> Template | None:
+        """The template for this start, which may be made for it; None when it has to boot."""
         initramfs = await self._kernels.initramfs(start.kernel)
-        prepare_private_dir(self._paths.vm(vm.id).runtime)
+        obtaining = asyncio.ensure_future(self._templates.obtain(start, initramfs, stages))
+        try:
+            async with asyncio.timeout(boot_timeout_s):
+                # Nobody rings when a VM is no longer wanted: that is looked at again and again.
+                while not obtaining.done():
+                    await asyncio.wait({obtaining}, timeout=_WANTED_INTERVAL_S)
+                    self._check_wanted(start.vm)
+            return obtaining.result()
+        except TimeoutError:
+            stages.note(f"no template within {boot_timeout_s:g} s, the machine boots")
+            return None
+        finally:
+            obtaining.cancel()
+            await asyncio.gather(obtaining, return_exceptions=True)
+
+    async def _restore(
+        self, start: Start, template: Template, stages: Stages, boot_timeout_s: float
+    ) -> None:
+        """Bring the machine up from `template`, to its identity as far as `start` has one."""
+        prepare_private_dir(self._paths.vm(start.vm.id).runtime)
         with self._templates.in_use(template):
             stages.stage("disks")
             await self.create(start)
             stages.stage("prepare")
-            await self._launch(start, initramfs, stages)
-        stages.stage("setup")
-        timeout_s = _RESTORE_TIMEOUT_S
-        await self._while_it_runs(vm, self._agents.connect(vm, timeout_s), timeout_s)
-        await self._while_it_runs(vm, self._set_up(start), _setup_timeout_s(vm))
+            await self._launch(start, stages)
+        await self._introduce(start, stages, boot_timeout_s)
 
     async def _restored(
         self, start: Start, template: Template, stages: Stages, boot_timeout_s: float
     ) -> Vm | None:
         """The VM, started from `template`; None when that failed, and nothing of it is left."""
-        warm = Start(start.vm, start.image, start.kernel, template)
+        warm = self._templates.start_from(template, start)
         try:
             async with asyncio.timeout(boot_timeout_s):
-                await self._restore(warm, template, stages)
+                await self._restore(warm, template, stages, boot_timeout_s)
         except Cancelled:
             raise
         except (BangerError, OSError) as error:  # TimeoutError is one
-            self._check_wanted(start.vm)
             await to_its_end(self._vms.start_over(start.vm))
+            self._check_wanted(start.vm)
             why = str(error) or f"it took longer than {boot_timeout_s:g} s"
-            if isinstance(error, Unavailable | FileNotFoundError):  # not the host's trouble
+            if isinstance(error, StateRefused):
                 await self._templates.discard(template, why)
+            elif warm.ran and isinstance(error, BangerError):
+                await self._templates.doubt(template, why)
             stages.note(f"starting from a template failed, the machine boots: {why}")
             if start.vm.runtime.state is not VmState.CREATING:
                 await self.create(start)  # its own disks, as a VM that was not started has them
@@ -230,13 +284,11 @@ class VmStarter:
         self._standbys.prepare(start, template, self._restore)
         return await self._running(warm)
 
-    async def _booted(
-        self, start: Start, initramfs: Path, stages: Stages, boot_timeout_s: float
-    ) -> Vm:
+    async def _booted(self, start: Start, stages: Stages, boot_timeout_s: float) -> Vm:
         stages.stage("prepare")
         vm = start.vm
         console_from = console_size(Path(vm.runtime.log_path))
-        await self._launch(start, initramfs, stages)
+        await self._launch(start, stages)
         stages.stage("boot", "waiting for the guest")
         try:
             await self._await_agent(vm, boot_timeout_s)
@@ -253,16 +305,17 @@ class VmStarter:
         runtime = msgspec.structs.replace(vm.runtime, guest_ip=address)
         return await self._vms.mark_running(msgspec.structs.replace(vm, runtime=runtime))
 
-    async def _launch(self, start: Start, initramfs: Path, stages: Stages) -> None:
+    async def _launch(self, start: Start, stages: Stages) -> None:
         """Start network and machine, and record their processes. On failure neither is left."""
         vm = start.vm
+        initramfs = await self._kernels.initramfs(start.kernel)
         try:
             await self._capabilities.prepare_host(start)
             # Before there is a machine: whatever comes between, the clean-up finds them.
             network_pids = start.network.pids if start.network is not None else ()
             self._liveness.record(vm, pid=0, network_pids=network_pids)
             self._check_wanted(vm)
-            stages.stage("launch" if start.template is None else "restore")
+            stages.stage("launch" if start.saved is None else "restore")
         except BaseException:
             start.abandon()
             raise
@@ -275,13 +328,17 @@ class VmStarter:
 
     async def _machine_of(self, start: Start, initramfs: Path) -> int:
         """Launch or restore the machine: its pid."""
-        paths, template = self._paths.vm(start.vm.id), start.template
-        if template is None:
+        paths, saved = self._paths.vm(start.vm.id), start.saved
+        if saved is None:
             machine = machine_of(start, paths, initramfs)
             return await self._drivers.hypervisor.launch(machine, start.network)
-        made = self._paths.template(template.id)
-        machine = machine_of(start, paths, initramfs, MemoryFile(made.memory, private=True))
-        return await self._drivers.hypervisor.restore(machine, start.network, made.machine_state)
+        machine = machine_of(start, paths, initramfs, MemoryFile(saved.memory, private=True))
+        start.ran = True
+        try:
+            return await self._drivers.hypervisor.restore(machine, start.network, saved.state)
+        except BangerError:  # cancelled, it may have run for a moment
+            start.ran = False
+            raise
 
     def _check_wanted(self, vm: Vm) -> None:
         """Raise Cancelled when somebody has killed the VM before it had a machine."""
@@ -321,7 +378,7 @@ class VmStarter:
 
 def _never_ran(vm: Vm) -> bool:
     """Whether its disks are as they were made: no guest has written to them."""
-    return vm.started_at is None and not vm.runtime.last_error
+    return vm.started_at is None and not vm.runtime.last_error and not vm.copied_from
 
 
 def _setup_timeout_s(vm: Vm) -> float:

@@ -56,7 +56,7 @@ async def _reached(vm: Vm, health: Health, goal: Goal) -> bool:
     if goal is Goal.DELETED:
         return False
     if goal is Goal.STOPPED:
-        return state in (VmState.STOPPED, VmState.ERROR)
+        return state in (VmState.STOPPED, VmState.SUSPENDED, VmState.ERROR)
     if state is VmState.ERROR:
         raise PreconditionFailed(
             f'vm "{vm.name}" has failed: {vm.runtime.last_error}',

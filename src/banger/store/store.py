@@ -1,4 +1,4 @@
-"""The database: VMs, images, kernels and templates, each a row.
+"""The database: VMs, images, kernels, templates and snapshots, each a row.
 
 One SQLite connection in WAL mode, used from one worker thread so that the event loop never waits
 for the disk. Opened at the daemon's start, closed at its end. The schema moves forward only; a
@@ -20,10 +20,10 @@ from typing import TypeVar
 import msgspec
 
 from banger.base.errors import Conflict, Internal, NotFound, PreconditionFailed
-from banger.base.model import Image, Kernel, Template, Vm
+from banger.base.model import Image, Kernel, Snapshot, Template, Vm
 
 T = TypeVar("T")
-R = TypeVar("R", Image, Kernel)
+R = TypeVar("R", Image, Kernel, Snapshot)
 
 _encode = msgspec.json.Encoder().encode
 _decode_vm = msgspec.json.Decoder(Vm).decode
@@ -146,6 +146,38 @@ class Store:
 
         return await self._run(work)
 
+    async def snapshots_of_image(self, image_id: str) -> list[str]:
+        """Names of the snapshots whose disks lie over this image."""
+
+        def work(db: sqlite3.Connection) -> list[str]:
+            query = "SELECT name FROM snapshots WHERE image_id = ? ORDER BY name"
+            return [str(row[0]) for row in db.execute(query, (image_id,))]
+
+        return await self._run(work)
+
+    async def insert_snapshot(self, snapshot: Snapshot) -> None:
+        """Add a snapshot. Raises Conflict when the name is taken."""
+
+        def work(db: sqlite3.Connection) -> None:
+            row = (snapshot.id, snapshot.name, snapshot.image_id, _json(snapshot))
+            try:
+                with db:
+                    db.execute(
+                        "INSERT INTO snapshots (id, name, image_id, record) VALUES (?, ?, ?, ?)",
+                        row,
+                    )
+            except sqlite3.IntegrityError as error:
+                raise snapshot_exists(snapshot.name) from error
+
+        await self._run(work)
+
+    async def delete_snapshot(self, snapshot_id: str) -> None:
+        await self._delete("snapshots", snapshot_id)
+
+    async def snapshots(self) -> list[Snapshot]:
+        """All snapshots, by name."""
+        return await self._all("snapshots", Snapshot)
+
     async def insert_kernel(self, kernel: Kernel) -> None:
         """Add a kernel; its name must be free."""
 
@@ -258,6 +290,13 @@ class Store:
                 db.execute(f"DELETE FROM {table} WHERE id = ?", (row_id,))  # noqa: S608
 
         await self._run(work)
+
+
+def snapshot_exists(name: str) -> Conflict:
+    return Conflict(
+        f'snapshot "{name}" already exists',
+        hint=f"choose another name, or: banger snapshot delete {name}",
+    )
 
 
 def _json(record: msgspec.Struct) -> str:

@@ -11,15 +11,20 @@ import hashlib
 import os
 import signal
 import socket
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from qemu.qmp import ExecInterruptedError, Runstate
+from qemu.qmp import ExecInterruptedError, QMPClient, Runstate
 
 from banger.base import proc
+from banger.base.cancellation import to_its_end
+from banger.base.errors import Unavailable
 from banger.base.paths import check_socket_path
 from banger.drivers.base import (
+    Capture,
     Check,
     DiskFormat,
     HypervisorFeatures,
@@ -27,6 +32,7 @@ from banger.drivers.base import (
     Machine,
     MachineStatus,
     NetworkAttachment,
+    StateRefused,
 )
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.qemu_argv import (
@@ -37,6 +43,16 @@ from banger.drivers.hypervisor.qemu_argv import (
     control_socket_in,
     qemu_argv,
     shape_of,
+)
+from banger.drivers.hypervisor.qemu_capture import (
+    MemoryCopy,
+    add_overlays,
+    copying,
+    drop_overlays,
+    file_of,
+    find_memory,
+    stream_down,
+    top_nodes,
 )
 from banger.drivers.hypervisor.qemu_monitor import (
     Log,
@@ -52,6 +68,9 @@ _CPU_FIELDS = frozenset({"vendor_id", "cpu family", "model", "stepping", "microc
 
 #: Waiting for the state to be written is waiting for the disk.
 _SAVE_TIMEOUT_S = 60.0
+#: Gigabytes of memory are copied, gigabytes of disk in the other case.
+_CAPTURE_TIMEOUT_S = 600.0
+_COLLAPSE_TIMEOUT_S = 3600.0
 
 
 class QemuHypervisor:
@@ -132,9 +151,7 @@ class QemuHypervisor:
         ended = proc.watch(process)
         try:
             with ours:
-                async with launching(ours, ended, log) as client:
-                    if state is not None:
-                        await load_state(client, state, machine.disks)
+                await self._begin(ours, ended, log, machine, state)
         except BaseException:
             if not ended.done():
                 # Not reaped yet, so the pid is still its own.
@@ -143,10 +160,80 @@ class QemuHypervisor:
             raise
         return process.pid
 
+    async def _begin(
+        self,
+        ours: socket.socket,
+        ended: asyncio.Future[int],
+        log: Log,
+        machine: Machine,
+        state: Path | None,
+    ) -> None:
+        """Wait until QEMU answers, and give it its state if it is to have one."""
+        loading = False
+        try:
+            async with launching(ours, ended, log) as client:
+                if state is not None:
+                    loading = True
+                    await load_state(client, state, machine.disks)
+        except Unavailable as error:
+            if loading:
+                raise StateRefused(error.message, hint=error.hint) from error
+            raise
+
     async def save(self, control_socket: Path, state: Path) -> None:
         """See `Hypervisor.save`."""
         async with conversation(control_socket, _SAVE_TIMEOUT_S) as client:
             await save_state(client, state)
+
+    async def capture(
+        self, control_socket: Path, pid: int, capture: Capture, stages: Callable[[str], None]
+    ) -> float:
+        """See `Hypervisor.capture`."""
+        async with conversation(control_socket, _CAPTURE_TIMEOUT_S) as client:
+            memory = await find_memory(client, pid)
+            with copying(memory, capture.memory) as copy:
+                stages("memory")
+                await to_its_end(asyncio.to_thread(copy.beforehand))
+                actions = await add_overlays(client, capture.overlays)
+                stages("freeze")
+                # The machine is not left paused by a cancellation.
+                return await to_its_end(self._freeze(client, copy, capture, actions))
+
+    async def _freeze(
+        self,
+        client: QMPClient,
+        copy: MemoryCopy,
+        capture: Capture,
+        actions: list[dict[str, Any]],
+    ) -> float:
+        frozen, began = False, time.monotonic()
+        await client.execute("stop")
+        try:
+            await asyncio.to_thread(copy.at_rest)
+            state = {"filename": str(capture.state), "live": False}
+            await client.execute("xen-save-devices-state", state)
+            if actions:
+                await client.execute("transaction", {"actions": actions})
+            frozen = True
+        finally:
+            if capture.runs_on or not frozen:
+                await client.execute("cont")
+            paused_s = time.monotonic() - began
+            if not frozen:
+                await drop_overlays(client, actions)
+        return paused_s
+
+    async def disks(self, control_socket: Path) -> dict[str, Path]:
+        """See `Hypervisor.disks`."""
+        async with conversation(control_socket) as client:
+            return {name: file_of(node) for name, node in (await top_nodes(client)).items()}
+
+    async def collapse(
+        self, control_socket: Path, disk: str, tell: Callable[[float], None]
+    ) -> None:
+        """See `Hypervisor.collapse`."""
+        async with conversation(control_socket, _COLLAPSE_TIMEOUT_S) as client:
+            await stream_down(client, disk, tell)
 
     async def shape(self, machine: Machine, *, network: bool) -> str:
         """See `Hypervisor.shape`: a digest of the command line, QEMU itself and the processor."""

@@ -28,7 +28,14 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 # The RTC stays: without one the kernel waits for it twice, a second each time. PIT and PIC go,
 # for ACPI describes what replaces them.
 # The memory has a name, which a saved state knows it by, whatever it is made of.
-_MACHINE = "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=memory"
+_MACHINE = (
+    "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,isa-serial=on,memory-backend=memory"
+    ",suppress-vmdesc=on"
+)
+
+# A saved state is only what devices say of themselves, as the one command writes it that leaves
+# the memory out (xen-save-devices-state): `Hypervisor.shape` says what fits what.
+_SAVED_STATE = ("-global", "migration.send-configuration=off")
 
 # Errors and warnings still reach the console. A panic resets the machine, and with -no-reboot a
 # reset ends QEMU: a guest that cannot boot is gone at once, and its last words are in the log.
@@ -84,6 +91,7 @@ def qemu_argv(
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-sandbox", _SANDBOX),
         *("-machine", _MACHINE),
+        *_SAVED_STATE,
         *_processor(machine, host.accelerator),
         *_memory(machine),
         *("-kernel", str(machine.kernel), "-initrd", str(machine.initramfs)),

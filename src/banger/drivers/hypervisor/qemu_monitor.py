@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from qemu.qmp import QMPClient, QMPError
 
-from banger.base.errors import Unavailable
+from banger.base.errors import OperationTimeout, Unavailable
 from banger.drivers.base import Disk
 
 #: 50 to 100 ms are usual; a host that swaps may take seconds.
@@ -95,7 +95,7 @@ async def launching(
             async with asyncio.timeout(_STATE_TIMEOUT_S):
                 yield client
         except TimeoutError as error:
-            raise Unavailable(f"QEMU hangs as it starts; inspect {log.path}") from error
+            raise OperationTimeout(f"QEMU hangs as it starts; inspect {log.path}") from error
         except (QMPError, OSError) as error:
             raise await _ending(ended, log, str(error)) from error
     finally:

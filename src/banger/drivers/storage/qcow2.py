@@ -7,12 +7,14 @@ the file begins with. The guest writes to the overlay's contents, never to its h
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 
 import msgspec
 
 from banger.base import proc
+from banger.base.cancellation import to_its_end
 from banger.base.errors import PreconditionFailed
 from banger.drivers.base import Check, DiskFormat, Level
 
@@ -22,6 +24,8 @@ _CREATE_TIMEOUT_S = 30.0
 _INFO_TIMEOUT_S = 30.0
 #: All of the metadata of a disk is read: some seconds for hundreds of gigabytes.
 _CHECK_TIMEOUT_S = 600.0
+#: All of the layers' content is copied.
+_COLLAPSE_TIMEOUT_S = 3600.0
 _MIB = 1 << 20
 
 
@@ -87,7 +91,32 @@ class Qcow2Storage:
 
         About 1 ms for the megabyte that a booted guest has written.
         """
-        await asyncio.to_thread(_copy, overlay, copy)
+        # A thread goes on when its caller is cancelled: it must not write over what comes next.
+        await to_its_end(asyncio.to_thread(_copy, overlay, copy))
+
+    async def add_layer(self, disk: Path, overlay: Path) -> None:
+        """See `Storage.add_layer`. Raises ProcessFailed when qemu-img fails."""
+        size_bytes = (await _infos(disk))[0].virtual_size
+        argv = layer_argv(disk.name, overlay, size_bytes)
+        await proc.run(argv, timeout_s=_CREATE_TIMEOUT_S)
+
+    async def layers(self, disk: Path) -> list[Path]:
+        """See `Storage.layers`."""
+        return [Path(each.filename) for each in await _infos(disk) if each.format == "qcow2"]
+
+    async def share(self, disk: Path, directory: Path) -> None:
+        """See `Storage.share`."""
+        for layer in await self.layers(disk):
+            os.link(layer, directory / layer.name)
+
+    async def collapse(self, disk: Path) -> None:
+        """See `Storage.collapse`. qemu-img writes the new base last, into the header.
+
+        Raises ProcessFailed when it fails, on a full disk, say: the disk is then as it was.
+        """
+        base = (await _infos(disk))[-1].filename
+        rebase = overlay_argv("rebase", disk, "-q", "-b", base, "-F", "raw")
+        await proc.run(rebase, timeout_s=_COLLAPSE_TIMEOUT_S)
 
     def allocated_bytes(self, disk: Path) -> int:
         """See `Storage.allocated_bytes`."""
@@ -101,6 +130,15 @@ class _Info(msgspec.Struct, rename="kebab"):
     """What we read of ``qemu-img info --output=json``."""
 
     virtual_size: int
+    filename: str
+    format: str
+
+
+async def _infos(disk: Path) -> list[_Info]:
+    """Of each file that a disk consists of, which a machine may have open, the topmost first."""
+    argv = overlay_argv("info", disk, "--output=json", "--backing-chain", "--force-share")
+    answer = await proc.run(argv, timeout_s=_INFO_TIMEOUT_S)
+    return msgspec.json.decode(answer.stdout, type=list[_Info])
 
 
 def _copy(overlay: Path, copy: Path) -> None:
@@ -120,6 +158,17 @@ def overlay_bytes(base: Path, size_mib: int) -> int:
 def overlay_argv(command: str, overlay: Path, *options: str) -> list[str]:
     """The command line of a qemu-img that looks at or changes one overlay."""
     return [QEMU_IMG, command, *options, "-f", "qcow2", str(overlay.absolute())]
+
+
+def layer_argv(disk_name: str, overlay: Path, size_bytes: int) -> list[str]:
+    """qemu-img's command line for a layer over a qcow2 in the same directory, which is not looked
+    at: a machine may be writing to it."""
+    return [
+        QEMU_IMG,
+        *("create", "-q", "-u", "-f", "qcow2", "-b", disk_name, "-F", "qcow2"),
+        str(overlay.absolute()),
+        str(size_bytes),
+    ]
 
 
 def create_argv(base: Path, overlay: Path, size_bytes: int) -> list[str]:

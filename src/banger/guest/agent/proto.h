@@ -64,12 +64,13 @@ enum {
     SETUP_ENTROPY,
     SETUP_TIME,
     SETUP_WORK_SIZE = 10, /* after the tag that every kind has */
+    SETUP_COPIED,
 };
 enum { SHUTDOWN_FLAGS = 1 };
 enum { HELLO_VERSION = 1, HELLO_KERNEL };
 /* Of every kind: the operation that the request is part of, for what the console says of it. */
 enum { OPEN_OP_ID = 9, OP_ID_ROOM = 24 };
-enum { TAG_LIMIT = 11 }; /* tags are below this */
+enum { TAG_LIMIT = 12 }; /* tags are below this */
 
 static inline uint32_t get_be32(const uint8_t *at) {
     return (uint32_t)at[0] << 24 | (uint32_t)at[1] << 16 | (uint32_t)at[2] << 8 | at[3];

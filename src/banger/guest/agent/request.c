@@ -43,6 +43,7 @@ static const struct rule rules[] = {
     {KIND_SETUP, SETUP_ENTROPY, BYTES, false},
     {KIND_SETUP, SETUP_TIME, U64, false},
     {KIND_SETUP, SETUP_WORK_SIZE, U64, false},
+    {KIND_SETUP, SETUP_COPIED, U32, false},
     {KIND_SHUTDOWN, SHUTDOWN_FLAGS, U32, false},
 };
 

@@ -2,6 +2,7 @@
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <fcntl.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -28,11 +29,18 @@ static pid_t spawn(char *const arguments[]) {
     return pid;
 }
 
-static bool has_host_keys(void) {
+#define STARTED "/run/banger/started"
+
+/* How many host keys there are; with `remove`, were. */
+static int host_keys(bool remove) {
     DIR *directory = opendir("/etc/ssh");
-    bool found = false;
-    for (struct dirent *entry; directory && !found && (entry = readdir(directory)) != NULL;)
-        found = strncmp(entry->d_name, "ssh_host_", 9) == 0;
+    int found = 0;
+    for (struct dirent *entry; directory && (entry = readdir(directory)) != NULL;)
+        if (strncmp(entry->d_name, "ssh_host_", 9) == 0) {
+            found++;
+            if (remove && unlinkat(dirfd(directory), entry->d_name, 0) < 0)
+                fail_errno("removing a host key");
+        }
     if (directory)
         closedir(directory);
     return found;
@@ -43,7 +51,7 @@ static bool has_host_keys(void) {
 static void make_host_key(void) {
     static char *const keygen[] = {"/usr/bin/ssh-keygen", "-q", "-t", "ed25519", "-N", "",
                                    "-f", "/etc/ssh/ssh_host_ed25519_key", NULL};
-    if (!has_host_keys())
+    if (host_keys(false) == 0 && access(keygen[0], X_OK) == 0)
         waitpid(spawn(keygen), NULL, 0);
 }
 
@@ -54,6 +62,39 @@ static void start_sshd(void) {
     mkdir("/run/sshd", 0755);
     make_host_key();
     spawn(sshd);
+}
+
+/* A child that goes on when its job has answered: nobody waits for what it holds open. */
+static void leave_job(void) {
+    setsid();
+    int null = open("/dev/null", O_RDONLY), console = open("/dev/console", O_WRONLY | O_NOCTTY);
+    dup2(null, STDIN_FILENO);
+    dup2(console < 0 ? null : console, STDOUT_FILENO);
+    dup2(STDOUT_FILENO, STDERR_FILENO);
+    for (int fd = STDERR_FILENO + 1; fd < 16; fd++)
+        close(fd);
+}
+
+static void reload_sshd(void) {
+    char line[16];
+    if (read_line("/run/sshd.pid", line, sizeof line) && atoi(line) > 1)
+        kill(atoi(line), SIGHUP);
+}
+
+void services_renew_keys(void) {
+    if (host_keys(true) == 0)
+        return;
+    /* What runs already can wait; what is about to start needs its key. */
+    if (access(STARTED, F_OK) == 0) {
+        if (fork() != 0)
+            return;
+        leave_job();
+        make_host_key();
+        reload_sshd();
+        _exit(0);
+    }
+    make_host_key();
+    reload_sshd();
 }
 
 static int by_name(const struct dirent **left, const struct dirent **right) {
@@ -82,19 +123,13 @@ static void start_scripts(void) {
  * started for has the processors to itself first. */
 void services_start(void) {
     mkdir("/run/banger", 0755);
-    int once = open("/run/banger/started", O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    int once = open(STARTED, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
     if (once < 0)
         return;
     close(once);
     if (fork() != 0)
         return;
-    setsid();
-    int null = open("/dev/null", O_RDONLY), console = open("/dev/console", O_WRONLY | O_NOCTTY);
-    dup2(null, STDIN_FILENO);
-    dup2(console < 0 ? null : console, STDOUT_FILENO);
-    dup2(STDOUT_FILENO, STDERR_FILENO);
-    for (int fd = STDERR_FILENO + 1; fd < 16; fd++)
-        close(fd);
+    leave_job();
     usleep(HEAD_START_US);
     if (chdir("/") == 0) {
         start_scripts();

@@ -174,6 +174,8 @@ void job_setup(const struct request *request) {
         set_network(request);
     if (request->text[SETUP_DNS])
         set_dns(request->text[SETUP_DNS]);
+    if (request->number[SETUP_COPIED])
+        services_renew_keys();
     grow("/", 0);
     grow("/root", request->number[SETUP_WORK_SIZE]);
     /* Not before the guest has its name: one that waits to be somebody has none yet. */

@@ -19,5 +19,7 @@ bool network_find(const char *mac, char *interface, size_t size);
 
 /* services.c: sshd and /etc/banger/start.d, once for each boot. */
 void services_start(void);
+/* In a copy of another machine: no key of that one's stays, and a running sshd learns the new. */
+void services_renew_keys(void);
 
 #endif

@@ -1,0 +1,113 @@
+"""The layers of a VM's disks: each snapshot of it ends one, and what is written goes to the next.
+
+A VM, and each snapshot, has all the files of its disks in its own directory, as hard links: the
+file system counts who needs a layer, and whatever is deleted, nobody else misses it. Which layer
+is written to is on the VM's record. The record changes first, and the machine then: what dies
+between the two leaves an empty layer over one that is still written to, by this machine alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from pathlib import Path
+
+import msgspec
+
+from banger.base.cancellation import to_its_end
+from banger.base.model import Vm
+from banger.drivers.base import Hypervisor, Storage
+from banger.services.liveness import Liveness
+from banger.services.operations import Stages
+from banger.services.vm import VmService
+
+#: The most files that a disk may consist of: each is another place to look for what is read.
+LAYERS_MAX = 8
+
+
+def layer_name(disk: str) -> str:
+    """The name of a new layer's file, which no other has."""
+    return f"{disk}-{secrets.token_hex(6)}.qcow2"
+
+
+class DiskLayers:
+    """All with the VM's lock held."""
+
+    def __init__(
+        self, hypervisor: Hypervisor, storage: Storage, vms: VmService, liveness: Liveness
+    ) -> None:
+        self._hypervisor = hypervisor
+        self._storage = storage
+        self._vms = vms
+        self._liveness = liveness
+
+    async def settle(self, vm: Vm) -> Vm:
+        """The VM with the disks that its machine writes to on its record; other layers go."""
+        if self._liveness.vm_alive(vm):
+            disks = await self._hypervisor.disks(Path(vm.runtime.api_socket))
+            vm = await self._recorded(vm, disks)
+        await self._sweep(vm)
+        return vm
+
+    async def add(self, vm: Vm) -> tuple[Vm, dict[str, Path]]:
+        """An empty layer over each disk, on the record: the VM, and the layers by disk.
+
+        A machine that runs has to be told (`Hypervisor.capture`).
+        """
+        overlays = {}
+        for name, disk in disks_of(vm).items():
+            overlay = disk.with_name(layer_name(name))
+            await self._storage.add_layer(disk, overlay)
+            overlays[name] = overlay
+        return await self._recorded(vm, overlays), overlays
+
+    async def bound(self, vm: Vm, stages: Stages) -> None:
+        """Make room for one more layer: what would be too many become one."""
+        try:
+            await self._bound(vm, stages)
+        finally:
+            await to_its_end(self._sweep(vm))
+
+    async def _bound(self, vm: Vm, stages: Stages) -> None:
+        for name, disk in disks_of(vm).items():
+            if len(await self._storage.layers(disk)) < LAYERS_MAX:
+                continue
+            stages.stage("collapse", f"the layers of its {name} disk")
+            if self._liveness.vm_alive(vm):
+
+                def tell(percent: float, name: str = name) -> None:
+                    stages.stage("collapse", f"the layers of its {name} disk, {percent:.0f} %")
+
+                socket = Path(vm.runtime.api_socket)
+                await self._hypervisor.collapse(socket, name, tell)
+            else:
+                await self._storage.collapse(disk)
+
+    async def _recorded(self, vm: Vm, disks: dict[str, Path]) -> Vm:
+        runtime = msgspec.structs.replace(
+            vm.runtime, system_overlay=str(disks["system"]), work_disk=str(disks["work"])
+        )
+        if runtime == vm.runtime:
+            return vm
+        return await self._vms.save(msgspec.structs.replace(vm, runtime=runtime))
+
+    async def _sweep(self, vm: Vm) -> None:
+        """Remove the layers that no disk of this VM needs any more."""
+        needed = {
+            layer.name
+            for disk in disks_of(vm).values()
+            for layer in await self._storage.layers(disk)
+        }
+        await asyncio.to_thread(_remove_others, Path(vm.runtime.vm_dir), needed)
+
+
+def disks_of(vm: Vm) -> dict[str, Path]:
+    """The files that are written to, by the disk's name."""
+    return {"system": Path(vm.runtime.system_overlay), "work": Path(vm.runtime.work_disk)}
+
+
+def _remove_others(directory: Path, needed: set[str]) -> None:
+    for pattern in ("system*.qcow2", "work*.qcow2"):
+        for layer in directory.glob(pattern):
+            if layer.name not in needed:
+                layer.unlink()

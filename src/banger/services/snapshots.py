@@ -1,0 +1,307 @@
+"""Snapshots: a VM's disks and, while it runs, its memory, kept for others to be made from.
+
+The VM is paused for some milliseconds at most and goes on. A snapshot and its VM share the layers
+of disks that were written until then (`layers`), and otherwise know nothing of each other: either
+can be deleted first. `taken` is also the first half of a fork, which keeps no snapshot.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from pathlib import Path
+
+from banger.base.cancellation import to_its_end
+from banger.base.errors import (
+    Ambiguous,
+    BadRequest,
+    BangerError,
+    Conflict,
+    NotFound,
+    PreconditionFailed,
+    Unavailable,
+)
+from banger.base.log import OperationLog, get_logger, vm_attributes
+from banger.base.model import NetworkMode, Snapshot, Vm, VmState, check_vm_name, now
+from banger.base.paths import Paths
+from banger.drivers.base import Capture, Hypervisor, MachineStatus, Storage
+from banger.services import artifacts
+from banger.services.artifacts import (
+    Staging,
+    allocated_bytes,
+    new_id,
+    remove_leftovers,
+    staged,
+)
+from banger.services.capabilities import Capabilities, Saved, Start
+from banger.services.image import ImageService
+from banger.services.kernel import KernelService
+from banger.services.layers import DiskLayers, disks_of
+from banger.services.liveness import Liveness
+from banger.services.machine import machine_of
+from banger.services.operations import Progress, Stages
+from banger.services.preflight import check_free_disk, require
+from banger.services.vm import VmService
+from banger.store.store import Store, snapshot_exists
+
+MEMORY = "memory"
+STATE = "machine-state"
+_OTHER_MACHINE_HINT = "boot its disks without the memory: add --cold"
+
+
+class SnapshotService:
+    def __init__(
+        self,
+        *,
+        paths: Paths,
+        store: Store,
+        hypervisor: Hypervisor,
+        storage: Storage,
+        capabilities: Capabilities,
+        images: ImageService,
+        kernels: KernelService,
+        vms: VmService,
+        liveness: Liveness,
+        layers: DiskLayers,
+    ) -> None:
+        self._paths = paths
+        self._store = store
+        self._hypervisor = hypervisor
+        self._storage = storage
+        self._capabilities = capabilities
+        self._images = images
+        self._kernels = kernels
+        self._vms = vms
+        self._liveness = liveness
+        self._layers = layers
+        self._users: Counter[str] = Counter()
+
+    # Taking one.
+
+    async def take(self, reference: str, name: str, progress: Progress) -> Snapshot:
+        """A snapshot of a VM as it is now, which goes on as it was: running, or stopped.
+
+        Raises Conflict for a name that is taken and a VM in another state. Cancelled or failed it
+        leaves nothing but an empty layer of the VM's disks.
+        """
+        check_vm_name(name)
+        found = await self._vms.settled(reference)
+        async with self._vms.locked(found, progress) as vm:
+            progress.stage("preflight")
+            if name in {each.name for each in await self._store.snapshots()}:
+                raise snapshot_exists(name)
+            async with self.taken(vm, name, progress) as (snapshot, staging):
+                progress.stage("sync")
+                await asyncio.to_thread(_sync, staging.path)
+                await staging.publish(partial(self._store.insert_snapshot, snapshot))
+        progress.result(snapshot=snapshot)
+        return snapshot
+
+    @asynccontextmanager
+    async def taken(
+        self, vm: Vm, name: str, stages: Stages
+    ) -> AsyncIterator[tuple[Snapshot, Staging]]:
+        """A snapshot with its files in a staging directory, which goes unless it is published.
+
+        With the VM's lock held, which the block needs no more.
+        """
+        running = self._check_state(vm)
+        require([check_free_disk(self._paths.vms_dir)])
+        vm = await self._layers.settle(vm)
+        await self._layers.bound(vm, stages)
+        snapshot_id = new_id()
+        final = self._paths.snapshot_dir(snapshot_id)
+        async with staged(final) as staging:
+            shape, paused_s = "", 0.0
+            if running:
+                shape, paused_s = await self._captured(vm, staging.path, stages)
+                stages.describe(paused_ms=round(paused_s * 1000, 1))
+            else:
+                await self._frozen(vm, staging.path, stages)
+            disks = disks_of(vm)
+            snapshot = Snapshot(
+                id=snapshot_id,
+                name=name,
+                vm_id=vm.id,
+                vm_name=vm.name,
+                image_id=vm.image_id,
+                image_name=vm.image_name,
+                kernel_id=vm.kernel_id,
+                spec=vm.spec,
+                shape=shape,
+                directory=str(final),
+                system_disk=disks["system"].name,
+                work_disk=disks["work"].name,
+                size_bytes=await asyncio.to_thread(allocated_bytes, staging.path),
+                paused_ms=round(paused_s * 1000, 1),
+                created_at=now(),
+            )
+            yield snapshot, staging
+
+    def _check_state(self, vm: Vm) -> bool:
+        """Whether it runs; Conflict for a VM that neither runs nor is stopped."""
+        if vm.runtime.state is VmState.RUNNING and self._liveness.vm_alive(vm):
+            return True
+        if vm.runtime.state in (VmState.RUNNING, VmState.STOPPED, VmState.ERROR):
+            if self._liveness.vm_alive(vm):
+                raise Conflict(f'vm "{vm.name}" is ending', hint="try again")
+            return False
+        hint = f"first: banger vm start {vm.name}" if vm.runtime.state is VmState.SUSPENDED else ""
+        raise Conflict(f'vm "{vm.name}" is {vm.runtime.state}', hint=hint)
+
+    async def _captured(self, vm: Vm, directory: Path, stages: Stages) -> tuple[str, float]:
+        """Copy the machine and have its disks go on in new layers; its shape, and for how many
+        seconds it was paused."""
+        socket = Path(vm.runtime.api_socket)
+        if await self._hypervisor.status(socket) is not MachineStatus.RUNNING:
+            raise Conflict(
+                f'the machine of vm "{vm.name}" is held: nothing of it can be copied now',
+                hint=f"why: banger vm health {vm.name}",
+            )
+        shape = await self.shape(vm)
+        try:
+            _, overlays = await self._layers.add(vm)
+            capture = Capture(directory / MEMORY, directory / STATE, overlays)
+            try:
+                pid = self._liveness.pid(vm)
+                paused_s = await self._hypervisor.capture(socket, pid, capture, stages.stage)
+            except OSError as error:
+                raise Unavailable(
+                    f'the memory of vm "{vm.name}" cannot be copied: {error.strerror or error}',
+                    hint="see that the disk has free space",
+                ) from error
+            await self._share(vm, directory)
+        except BaseException:
+            await to_its_end(self._settled(vm))
+            raise
+        return shape, paused_s
+
+    async def _frozen(self, vm: Vm, directory: Path, stages: Stages) -> None:
+        stages.stage("freeze")
+        try:
+            await self._layers.add(vm)
+            await self._share(vm, directory)
+        except BaseException:
+            # Nothing was written to the new layers: the old ones are its disks again.
+            await to_its_end(self._unfrozen(vm))
+            raise
+
+    async def _share(self, vm: Vm, directory: Path) -> None:
+        for disk in disks_of(vm).values():
+            await self._storage.share(disk, directory)
+
+    async def _settled(self, vm: Vm) -> None:
+        """After a failure: it runs, and what it writes to is on the record."""
+        try:
+            current = await self._store.get_vm(vm.id)
+            if current is not None:
+                socket = Path(current.runtime.api_socket)
+                if await self._hypervisor.status(socket) is MachineStatus.PAUSED:
+                    await self._hypervisor.resume(socket)
+                await self._layers.settle(current)
+        except (BangerError, OSError) as error:
+            get_logger().error("layers not settled", error=str(error), **vm_attributes(vm))
+
+    async def _unfrozen(self, vm: Vm) -> None:
+        try:
+            await self._layers.settle(await self._vms.save(vm))
+        except (BangerError, OSError) as error:
+            get_logger().error("layers not settled", error=str(error), **vm_attributes(vm))
+
+    async def shape(self, vm: Vm) -> str:
+        """What a machine must have to go on from the memory of this VM's."""
+        image, kernel = await self._images.of_vm(vm), await self._kernels.get(vm.kernel_id)
+        start = Start(vm, image, kernel)
+        self._capabilities.contribute_machine(start)
+        initramfs = await self._kernels.initramfs(kernel)
+        machine = machine_of(start, self._paths.vm(vm.id), initramfs)
+        network = vm.spec.network is not NetworkMode.NONE
+        return await self._hypervisor.shape(machine, network=network)
+
+    # Making VMs from one.
+
+    @contextmanager
+    def in_use(self, snapshot: Snapshot) -> Iterator[None]:
+        """A VM is being made from it: it is not deleted meanwhile."""
+        self._users[snapshot.id] += 1
+        try:
+            yield
+        finally:
+            self._users[snapshot.id] -= 1
+            if not self._users[snapshot.id]:
+                del self._users[snapshot.id]
+
+    async def saved(self, snapshot: Snapshot, vm: Vm) -> Saved:
+        """The memory for a VM that is being made from it.
+
+        Raises PreconditionFailed when its machine would be another than the one that was saved.
+        """
+        if await self.shape(vm) != snapshot.shape:
+            raise PreconditionFailed(
+                f'the memory of snapshot "{snapshot.name}" is of another machine: the hypervisor,'
+                " the processor or banger has changed since",
+                hint=_OTHER_MACHINE_HINT,
+            )
+        directory = Path(snapshot.directory)
+        saved = Saved(directory / MEMORY, directory / STATE, snapshot.spec.disk_size_mib)
+        for path in (saved.memory, saved.state):
+            if not path.is_file():
+                raise PreconditionFailed(f"{path} is missing", hint=_OTHER_MACHINE_HINT)
+        return saved
+
+    # What there is.
+
+    async def all(self) -> list[Snapshot]:
+        """All of them, by name."""
+        return await self._store.snapshots()
+
+    async def resolve(self, reference: str) -> Snapshot:
+        """The snapshot of an id, a name, or an unambiguous prefix of either; exact wins."""
+        if not reference:
+            raise BadRequest("snapshot id or name is required")
+        snapshots = await self.all()
+        for each in snapshots:
+            if reference in (each.id, each.name):
+                return each
+        matches = [
+            each
+            for each in snapshots
+            if each.id.startswith(reference) or each.name.startswith(reference)
+        ]
+        if len(matches) > 1:
+            names = ", ".join(each.name for each in matches)
+            raise Ambiguous(f'multiple snapshots match "{reference}"', hint=f"they are: {names}")
+        if not matches:
+            raise NotFound(f'snapshot "{reference}" not found', hint="see: banger snapshot list")
+        return matches[0]
+
+    async def delete(self, reference: str) -> Snapshot:
+        """Delete a snapshot. VMs that were made from it have all they need."""
+        snapshot = await self.resolve(reference)
+        if self._users[snapshot.id]:
+            raise Conflict(f'a VM is being made from snapshot "{snapshot.name}"', hint="try again")
+        log = OperationLog("snapshot.delete", snapshot=snapshot.id, snapshot_name=snapshot.name)
+        with log:
+            await artifacts.delete(
+                Path(snapshot.directory), partial(self._store.delete_snapshot, snapshot.id)
+            )
+        return snapshot
+
+    async def remove_leftovers(self) -> None:
+        """At start-up: what interrupted snapshots, forks and deletions left."""
+        known = {each.id for each in await self.all()}
+        await remove_leftovers(self._paths.snapshots_dir, known)
+
+
+def _sync(directory: Path) -> None:
+    """What a power failure must not leave half written."""
+    for path in directory.iterdir():
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
