@@ -16,6 +16,7 @@ from bench import (
     cold_run,
     exec_latency,
     first_command,
+    forks,
     reconcile,
     rpc,
     stages,
@@ -34,6 +35,7 @@ BENCHMARKS: dict[str, Callable[[Home], list[Figure]]] = {
     "cold_run": cold_run.measure,
     "warm_run": warm_run.measure,
     "first_command": first_command.measure,
+    "forks": forks.measure,
     "stages": stages.measure,
 }
 
