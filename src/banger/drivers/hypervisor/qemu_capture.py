@@ -1,9 +1,10 @@
 """Copying a machine that runs: its memory, the rest of its state, and where its disks go on.
 
 QEMU's live migration would do it, but what it copied of a running machine under emulation (QEMU
-7.2) was not whole: the copy's kernel crashed. So the memory is read from outside, by /proc/PID/mem: once while the machine runs,
-and what its process has to itself again while it is paused, into pages that are there already.
-All that is neither memory nor disk QEMU writes itself, some dozen KiB in a millisecond.
+7.2) was not whole: the copy's kernel crashed. So the memory is read from outside, by /proc/PID/mem:
+once while the machine runs, and what its process has to itself again while it is paused, into pages
+that are there already. All that is neither memory nor disk QEMU writes itself, some dozen KiB in a
+millisecond.
 """
 
 from __future__ import annotations
