@@ -55,6 +55,7 @@ class Before(StrEnum):
     #: With its disks, and never started.
     MADE = "made"
     STOPPED = "stopped"
+    SUSPENDED = "suspended"
     RUNNING = "running"
 
 
@@ -206,6 +207,52 @@ OPERATIONS = (
         ),
         variant="first",
         template=True,
+    ),
+    Operation(
+        "vm.snapshot",
+        Before.RUNNING,
+        ("vm", "snapshot", "-q", SUBJECT, "taken"),
+        (
+            Stage("preflight", machine=True),
+            Stage("memory", machine=True),
+            Stage("freeze", machine=True),
+            Stage("sync", machine=True),
+        ),
+    ),
+    Operation(
+        "vm.fork",
+        Before.RUNNING,
+        ("vm", "fork", "-q", SUBJECT, "--count", "1"),
+        (
+            Stage("preflight", machine=True),
+            Stage("memory", machine=True),
+            Stage("freeze", machine=True),
+            Stage("forks", machine=True),
+        ),
+    ),
+    Operation(
+        "vm.suspend",
+        Before.RUNNING,
+        ("vm", "stop", "-q", "--suspend", SUBJECT),
+        (
+            Stage("preflight", machine=True),
+            Stage("memory", machine=True),
+            Stage("freeze", machine=True),
+            Stage("sync", machine=True),
+            Stage("cleanup", machine=True),
+        ),
+    ),
+    Operation(
+        "vm.start",
+        Before.SUSPENDED,
+        ("vm", "start", "-q", *BOOT, SUBJECT),
+        (
+            Stage("preflight"),
+            Stage("prepare"),
+            Stage("restore"),
+            Stage("setup", machine=True),
+        ),
+        variant="suspended",
     ),
     # What every start of a daemon does, before it serves.
     Operation(

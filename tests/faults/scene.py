@@ -18,14 +18,16 @@ from homes import Home
 from matrix import SMALL
 from product import until
 
-#: What may be in the directories of a VM, by the state of its record.
+#: What may be in the directories of a VM, by the state of its record; and the layers of its disks.
 _FILES = {"system.qcow2", "work.qcow2", "hypervisor.log", "network.log"}
 _FILES |= {"console.log", "console.log.old"}
-_FILES_RUNNING = _FILES | {"handles.json"}
+_FILES_OF = {"running": {"handles.json"}, "suspended": {"memory", "machine-state"}}
+_LAYER = re.compile(r"(system|work)-[0-9a-f]{12}\.qcow2")
 _SOCKETS = {"control.sock", "agent.sock"}
 
 _RUNTIME = {"bangerd.sock", "bangerd.lock", "start.lock", "probes.json", "vms", "templates"}
 _STATE = {"banger.db", "banger.db-wal", "banger.db-shm", "bangerd.log", "vms", "templates"}
+_STATE |= {"snapshots"}
 _TEMPLATE = {"system.qcow2", "work.qcow2", "memory", "machine-state"}
 _TEMPLATE |= {"hypervisor.log", "console.log"}
 _IMAGE = re.compile(r"rootfs\.ext4|work-seed(-\d+)?\.ext4|image\.json")
@@ -147,7 +149,7 @@ class Scene:
         shown = {vm["id"]: self.home.banger.json("vm", "show", vm["id"]) for vm in self.vms()}
         for vm_id, vm in shown.items():
             state = vm["runtime"]["state"]
-            assert state in ("running", "stopped", "error"), vm
+            assert state in ("running", "stopped", "suspended", "error"), vm
             expected = 1 if state == "running" else 0
             assert len(self._machines(vm_id)) == expected, (state, self._machines(vm_id))
             if state == "error":
@@ -175,15 +177,18 @@ class Scene:
         yield from _others(home.runtime / "vms", running)
         yield from _others(home.state / "vms", {vm["id"] for vm in vms})
         for vm in vms:
-            runs = vm["id"] in running
+            runs, state = vm["id"] in running, vm["runtime"]["state"]
             files = home.state / "vms" / vm["id"]
-            yield from _others(files, _FILES_RUNNING if runs else _FILES)
+            layers = {each.name for each in files.glob("*.qcow2") if _LAYER.fullmatch(each.name)}
+            yield from _others(files, _FILES | _FILES_OF.get(state, set()) | layers)
             yield from _others(home.runtime / "vms" / vm["id"], _SOCKETS if runs else set())
         templates = {each["id"] for each in home.banger.json("template", "list")}
         yield from _others(home.runtime / "templates", set())
         yield from _others(home.state / "templates", templates)
         for template_id in templates:
             yield from _others(home.state / "templates" / template_id, _TEMPLATE)
+        snapshots = {each["id"] for each in home.banger.json("snapshot", "list")}
+        yield from _others(home.state / "snapshots", snapshots)
         for kind, pattern in (("image", _IMAGE), ("kernel", _KERNEL)):
             recorded = {each["artifact_dir"] for each in home.banger.json(kind, "list")}
             for directory in (home.data / f"{kind}s").glob("*"):

@@ -59,8 +59,7 @@ def test_every_stage_of_an_operation_is_in_the_matrix(operation: Operation, scen
         begins = len(scene.home.log)
         scene.home.banger.run(*operation.command(name))
         assert _stages(scene.home.log[begins:], operation.name) == _expected(operation)
-        if scene.record(name):
-            scene.home.banger.ok("vm", "delete", "--force", name)
+        _clear(scene, name)
 
 
 def test_after_a_fault(
@@ -93,14 +92,23 @@ def _walk(scene: Scene, cell: Cell, *, thorough: bool) -> Finding:
         thorough or not cell.operation.builds  # it would build the image
     ):
         _use(scene, cell, name)
-    if scene.record(name):
-        scene.home.banger.ok("vm", "delete", "--force", name)
+    _clear(scene, name)
     assert scene.record(name) == {}
     scene.check_account()
     pause_s = max(pause_s, scene.check_bystander())
     assert pause_s < _PAUSE_MAX_S
     shown = "ok" if cell.operation.name == "image.build" else state or GONE
     return Finding(shown, answered_s, ended_s, pause_s)
+
+
+def _clear(scene: Scene, name: str) -> None:
+    """Delete the subject, and what was made of it."""
+    banger = scene.home.banger
+    of_subject = [each["name"] for each in scene.vms() if each["name"].startswith(name)]
+    if of_subject:
+        banger.ok("vm", "delete", "--force", *of_subject)
+    for snapshot in banger.json("snapshot", "list"):
+        banger.ok("snapshot", "delete", snapshot["name"])
 
 
 def _prepare(scene: Scene, operation: Operation) -> str:
@@ -118,6 +126,8 @@ def _prepare(scene: Scene, operation: Operation) -> str:
     banger.guest(name, f"echo {name} >/root/kept; sync")
     if before is Before.STOPPED:
         banger.ok("vm", "stop", name)
+    if before is Before.SUSPENDED:
+        banger.ok("vm", "stop", "--suspend", name)
     return name
 
 
