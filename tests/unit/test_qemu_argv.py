@@ -182,5 +182,5 @@ def test_memory_in_a_file_is_shared_or_private(private: bool, share: str) -> Non
 
 def test_an_incoming_machine_waits_for_its_state() -> None:
     argv = qemu_argv(MACHINE, TCG, Inherited(7), incoming=True)
-    assert argv[-2:] == ("-incoming", "defer")
-    assert argv[:-2] == qemu_argv(MACHINE, TCG, Inherited(7))
+    assert argv[-3:] == ("-S", "-incoming", "defer")
+    assert argv[:-3] == qemu_argv(MACHINE, TCG, Inherited(7))

@@ -68,6 +68,11 @@ class VmPaths:
         return self.directory / "memory"
 
     @property
+    def memory_handed_over(self) -> Path:
+        """Empty, and there while a machine may have gone on from the VM's own memory."""
+        return self.directory / "memory-handed-over"
+
+    @property
     def machine_state(self) -> Path:
         """Of such a machine, all that is neither memory nor disk."""
         return self.directory / "machine-state"

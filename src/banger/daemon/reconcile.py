@@ -85,6 +85,9 @@ class Reconciler:
         if half_made or session_over:
             get_logger().info("vm removed: its session is over", **vm_attributes(vm))
             await self._vms.remove(vm, log)
+        elif vm.runtime.state is VmState.STARTING and self._vms.memory_is_good(vm):
+            get_logger().warning("vm was about to go on", **vm_attributes(vm))
+            await self._vms.mark_suspended(vm)
         elif vm.runtime.state is VmState.STARTING:
             # Its guest may not have its identity yet: nobody has been told that it runs.
             get_logger().warning("vm was being started", **vm_attributes(vm))

@@ -132,6 +132,10 @@ class StateRefused(Unavailable):
     """A machine cannot go on from this saved state: there is something wrong with that."""
 
 
+class MachineLost(Unavailable):
+    """A restored machine was let run, and then lost: its guest may have written to its disks."""
+
+
 class MachineStatus(StrEnum):
     """What a hypervisor says of a machine whose process runs."""
 
@@ -165,7 +169,8 @@ class Hypervisor(Protocol):
         """Start the machine from where `save` left one, with that one's memory, and let it run on.
 
         It must have the `shape` of the machine that was saved. Returns and raises as `launch`;
-        StateRefused when the hypervisor was there and could not take the state.
+        StateRefused when the hypervisor was there and could not take the state, MachineLost when
+        the machine may have run.
         """
         ...
 

@@ -49,6 +49,8 @@ class ForkService:
         self._snapshots = snapshots
         self._creator = creator
         self._lifecycle = lifecycle
+        #: Names of forks that are being made and may have no record yet.
+        self._reserved: set[str] = set()
 
     async def fork(self, reference: str, count: int, prefix: str, progress: Progress) -> list[Vm]:
         """`count` running copies of a running VM, called PREFIX-1 and so on (free numbers).
@@ -94,19 +96,21 @@ class ForkService:
                     " then banger vm create --from-snapshot SNAP",
                 )
             names = await self._free_names(prefix or f"{vm.name}-fork", count)
+            files.callback(self._reserved.difference_update, names)
             snapshot, staging = await files.enter_async_context(
                 self._snapshots.taken(vm, vm.name, progress)
             )
         return msgspec.structs.replace(snapshot, directory=str(staging.path)), names
 
     async def _free_names(self, prefix: str, count: int) -> list[str]:
-        taken = {vm.name for vm in await self._vms.all()}
+        taken = {vm.name for vm in await self._vms.all()} | self._reserved
         names: list[str] = []
         number = 0
         while len(names) < count:
             number += 1
             if (name := check_vm_name(f"{prefix}-{number}")) not in taken:
                 names.append(name)
+        self._reserved.update(names)
         return names
 
     async def _all(self, names: list[str], snapshot: Snapshot, progress: Progress) -> list[Vm]:

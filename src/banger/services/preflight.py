@@ -48,6 +48,11 @@ def check_free_disk(directory: Path, needed_bytes: int = FREE_DISK_MIN_BYTES) ->
     )
 
 
+def check_room_for_memory(directory: Path, memory_mib: int) -> Check:
+    """Whether the memory of a machine fits there, all of it, beside what guests write meanwhile."""
+    return check_free_disk(directory, FREE_DISK_MIN_BYTES + (memory_mib << 20))
+
+
 def check_artifacts(image: Image, kernel: Kernel) -> list[Check]:
     """Whether the image's and the kernel's files are there and are what they should be."""
     return [

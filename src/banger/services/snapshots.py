@@ -44,7 +44,7 @@ from banger.services.layers import DiskLayers, disks_of
 from banger.services.liveness import Liveness
 from banger.services.machine import machine_of
 from banger.services.operations import Progress, Stages
-from banger.services.preflight import check_free_disk, require
+from banger.services.preflight import check_room_for_memory, require
 from banger.services.vm import VmService
 from banger.store.store import Store, snapshot_exists
 
@@ -110,7 +110,8 @@ class SnapshotService:
         With the VM's lock held, which the block needs no more.
         """
         running = self._check_state(vm)
-        require([check_free_disk(self._paths.vms_dir)])
+        memory_mib = vm.spec.memory_mib if running else 0
+        require([check_room_for_memory(self._paths.vms_dir, memory_mib)])
         vm = await self._layers.settle(vm)
         await self._layers.bound(vm, stages)
         snapshot_id = new_id()
@@ -293,6 +294,10 @@ class SnapshotService:
 
     async def remove_leftovers(self) -> None:
         """At start-up: what interrupted snapshots, forks and deletions left."""
+        for each in await self.all():
+            # Its deletion went no further than that.
+            if not await asyncio.to_thread(Path(each.directory).is_dir):
+                await self._store.delete_snapshot(each.id)
         known = {each.id for each in await self.all()}
         await remove_leftovers(self._paths.snapshots_dir, known)
 

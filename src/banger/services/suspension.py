@@ -27,7 +27,7 @@ from banger.drivers.base import Capture, Hypervisor, MachineStatus
 from banger.services.capabilities import Saved
 from banger.services.liveness import Liveness
 from banger.services.operations import Stages
-from banger.services.preflight import check_free_disk, require
+from banger.services.preflight import check_room_for_memory, require
 from banger.services.snapshots import SnapshotService
 from banger.services.vm import VmService
 
@@ -59,7 +59,7 @@ class Suspension:
             if vm.runtime.state is not VmState.RUNNING or not self._liveness.vm_alive(vm):
                 raise NotRunning(f'vm "{vm.name}" is not running: there is no memory to keep')
             stages.stage("preflight")
-            require([check_free_disk(self._paths.vms_dir)])
+            require([check_room_for_memory(self._paths.vms_dir, vm.spec.memory_mib)])
             socket = Path(vm.runtime.api_socket)
             if await self._hypervisor.status(socket) is not MachineStatus.RUNNING:
                 raise Conflict(
@@ -95,13 +95,13 @@ class Suspension:
 
     async def _run_on(self, vm: Vm) -> None:
         """After a failure, unless it came too late to be one."""
-        current = await self._vms.show(vm.id)
-        if current.runtime.state is not VmState.RUNNING:
-            return
-        self._vms.drop_memory(vm)
         try:
+            current = await self._vms.show(vm.id)
+            if current.runtime.state is not VmState.RUNNING:
+                return
             await self._hypervisor.resume(Path(vm.runtime.api_socket))
-        except BangerError as error:
+            self._vms.drop_memory(vm)
+        except (BangerError, OSError) as error:
             get_logger().error("machine stays paused", error=str(error), **vm_attributes(vm))
 
     async def saved(self, vm: Vm) -> Saved:

@@ -17,6 +17,7 @@ import msgspec
 
 from banger.base.cancellation import to_its_end
 from banger.base.errors import Ambiguous, BadRequest, BangerError, Conflict, NotFound, NotRunning
+from banger.base.files import sync_directory
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm, VmState, now
 from banger.base.opid import current_op_id, new_op_id
@@ -272,6 +273,7 @@ class VmService:
 
         In this order: a daemon that dies between the two leaves a machine that nobody needs.
         """
+        self._paths.vm(vm.id).memory_handed_over.unlink(missing_ok=True)
         suspended = await self.save(vm, state=VmState.SUSPENDED)
         await self._release(vm)
         return suspended
@@ -279,8 +281,22 @@ class VmService:
     def drop_memory(self, vm: Vm) -> None:
         """Forget the memory that was kept of a VM, if some was."""
         paths = self._paths.vm(vm.id)
-        for path in (paths.memory, paths.machine_state):
+        for path in (paths.memory, paths.machine_state, paths.memory_handed_over):
             path.unlink(missing_ok=True)
+
+    def hand_over_memory(self, vm: Vm) -> None:
+        """A machine goes on from the memory that was kept of a VM, if some was: from now on its
+        disks may be others than that memory knows."""
+        paths = self._paths.vm(vm.id)
+        if paths.memory.is_file():
+            paths.memory_handed_over.touch(mode=0o600)
+            sync_directory(paths.directory)
+
+    def memory_is_good(self, vm: Vm) -> bool:
+        """Whether the memory that was kept of a VM is there, and no machine has gone on from it."""
+        paths = self._paths.vm(vm.id)
+        kept = paths.memory.is_file() and paths.machine_state.is_file()
+        return kept and not paths.memory_handed_over.exists()
 
     async def remove_unrecorded(self, vm: Vm, marker: str) -> None:
         """End a machine that was made for no VM yet, and remove its files, `marker` last: by that

@@ -30,6 +30,7 @@ from banger.base.model import Image, Kernel, Snapshot, Template, Vm, VmState
 from banger.base.paths import Paths, prepare_private_dir
 from banger.drivers.base import (
     Hypervisor,
+    MachineLost,
     MachineStatus,
     MemoryFile,
     Network,
@@ -334,8 +335,11 @@ class VmStarter:
             return await self._drivers.hypervisor.launch(machine, start.network)
         machine = machine_of(start, paths, initramfs, MemoryFile(saved.memory, private=True))
         start.ran = True
+        self._vms.hand_over_memory(start.vm)
         try:
             return await self._drivers.hypervisor.restore(machine, start.network, saved.state)
+        except MachineLost:
+            raise
         except BangerError:  # cancelled, it may have run for a moment
             start.ran = False
             raise

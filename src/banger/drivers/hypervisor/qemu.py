@@ -21,7 +21,7 @@ from qemu.qmp import ExecInterruptedError, QMPClient, Runstate
 
 from banger.base import proc
 from banger.base.cancellation import to_its_end
-from banger.base.errors import Unavailable
+from banger.base.errors import OperationTimeout, Unavailable
 from banger.base.paths import check_socket_path
 from banger.drivers.base import (
     Capture,
@@ -30,6 +30,7 @@ from banger.drivers.base import (
     HypervisorFeatures,
     Level,
     Machine,
+    MachineLost,
     MachineStatus,
     NetworkAttachment,
     StateRefused,
@@ -169,15 +170,19 @@ class QemuHypervisor:
         state: Path | None,
     ) -> None:
         """Wait until QEMU answers, and give it its state if it is to have one."""
-        loading = False
+        failure: type[Unavailable] = Unavailable
         try:
             async with launching(ours, ended, log) as client:
                 if state is not None:
-                    loading = True
+                    failure = StateRefused
                     await load_state(client, state, machine.disks)
+                    failure = MachineLost
+                    await client.execute("cont")
         except Unavailable as error:
-            if loading:
-                raise StateRefused(error.message, hint=error.hint) from error
+            raise failure(error.message, hint=error.hint) from error
+        except OperationTimeout as error:
+            if failure is MachineLost:
+                raise MachineLost(error.message, hint=error.hint) from error
             raise
 
     async def save(self, control_socket: Path, state: Path) -> None:
@@ -209,6 +214,9 @@ class QemuHypervisor:
         frozen, began = False, time.monotonic()
         await client.execute("stop")
         try:
+            status = cast("dict[str, object]", await client.execute("query-status"))
+            if status.get("status") != "paused":  # a full disk holds it in the middle of a write
+                raise Unavailable(f"its machine is {status.get('status')}")
             await asyncio.to_thread(copy.at_rest)
             state = {"filename": str(capture.state), "live": False}
             await client.execute("xen-save-devices-state", state)

@@ -102,7 +102,8 @@ def qemu_argv(
         *("-device", "virtio-rng-device"),
         *(word for disk in machine.disks for word in _disk(disk)),
         *(_network(inherited.network_fd, mac) if inherited.network_fd >= 0 else ()),
-        *(("-incoming", "defer") if incoming else ()),
+        # Paused, whatever it was when it was saved: its disks are to be looked after first.
+        *(("-S", "-incoming", "defer") if incoming else ()),
     )
 
 

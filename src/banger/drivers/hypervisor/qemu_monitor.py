@@ -138,7 +138,8 @@ async def save_state(client: QMPClient, state: Path) -> None:
 
 
 async def load_state(client: QMPClient, state: Path, disks: tuple[Disk, ...]) -> None:
-    """Give an incoming machine its state, larger disks where they are asked for, and let it run."""
+    """Give an incoming machine, which is paused, its state, and larger disks where they are asked
+    for."""
     await client.execute("migrate-set-capabilities", _STATE_ONLY)
     descriptor = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -152,7 +153,6 @@ async def load_state(client: QMPClient, state: Path, disks: tuple[Disk, ...]) ->
         if disk.size_mib:  # the guest's driver is told
             size = {"node-name": disk.name, "size": disk.size_mib << 20}
             await client.execute("block_resize", size)
-    await client.execute("cont")
 
 
 async def _migrated(client: QMPClient) -> None:

@@ -16,6 +16,7 @@ import msgspec
 from banger.base import proc
 from banger.base.cancellation import to_its_end
 from banger.base.errors import PreconditionFailed
+from banger.base.files import sync_directory
 from banger.drivers.base import Check, DiskFormat, Level
 
 QEMU_IMG = "qemu-img"
@@ -99,6 +100,8 @@ class Qcow2Storage:
         size_bytes = (await _infos(disk))[0].virtual_size
         argv = layer_argv(disk.name, overlay, size_bytes)
         await proc.run(argv, timeout_s=_CREATE_TIMEOUT_S)
+        # Its VM is about to depend on it, across a power failure, too.
+        await asyncio.to_thread(_sync, overlay)
 
     async def layers(self, disk: Path) -> list[Path]:
         """See `Storage.layers`."""
@@ -139,6 +142,15 @@ async def _infos(disk: Path) -> list[_Info]:
     argv = overlay_argv("info", disk, "--output=json", "--backing-chain", "--force-share")
     answer = await proc.run(argv, timeout_s=_INFO_TIMEOUT_S)
     return msgspec.json.decode(answer.stdout, type=list[_Info])
+
+
+def _sync(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    sync_directory(file.parent)
 
 
 def _copy(overlay: Path, copy: Path) -> None:

@@ -46,13 +46,29 @@ static int host_keys(bool remove) {
     return found;
 }
 
+#define HOST_KEY "/etc/ssh/ssh_host_ed25519_key"
+
 /* One key, of the kind that every client of today takes: an RSA key takes seconds to find when the
- * processor is emulated. */
+ * processor is emulated. A machine that is copied while it looks for its key has the same in mind
+ * as its copy: who has become somebody else meanwhile begins anew. */
 static void make_host_key(void) {
-    static char *const keygen[] = {"/usr/bin/ssh-keygen", "-q", "-t", "ed25519", "-N", "",
-                                   "-f", "/etc/ssh/ssh_host_ed25519_key", NULL};
-    if (host_keys(false) == 0 && access(keygen[0], X_OK) == 0)
-        waitpid(spawn(keygen), NULL, 0);
+    char path[64], public[80], before[64], after[64];
+    snprintf(path, sizeof path, "/etc/ssh/.banger-key-%d", (int)getpid());
+    snprintf(public, sizeof public, "%s.pub", path);
+    char *const keygen[] = {"/usr/bin/ssh-keygen", "-q", "-t", "ed25519", "-N", "",
+                            "-f", path, NULL};
+    while (host_keys(false) == 0 && access(keygen[0], X_OK) == 0) {
+        int status = 0;
+        read_line("/etc/machine-id", before, sizeof before);
+        waitpid(spawn(keygen), &status, 0);
+        read_line("/etc/machine-id", after, sizeof after);
+        bool made = strcmp(before, after) == 0 && rename(public, HOST_KEY ".pub") == 0 &&
+                    rename(path, HOST_KEY) == 0;
+        unlink(path);
+        unlink(public);
+        if (made || status != 0)
+            return;
+    }
 }
 
 static void start_sshd(void) {
