@@ -21,7 +21,7 @@ from banger.base.errors import (
 )
 from banger.base.model import NetworkMode, Operation, OperationState, Snapshot, Vm, VmState
 from banger.base.opid import current_op_id, new_op_id
-from banger.drivers.base import MachineStatus
+from banger.drivers.base import MachineLost, MachineStatus
 from banger.guest import requests
 from banger.services import forks
 from banger.services.layers import LAYERS_MAX
@@ -601,3 +601,66 @@ async def test_until_all_forks_are_there_each_is_one_that_the_next_daemon_remove
 
 async def forks_of(world: World, progress: Progress) -> None:
     await world.forks.fork("box", 2, "", progress)
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+async def test_a_daemon_that_dies_as_a_vm_goes_on_keeps_a_memory_that_is_good(
+    world: World, handed_over: bool
+) -> None:
+    await world.create()
+    vm = await suspend(world)
+    # As after SIGKILL in the middle of its start, with no machine (any more).
+    await world.vms.save(vm, state=VmState.STARTING)
+    if handed_over:
+        world.vms.hand_over_memory(vm)
+    following = await world.restarted()
+    await following.reconcile()
+    now = await following.vms.show("box")
+    assert now.runtime.state is (VmState.STOPPED if handed_over else VmState.SUSPENDED)
+    assert world.paths.vm(vm.id).memory.exists() is not handed_over
+    assert (await following.start("box")).runtime.state is VmState.RUNNING
+    left = {each.name for each in world.paths.vm(vm.id).directory.iterdir()}
+    assert not left & {"memory", "machine-state", "memory-handed-over"}
+    await following.close()
+
+
+async def test_a_machine_that_ran_and_was_lost_loses_its_memory(world: World) -> None:
+    await world.create()
+    vm = await suspend(world)
+    world.hypervisor.restore_gate.fail = MachineLost("it has ended")
+    with pytest.raises(MachineLost):
+        await world.start("box")
+    assert (await world.vms.show("box")).runtime.state is VmState.STOPPED
+    assert not world.paths.vm(vm.id).memory.exists()
+
+
+async def test_two_forks_at_once_have_names_of_their_own(world: World) -> None:
+    await world.create()
+    first, second = await asyncio.gather(fork(world, 3), fork(world, 3))
+    names = {vm.name for vm in (*first, *second)}
+    assert names == {f"box-fork-{number}" for number in range(1, 7)}
+    assert world.forks._reserved == set()
+
+
+async def test_a_memory_needs_room_for_all_of_it(world: World) -> None:
+    await world.create(memory_mib=10 << 20)
+    with pytest.raises(PreconditionFailed, match="are needed"):
+        await snapshot(world)
+    with pytest.raises(PreconditionFailed, match="are needed"):
+        await suspend(world)
+    assert (await world.vms.show("box")).runtime.state is VmState.RUNNING
+    assert snapshot_files(world) == []
+
+
+async def test_a_snapshot_whose_deletion_was_cut_off_is_gone_at_the_next_start(
+    world: World,
+) -> None:
+    await world.create()
+    taken = await snapshot(world)
+    directory = Path(taken.directory)
+    directory.rename(directory.with_name(f".deleting-{directory.name}"))
+    following = await world.restarted()
+    await following.reconcile()
+    assert await following.snapshots.all() == []
+    assert snapshot_files(following) == []
+    await following.close()
