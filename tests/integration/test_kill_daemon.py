@@ -15,8 +15,10 @@ pytestmark = pytest.mark.guest
 
 NAMES = [f"crowd-{number}" for number in range(10)]
 
-#: Writes without end, and notes by which signal it ends.
+#: Writes without end, and notes by which signal it ends. (Its output may be closed before that
+#: signal reaches it.)
 _STREAM = """
+trap '' PIPE
 trap 'echo HUP >/root/ended; exit' HUP
 trap 'echo TERM >/root/ended; exit' TERM
 count=0

@@ -64,7 +64,7 @@ def test_a_process_that_does_not_name_the_directory_is_never_ended(tmp_path: Pat
 
 def test_a_session_that_leaves_a_process_fails(pytester: pytest.Pytester) -> None:
     tests = Path(__file__).parent.parent
-    for name in ("conftest.py", "leftovers.py"):
+    for name in ("conftest.py", "homes.py", "leftovers.py", "product.py"):
         pytester.path.joinpath(name).write_text((tests / name).read_text())
     pytester.makepyfile(
         """
