@@ -86,6 +86,7 @@ class BareQemu:
                 shutil.copyfile(self._directory / f"saved-{name}", self._directory / name)
             async with self._started(machine, incoming=True) as qmp:
                 await load_state(qmp, self._directory / "state", ())
+                await qmp.execute("cont")
                 channel = await _connected(machine.agent_socket)
                 await true_s(channel)
                 took_s = time.perf_counter() - begin
