@@ -61,7 +61,6 @@ def measure(home: Home) -> list[Figure]:
                     floor_name="bare QEMU restored to the same answer",
                     floor=floor_s,
                     rounds=_ROUNDS,
-                    target=Target(times=1.5, p95=True),
                 )
             )
         finally:
