@@ -53,11 +53,15 @@ def _bare_python() -> None:
 def _exec_by_rpc(home: Home) -> None:
     """What the CLI does for ``vm exec``, without the start of a process."""
     with Client.connect(home.paths, start=False) as client:
-        command = {"argv": ["true"]}
-        client.call("vm.exec", {"vm": _VM, "command": command}, dict[str, object])
-        session = client.session()
-        session.send(FrameType.EOF)
-        frames = list(session.pending())
-        while not frames or frames[-1][0] is not FrameType.EXIT:
-            frames += session.receive()
-        assert decode_exit(frames[-1][1]).status == 0
+        exec_true(client, _VM)
+
+
+def exec_true(client: Client, vm: str) -> None:
+    """``true`` in a machine, to its successful end."""
+    client.call("vm.exec", {"vm": vm, "command": {"argv": ["true"]}}, dict[str, object])
+    session = client.session()
+    session.send(FrameType.EOF)
+    frames = list(session.pending())
+    while not frames or frames[-1][0] is not FrameType.EXIT:
+        frames += session.receive()
+    assert decode_exit(frames[-1][1]).status == 0

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 from banger.rpc.client import Client
-from banger.rpc.protocol import FrameType, decode_exit
+from bench.exec_latency import exec_true
 from bench.home import Home
 from bench.measure import Figure
 
@@ -73,11 +73,5 @@ def _first_command_s(home: Home, image: str, name: str, start_s: float, *, cold:
     with Client.connect(home.paths, start=False) as client:
         request = {"name": name, "image": image, "memory_mib": 512, "cold": cold}
         client.call("vm.create", request, dict[str, object])
-        client.call("vm.exec", {"vm": name, "command": {"argv": ["true"]}}, dict[str, object])
-        session = client.session()
-        session.send(FrameType.EOF)
-        frames = list(session.pending())
-        while not frames or frames[-1][0] is not FrameType.EXIT:
-            frames += session.receive()
-        assert decode_exit(frames[-1][1]).status == 0
+        exec_true(client, name)
     return time.perf_counter() - begin

@@ -101,6 +101,13 @@ _START = (
     Stage("boot", machine=True),
     Stage("setup", machine=True),
 )
+#: Those of a machine that goes on from a saved one, and those of saving one that runs.
+_RESTORE = (Stage("prepare"), Stage("restore"), Stage("setup", machine=True))
+_CAPTURE = (
+    Stage("preflight", machine=True),
+    Stage("memory", machine=True),
+    Stage("freeze", machine=True),
+)
 _POWER_OFF = Stage("power_off", machine=True)
 
 #: Stages that are entered or not by chance, when an operation that ends a machine comes to its lock
@@ -116,9 +123,7 @@ OPERATIONS = (
             Stage("preflight"),
             Stage("template"),
             Stage("disks"),
-            Stage("prepare"),
-            Stage("restore"),
-            Stage("setup", machine=True),
+            *_RESTORE,
         ),
         template=True,
     ),
@@ -201,9 +206,7 @@ OPERATIONS = (
             Stage("preflight"),
             Stage("template"),
             Stage("disks"),
-            Stage("prepare"),
-            Stage("restore"),
-            Stage("setup", machine=True),
+            *_RESTORE,
         ),
         variant="first",
         template=True,
@@ -213,9 +216,7 @@ OPERATIONS = (
         Before.RUNNING,
         ("vm", "snapshot", "-q", SUBJECT, "taken"),
         (
-            Stage("preflight", machine=True),
-            Stage("memory", machine=True),
-            Stage("freeze", machine=True),
+            *_CAPTURE,
             Stage("sync", machine=True),
         ),
     ),
@@ -224,9 +225,7 @@ OPERATIONS = (
         Before.RUNNING,
         ("vm", "fork", "-q", SUBJECT, "--count", "1"),
         (
-            Stage("preflight", machine=True),
-            Stage("memory", machine=True),
-            Stage("freeze", machine=True),
+            *_CAPTURE,
             Stage("forks", machine=True),
         ),
     ),
@@ -235,9 +234,7 @@ OPERATIONS = (
         Before.RUNNING,
         ("vm", "stop", "-q", "--suspend", SUBJECT),
         (
-            Stage("preflight", machine=True),
-            Stage("memory", machine=True),
-            Stage("freeze", machine=True),
+            *_CAPTURE,
             Stage("sync", machine=True),
             Stage("cleanup", machine=True),
         ),
@@ -248,9 +245,7 @@ OPERATIONS = (
         ("vm", "start", "-q", *BOOT, SUBJECT),
         (
             Stage("preflight"),
-            Stage("prepare"),
-            Stage("restore"),
-            Stage("setup", machine=True),
+            *_RESTORE,
         ),
         variant="suspended",
     ),

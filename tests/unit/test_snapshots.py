@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -423,6 +424,109 @@ async def test_a_memory_that_did_not_go_on_is_kept(world: World) -> None:
     assert world.paths.vm(vm.id).memory.is_file()
     world.hypervisor.restore_gate.fail = None
     assert (await world.start("box")).runtime.state is VmState.RUNNING
+
+
+@pytest.mark.parametrize("ran", [False, True])
+async def test_a_start_that_failed_with_no_room_to_record_it(
+    world: World, monkeypatch: pytest.MonkeyPatch, ran: bool
+) -> None:
+    await world.create()
+    vm = await suspend(world)
+    save = world.store.update_vm
+
+    async def full(_: Vm) -> None:
+        raise Unavailable("the database is full")
+
+    async def fails(*_: object) -> int:
+        monkeypatch.setattr(world.store, "update_vm", full)
+        raise MachineLost("gone") if ran else Unavailable("no")
+
+    restore = world.hypervisor.restore
+    monkeypatch.setattr(world.hypervisor, "restore", fails)
+    with pytest.raises(Unavailable):
+        await world.start("box")
+    assert not world.paths.vm(vm.id).runtime.exists()
+    assert world.paths.vm(vm.id).memory.exists() is not ran
+    shown = (await world.vms.show("box")).runtime.state
+    assert shown is (VmState.STOPPED if ran else VmState.SUSPENDED)
+    monkeypatch.setattr(world.store, "update_vm", save)
+    monkeypatch.setattr(world.hypervisor, "restore", restore)
+    assert (await world.start("box")).runtime.state is VmState.RUNNING
+    assert (world.hypervisor.machines[-1].memory_file is None) is ran
+
+
+async def test_a_memory_is_kept_when_it_cannot_be_handed_over(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.create()
+    vm = await suspend(world)
+
+    def full(_: Vm) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(world.vms, "hand_over_memory", full)
+    with pytest.raises(OSError, match="No space"):
+        await world.start("box")
+    assert (await world.vms.show("box")).runtime.state is VmState.SUSPENDED
+    assert world.paths.vm(vm.id).memory.is_file()
+
+
+async def test_a_start_of_a_suspended_vm_cancelled_at_any_moment_keeps_its_memory(
+    world: World,
+) -> None:
+    vm = await world.create()
+    await suspend(world)
+    memory = world.paths.vm(vm.id).memory
+    steps, started = 0, 0
+    while started < 3:
+
+        async def work(progress: Progress) -> None:
+            await world.lifecycle.start("box", progress)
+
+        starting = begin(world, "vm.start", work)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        done = await world.operations.cancel(starting.record.id)
+        found = await world.vms.show("box")
+        if found.runtime.state is VmState.RUNNING:
+            started += 1
+            assert done.state is OperationState.COMPLETED
+            assert world.hypervisor.machines[-1].memory_file is not None
+            world.hypervisor.statuses.clear()
+            await suspend(world)
+        else:
+            assert done.state is OperationState.CANCELLED
+            assert found.runtime.state is VmState.SUSPENDED
+        assert memory.is_file()
+        steps = max(steps + 1, steps * 8 // 7)
+
+
+@pytest.mark.parametrize(("part", "step"), [("hypervisor", "restore"), ("vms", "mark_running")])
+async def test_it_is_too_late_to_cancel_what_goes_on(
+    world: World, monkeypatch: pytest.MonkeyPatch, part: str, step: str
+) -> None:
+    await world.create()
+    await suspend(world)
+    real, reached, go_on = getattr(getattr(world, part), step), asyncio.Event(), asyncio.Event()
+
+    async def waits(*arguments: object) -> object:
+        reached.set()
+        await go_on.wait()
+        return await real(*arguments)
+
+    monkeypatch.setattr(getattr(world, part), step, waits)
+
+    async def work(progress: Progress) -> None:
+        await world.lifecycle.start("box", progress)
+
+    starting = begin(world, "vm.start", work)
+    await reached.wait()
+    cancelling = asyncio.create_task(world.operations.cancel(starting.record.id))
+    await asyncio.sleep(0)
+    go_on.set()
+    assert (await cancelling).state is OperationState.COMPLETED
+    assert (await world.vms.show("box")).runtime.state is VmState.RUNNING
+    assert world.hypervisor.machines[-1].memory_file is not None
 
 
 async def test_what_would_lose_a_memory_says_so_and_kill_does_it(world: World) -> None:

@@ -1,9 +1,10 @@
-"""Clean-up that a cancellation does not cut short."""
+"""Work that a cancellation does not cut short."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from banger.base.log import get_logger
@@ -29,3 +30,15 @@ async def to_its_end(work: Coroutine[Any, Any, T]) -> T:
     if not task.cancelled() and (failure := task.exception()) is not None:
         get_logger().error("clean-up failed", error=str(failure), exc_info=failure)
     raise cancelled
+
+
+async def past_recall(work: Coroutine[Any, Any, T]) -> T:
+    """Await `work` to its end: a cancellation meanwhile comes too late, and is forgotten.
+
+    For the step that makes something so: whoever asked is told that it is, which is the truth.
+    """
+    task = asyncio.ensure_future(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.wait({task})
+    return await task

@@ -28,6 +28,15 @@ def write_atomically(path: Path, data: bytes, *, mode: int = 0o600, durable: boo
         raise
 
 
+def sync_file(path: Path) -> None:
+    """Have the content of `path` on the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def sync_directory(directory: Path) -> None:
     """Make renames within `directory` durable."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

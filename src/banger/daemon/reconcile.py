@@ -23,8 +23,9 @@ from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.layers import DiskLayers
 from banger.services.liveness import Liveness
+from banger.services.machine import nobody
 from banger.services.snapshots import SnapshotService
-from banger.services.standby import MARKER, nobody
+from banger.services.standby import MARKER
 from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 from banger.store.store import Store
@@ -87,7 +88,7 @@ class Reconciler:
             await self._vms.remove(vm, log)
         elif vm.runtime.state is VmState.STARTING and self._vms.memory_is_good(vm):
             get_logger().warning("vm was about to go on", **vm_attributes(vm))
-            await self._vms.mark_suspended(vm)
+            await self._vms.mark_suspended_again(vm)
         elif vm.runtime.state is VmState.STARTING:
             # Its guest may not have its identity yet: nobody has been told that it runs.
             get_logger().warning("vm was being started", **vm_attributes(vm))

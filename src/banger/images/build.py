@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from banger.base.errors import NotFound, PreconditionFailed
+from banger.base.files import sync_file
 from banger.images import preflight
 from banger.images.bootstrap import Bootstrap, bootstrap
-from banger.images.ext4 import MIB, Shape, make_ext4, make_home, sync_file
+from banger.images.ext4 import MIB, Shape, make_ext4, make_home
 from banger.images.progress import UNKNOWN, Progress
 from banger.images.userns import temporary_tree
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from banger.base import proc
 from banger.base.errors import PreconditionFailed
+from banger.base.files import sync_file
 from banger.base.units import format_size
 from banger.images.userns import contained
 
@@ -71,7 +72,7 @@ async def make_ext4(source: Path, image: Path, shape: Shape) -> None:
     """Write `image`, a sparse ext4 of `shape` with what is in `source`; owners are kept.
 
     `source` is a tree made in `userns.contained`. Raises PreconditionFailed when it does not fit
-    or the host's disk is full. Not synced: see `sync_file`.
+    or the host's disk is full. Not synced: see `base.files.sync_file`.
     """
     await asyncio.to_thread(_make_empty, image)
     try:
@@ -134,15 +135,6 @@ def fitting_shape(tree: Path, label: str) -> Shape:
     used = blocks * _BLOCK + inodes * _INODE
     # Bitmaps, descriptors with their reserve, extent blocks: well under 3 % and 6 MiB.
     return Shape(label, math.ceil(used * 1.03 / MIB) + 6, inodes=inodes)
-
-
-def sync_file(path: Path) -> None:
-    """Have the content of `path` on the disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_ext4(path: Path) -> None:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from banger.base import proc
 from banger.base.errors import PreconditionFailed
+from banger.base.files import sync_file
 from banger.images import preflight
 from banger.images.bootstrap import Bootstrap, bootstrap, build_environment
-from banger.images.ext4 import MIB, fitting_shape, make_ext4, sync_file
+from banger.images.ext4 import MIB, fitting_shape, make_ext4
 from banger.images.progress import UNKNOWN, Progress
 from banger.images.userns import contained, temporary_tree
 from banger.images.vmlinux import elf_problem, extract_vmlinux

@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from banger.base.cancellation import past_recall
 from banger.base.errors import BangerError
 from banger.base.files import sync_directory
 from banger.base.log import get_logger
@@ -43,19 +44,14 @@ class Staging:
     async def publish(self, record: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Move it to its final place and `record` it: from then on it is an artifact.
 
-        A cancellation that comes while it is recorded comes too late, and is raised after it.
+        A cancellation that comes while it is recorded comes too late.
         """
         await asyncio.to_thread(sync_directory, self.path)
         self.path = self.path.rename(self._final)
         await asyncio.to_thread(sync_directory, self._final.parent)
-        recording = asyncio.ensure_future(record())
-        try:
-            await asyncio.shield(recording)
-        finally:
-            await asyncio.wait({recording})
-            if recording.exception() is None:
-                self.published = True
-                (self.path / _MARKER).unlink()
+        await past_recall(record())
+        self.published = True
+        (self.path / _MARKER).unlink()
 
 
 @asynccontextmanager

@@ -129,7 +129,7 @@ class Lifecycle:
     async def _suspended_again(self, vm: Vm) -> None:
         """A suspended VM has not gone on: its memory is as good as before."""
         try:
-            await self._vms.mark_suspended(vm)
+            await self._vms.mark_suspended_again(vm)
         except (BangerError, OSError) as error:
             get_logger().error("clean-up failed", error=str(error), **vm_attributes(vm))
 

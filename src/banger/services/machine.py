@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from banger.base.model import InitMode, VmRuntime, VmState
+from banger.base.model import Image, InitMode, Vm, VmRuntime, VmSpec, VmState, now
 from banger.base.paths import VmPaths
 from banger.drivers.base import Disk, DiskFormat, Machine, MemoryFile
 from banger.services.capabilities import Start
+
+_LEAST = VmSpec(vcpu_count=1, memory_mib=1, disk_size_mib=1, system_overlay_size_mib=1)
 
 
 def new_runtime(paths: VmPaths) -> VmRuntime:
@@ -20,6 +22,27 @@ def new_runtime(paths: VmPaths) -> VmRuntime:
         vm_dir=str(paths.directory),
         system_overlay=str(paths.system_overlay),
         work_disk=str(paths.work_disk),
+    )
+
+
+def nobody(
+    vm_id: str, paths: VmPaths, spec: VmSpec | None = None, image: Image | None = None
+) -> Vm:
+    """A VM that there is not, with its files at these paths: whose machine has no record.
+
+    Without `spec` and `image` it is good for nothing but to be ended.
+    """
+    moment = now()
+    return Vm(
+        id=vm_id,
+        name="",
+        image_id=image.id if image else "",
+        image_name=image.name if image else "",
+        kernel_id=image.kernel_id if image else "",
+        spec=spec or _LEAST,
+        runtime=new_runtime(paths),
+        created_at=moment,
+        updated_at=moment,
     )
 
 

@@ -8,7 +8,6 @@ can be deleted first. `taken` is also the first half of a fork, which keeps no s
 from __future__ import annotations
 
 import asyncio
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -17,14 +16,12 @@ from pathlib import Path
 
 from banger.base.cancellation import to_its_end
 from banger.base.errors import (
-    Ambiguous,
-    BadRequest,
     BangerError,
     Conflict,
-    NotFound,
     PreconditionFailed,
     Unavailable,
 )
+from banger.base.files import sync_file
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import NetworkMode, Snapshot, Vm, VmState, check_vm_name, now
 from banger.base.paths import Paths
@@ -45,6 +42,7 @@ from banger.services.liveness import Liveness
 from banger.services.machine import machine_of
 from banger.services.operations import Progress, Stages
 from banger.services.preflight import check_room_for_memory, require
+from banger.services.references import find
 from banger.services.vm import VmService
 from banger.store.store import Store, snapshot_exists
 
@@ -262,23 +260,13 @@ class SnapshotService:
 
     async def resolve(self, reference: str) -> Snapshot:
         """The snapshot of an id, a name, or an unambiguous prefix of either; exact wins."""
-        if not reference:
-            raise BadRequest("snapshot id or name is required")
-        snapshots = await self.all()
-        for each in snapshots:
-            if reference in (each.id, each.name):
-                return each
-        matches = [
-            each
-            for each in snapshots
-            if each.id.startswith(reference) or each.name.startswith(reference)
-        ]
-        if len(matches) > 1:
-            names = ", ".join(each.name for each in matches)
-            raise Ambiguous(f'multiple snapshots match "{reference}"', hint=f"they are: {names}")
-        if not matches:
-            raise NotFound(f'snapshot "{reference}" not found', hint="see: banger snapshot list")
-        return matches[0]
+        return find(
+            await self.all(),
+            reference,
+            noun="snapshot",
+            plural="snapshots",
+            name=lambda snapshot: snapshot.name,
+        )
 
     async def delete(self, reference: str) -> Snapshot:
         """Delete a snapshot. VMs that were made from it have all they need."""
@@ -305,8 +293,4 @@ class SnapshotService:
 def _sync(directory: Path) -> None:
     """What a power failure must not leave half written."""
     for path in directory.iterdir():
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_file(path)

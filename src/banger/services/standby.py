@@ -21,9 +21,9 @@ from banger.base import procfs
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError
 from banger.base.log import OperationLog, get_logger
-from banger.base.model import Template, Vm, VmSpec, now
+from banger.base.model import Template, Vm
 from banger.base.opid import current_op_id, new_op_id
-from banger.base.paths import Paths, VmPaths, check_socket_path
+from banger.base.paths import Paths, check_socket_path
 from banger.drivers.base import Hypervisor
 from banger.guest.channel import call
 from banger.guest.requests import Exec
@@ -54,22 +54,6 @@ _RESTORE_TIMEOUT_S = 60.0
 
 #: Bring the machine of a start from a template up to its identity, within so many seconds.
 Restore = Callable[[Start, Template, OperationLog, float], Awaitable[None]]
-
-
-def nobody(vm_id: str, paths: VmPaths) -> Vm:
-    """What a standby of a daemon that is gone is to whoever ends it: an id, and its files."""
-    moment = now()
-    return Vm(
-        id=vm_id,
-        name="",
-        image_id="",
-        image_name="",
-        kernel_id="",
-        spec=VmSpec(vcpu_count=1, memory_mib=1, disk_size_mib=1, system_overlay_size_mib=1),
-        runtime=new_runtime(paths),
-        created_at=moment,
-        updated_at=moment,
-    )
 
 
 @dataclass(frozen=True)

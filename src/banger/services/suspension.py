@@ -7,7 +7,6 @@ machine has gone on from it: the disks are then no longer those that it knows.
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 
 import msgspec
@@ -20,6 +19,7 @@ from banger.base.errors import (
     PreconditionFailed,
     Unavailable,
 )
+from banger.base.files import sync_file
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths
@@ -86,7 +86,7 @@ class Suspension:
             await self._hypervisor.capture(Path(vm.runtime.api_socket), pid, capture, stages.stage)
             stages.stage("sync")
             for path in (paths.memory, paths.machine_state):
-                await asyncio.to_thread(_sync, path)
+                await asyncio.to_thread(sync_file, path)
         except OSError as error:
             raise Unavailable(
                 f'the memory of vm "{vm.name}" cannot be kept: {error.strerror or error}',
@@ -121,11 +121,3 @@ class Suspension:
             if not path.is_file():
                 raise PreconditionFailed(f"{path} is missing", hint=hint)
         return Saved(paths.memory, paths.machine_state, vm.spec.disk_size_mib)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from banger.base import procfs
 from banger.base.errors import BangerError, Internal, Unavailable
+from banger.base.files import sync_file
 from banger.base.model import NetworkMode, Vm
 from banger.base.paths import VmPaths, prepare_private_dir
 from banger.drivers.base import Hypervisor, Machine, MemoryFile, Network, NetworkAttachment
@@ -122,8 +123,4 @@ async def _end(pidfd: int) -> None:
 def _sync(paths: VmPaths) -> None:
     """What a power failure must not leave half written: nobody would notice but the guests."""
     for path in (paths.memory, paths.machine_state, paths.system_overlay, paths.work_disk):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync_file(path)

@@ -28,8 +28,6 @@ import msgspec
 from banger.base import procfs
 from banger.base.config import Config
 from banger.base.errors import (
-    Ambiguous,
-    BadRequest,
     BangerError,
     Conflict,
     NotFound,
@@ -37,15 +35,11 @@ from banger.base.errors import (
 )
 from banger.base.log import OperationLog, get_logger
 from banger.base.model import (
-    Image,
     InitMode,
     NetworkMode,
     Operation,
     Template,
-    Vm,
-    VmRuntime,
     VmSpec,
-    VmState,
     now,
 )
 from banger.base.paths import Paths, VmPaths, check_socket_path
@@ -54,9 +48,10 @@ from banger.services import artifacts
 from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.services.capabilities import Capabilities, Saved, Start
 from banger.services.kernel import KernelService
-from banger.services.machine import machine_of, new_runtime
+from banger.services.machine import machine_of, nobody
 from banger.services.operations import Operations, Progress, Stages
 from banger.services.preflight import check_free_disk, require
+from banger.services.references import find
 from banger.services.single_flight import SingleFlight
 from banger.services.template_make import make_machine
 from banger.store.store import Store
@@ -192,15 +187,7 @@ class TemplateService:
 
     async def resolve(self, reference: str) -> Template:
         """The template of an id or an unambiguous prefix of one."""
-        if not reference:
-            raise BadRequest("template id is required")
-        found = [each for each in await self.all() if each.id.startswith(reference)]
-        if len(found) > 1:
-            names = ", ".join(each.id for each in found)
-            raise Ambiguous(f'multiple templates match "{reference}"', hint=f"they are: {names}")
-        if not found:
-            raise NotFound(f'template "{reference}" not found', hint="see: banger template list")
-        return found[0]
+        return find(await self.all(), reference, noun="template", plural="templates")
 
     async def delete(self, reference: str) -> Template:
         """Delete a template. VMs that were started from it run on. Conflict while one starts."""
@@ -372,7 +359,7 @@ class TemplateService:
             init=template.init,
             network=template.network,
         )
-        start = Start(_nobody(image, spec), image, kernel)
+        start = Start(nobody("template", _NOWHERE, spec, image), image, kernel)
         try:
             plan = await self._plan(start, await self._kernels.initramfs(kernel))
         except (BangerError, OSError):
@@ -400,34 +387,12 @@ class TemplateService:
 _NOWHERE = VmPaths(Path("/"), Path("/"))
 
 
-def _nobody(image: Image, spec: VmSpec) -> Vm:
-    """The VM that a template's machine is of: there is none."""
-    moment = now()
-    return Vm(
-        id="template",
-        name="template",
-        image_id=image.id,
-        image_name=image.name,
-        kernel_id=image.kernel_id,
-        spec=spec,
-        runtime=VmRuntime(state=VmState.CREATING),
-        created_at=moment,
-        updated_at=moment,
-    )
-
-
 def _without_identity(start: Start, machine_id: str, paths: VmPaths, disk_size_mib: int) -> Start:
     """A start of the same kind of machine, of a VM that there is not, with its files at `paths`."""
     spec = msgspec.structs.replace(
         start.vm.spec, disk_size_mib=disk_size_mib, ephemeral=False, published_ports=()
     )
-    vm = msgspec.structs.replace(
-        _nobody(start.image, spec),
-        id=machine_id,
-        kernel_id=start.kernel.id,
-        runtime=new_runtime(paths),
-    )
-    return Start(vm, start.image, start.kernel)
+    return Start(nobody(machine_id, paths, spec, start.image), start.image, start.kernel)
 
 
 def _is_whole(paths: VmPaths) -> bool:

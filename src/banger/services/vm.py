@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 from banger.base.cancellation import to_its_end
-from banger.base.errors import Ambiguous, BadRequest, BangerError, Conflict, NotFound, NotRunning
+from banger.base.errors import BangerError, Conflict, NotFound, NotRunning
 from banger.base.files import sync_directory
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm, VmState, now
@@ -30,6 +30,7 @@ from banger.services.handles import HandleCache
 from banger.services.liveness import Liveness
 from banger.services.locks import Locks, Rank
 from banger.services.operations import Stages
+from banger.services.references import find
 from banger.store.store import Store
 
 _CALL_TIMEOUT_S = 20.0
@@ -65,25 +66,9 @@ class VmService:
 
         Raises BadRequest for an empty reference, NotFound, or Ambiguous with the candidates.
         """
-        if not reference:
-            raise BadRequest("vm id or name is required")
-        vms = await self._store.vms()
-        for vm in vms:
-            if reference == vm.id:
-                return vm
-        for vm in vms:
-            if reference == vm.name:
-                return vm
-        matches = [vm for vm in vms if vm.id.startswith(reference) or vm.name.startswith(reference)]
-        if len(matches) > 1:
-            names = ", ".join(
-                vm.name if vm.name.startswith(reference) else f"{vm.name} ({vm.id})"
-                for vm in matches
-            )
-            raise Ambiguous(f'multiple VMs match "{reference}"', hint=f"they are: {names}")
-        if not matches:
-            raise NotFound(f'vm "{reference}" not found', hint="see: banger vm list")
-        return matches[0]
+        return find(
+            await self._store.vms(), reference, noun="vm", plural="VMs", name=lambda vm: vm.name
+        )
 
     async def settled(self, reference: str, *, half_made: bool = False) -> Vm:
         """The VM of a reference; Conflict while it is being created.
@@ -120,6 +105,8 @@ class VmService:
             vm = await self._store.get_vm(vm.id) or vm
             if self._cut_short(vm) and vm.runtime.state is VmState.CREATING:
                 return _entered(vm, VmState.ERROR, "it was not created to its end")
+            if self._cut_short(vm) and self.memory_is_good(vm):
+                return _entered(vm, VmState.SUSPENDED, "")
             if self._cut_short(vm):
                 return _entered(vm, VmState.STOPPED, "its start failed")
         if vm.runtime.state is VmState.RUNNING and not self._liveness.vm_alive(vm):
@@ -161,6 +148,9 @@ class VmService:
             vm = await self._store.get_vm(found.id)
             if vm is None:
                 raise NotFound(f'vm "{found.name}" not found')
+            if vm.runtime.state is VmState.STARTING and self.memory_is_good(vm):
+                # It did not start, when there was no room to record even that.
+                vm = _entered(vm, VmState.SUSPENDED, "")
             if stages is not None:
                 stages.describe(**vm_attributes(vm))
             yield vm
@@ -264,6 +254,8 @@ class VmService:
     async def mark_ended(self, vm: Vm, reason: str) -> Vm:
         """End what still runs of it, clean up, and record that it is stopped, and why."""
         await self._release(vm)
+        if not self.memory_is_good(vm):  # its room may be what the record needs
+            self.drop_memory(vm)
         stopped = await self.save(vm, state=VmState.STOPPED, last_error=reason)
         self.drop_memory(vm)
         return stopped
@@ -277,6 +269,12 @@ class VmService:
         suspended = await self.save(vm, state=VmState.SUSPENDED)
         await self._release(vm)
         return suspended
+
+    async def mark_suspended_again(self, vm: Vm) -> Vm:
+        """End what there is of a start that came to nothing: its memory is as good as before."""
+        await self._release(vm)
+        self._paths.vm(vm.id).memory_handed_over.unlink(missing_ok=True)
+        return await self.save(vm, state=VmState.SUSPENDED)
 
     def drop_memory(self, vm: Vm) -> None:
         """Forget the memory that was kept of a VM, if some was."""

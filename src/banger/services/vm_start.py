@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from banger.base.cancellation import to_its_end
+from banger.base.cancellation import past_recall, to_its_end
 from banger.base.errors import (
     BadRequest,
     BangerError,
@@ -209,11 +209,19 @@ class VmStarter:
         return await self._running(ready)
 
     async def _went_on(self, start: Start, stages: Stages, boot_timeout_s: float) -> Vm:
-        """The VM, with a memory of its own or of another's, which there is no other way to."""
-        if start.vm.runtime.state is VmState.CREATING:
+        """The VM, with a memory of its own or of another's, which there is no other way to.
+
+        While a machine goes on from its own, a cancellation, which would lose it, comes too late.
+        """
+        own = start.vm.runtime.state is not VmState.CREATING
+        if not own:
             stages.stage("disks")
             await self.create(start)
         stages.stage("prepare")
+        going_on = self._going_on(start, stages, boot_timeout_s)
+        return await (past_recall(going_on) if own else going_on)
+
+    async def _going_on(self, start: Start, stages: Stages, boot_timeout_s: float) -> Vm:
         await self._launch(start, stages)
         await self._introduce(start, stages, boot_timeout_s)
         return await self._running(start)
@@ -334,8 +342,8 @@ class VmStarter:
             machine = machine_of(start, paths, initramfs)
             return await self._drivers.hypervisor.launch(machine, start.network)
         machine = machine_of(start, paths, initramfs, MemoryFile(saved.memory, private=True))
-        start.ran = True
         self._vms.hand_over_memory(start.vm)
+        start.ran = True
         try:
             return await self._drivers.hypervisor.restore(machine, start.network, saved.state)
         except MachineLost:

@@ -127,12 +127,7 @@ async def save_state(client: QMPClient, state: Path) -> None:
     """Pause the machine and write its state. Raises Unavailable when QEMU cannot."""
     await client.execute("stop")
     await client.execute("migrate-set-capabilities", _STATE_ONLY)
-    descriptor = os.open(state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    try:
-        client.send_fd_scm(descriptor)
-    finally:
-        os.close(descriptor)
-    await client.execute("getfd", {"fdname": _STATE_FD})
+    await _hand_over(client, state, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     await client.execute("migrate", {"uri": f"fd:{_STATE_FD}"})
     await _migrated(client)
 
@@ -141,18 +136,23 @@ async def load_state(client: QMPClient, state: Path, disks: tuple[Disk, ...]) ->
     """Give an incoming machine, which is paused, its state, and larger disks where they are asked
     for."""
     await client.execute("migrate-set-capabilities", _STATE_ONLY)
-    descriptor = os.open(state, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        client.send_fd_scm(descriptor)
-    finally:
-        os.close(descriptor)
-    await client.execute("getfd", {"fdname": _STATE_FD})
+    await _hand_over(client, state, os.O_RDONLY)
     await client.execute("migrate-incoming", {"uri": f"fd:{_STATE_FD}"})
     await _migrated(client)
     for disk in disks:
         if disk.size_mib:  # the guest's driver is told
             size = {"node-name": disk.name, "size": disk.size_mib << 20}
             await client.execute("block_resize", size)
+
+
+async def _hand_over(client: QMPClient, state: Path, flags: int) -> None:
+    """Open the file of the state, and give QEMU the descriptor."""
+    descriptor = os.open(state, flags | os.O_CLOEXEC, 0o600)
+    try:
+        client.send_fd_scm(descriptor)
+    finally:
+        os.close(descriptor)
+    await client.execute("getfd", {"fdname": _STATE_FD})
 
 
 async def _migrated(client: QMPClient) -> None:

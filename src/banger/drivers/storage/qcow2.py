@@ -16,7 +16,7 @@ import msgspec
 from banger.base import proc
 from banger.base.cancellation import to_its_end
 from banger.base.errors import PreconditionFailed
-from banger.base.files import sync_directory
+from banger.base.files import sync_directory, sync_file
 from banger.drivers.base import Check, DiskFormat, Level
 
 QEMU_IMG = "qemu-img"
@@ -145,11 +145,7 @@ async def _infos(disk: Path) -> list[_Info]:
 
 
 def _sync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync_file(file)
     sync_directory(file.parent)
 
 
