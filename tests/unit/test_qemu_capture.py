@@ -3,6 +3,7 @@ tests/integration/test_snapshots_guest.py.)"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import mmap
 import os
@@ -11,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from banger.base.cancellation import to_its_end
+from banger.base.errors import Unavailable
+from banger.drivers.hypervisor import qemu_monitor
 from banger.drivers.hypervisor.qemu_capture import GuestMemory, copying, file_of
 
 PAGE = mmap.PAGESIZE
@@ -85,3 +89,30 @@ def test_a_disk_that_has_gone_on_in_another_file_is_in_that() -> None:
     told = {"backing": {"file": {"filename": "/v/a"}}, "file": {"filename": "/v/b"}}
     node = {"image": {"filename": f"json:{json.dumps(told)}"}}
     assert file_of(node) == Path("/v/b")
+
+
+async def test_a_qemu_that_hangs_in_the_middle_is_not_waited_for(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where a cancellation would be put off until it has answered."""
+    path = short_path / "qmp"
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        version = {"qemu": {"major": 7, "minor": 2, "micro": 0}, "package": ""}
+        writer.write(json.dumps({"QMP": {"version": version, "capabilities": []}}).encode() + b"\n")
+        enabling = json.loads(await reader.readline())
+        writer.write(json.dumps({"return": {}, "id": enabling["id"]}).encode() + b"\n")
+        await reader.read()  # and not a word more
+        writer.close()
+
+    monkeypatch.setattr(qemu_monitor._Client, "_timeout_s", 0.2)
+    monkeypatch.setattr(qemu_monitor, "_LATER_ANSWER_TIMEOUT_S", 0.01)
+    async with await asyncio.start_unix_server(serve, path):
+        async with asyncio.timeout(10):
+            with pytest.raises(
+                Unavailable, match="QEMU hangs: it does not answer cont within 0.01"
+            ):
+                async with qemu_monitor.conversation(path, 600) as client:
+                    with pytest.raises(Unavailable, match="does not answer stop within 0.2 s"):
+                        await to_its_end(client.execute("stop"))  # type: ignore[arg-type]
+                    await client.execute("cont")

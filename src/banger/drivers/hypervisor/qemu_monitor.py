@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +23,10 @@ from banger.drivers.base import Disk
 #: 50 to 100 ms are usual; a host that swaps may take seconds.
 _LAUNCH_TIMEOUT_S = 30.0
 _QMP_TIMEOUT_S = 5.0
+#: For the answer to one command, however long the conversation may take: all are done in some
+#: milliseconds, or go on by themselves. When one was not answered the next is hardly waited for.
+_ANSWER_TIMEOUT_S = 15.0
+_LATER_ANSWER_TIMEOUT_S = 1.0
 #: 10 to 20 ms are usual.
 _STATE_TIMEOUT_S = 30.0
 _POLL_S = 0.002
@@ -46,6 +50,27 @@ class Log:
             return file.read().decode(errors="replace").strip()
 
 
+class _Client(QMPClient):
+    """One that waits for no answer for ever, also where a cancellation may not end the waiting."""
+
+    _timeout_s = _ANSWER_TIMEOUT_S
+
+    async def execute(
+        self, cmd: str, arguments: Mapping[str, object] | None = None, oob: bool = False
+    ) -> object:
+        """Raises Unavailable when there is no answer in time."""
+        timeout_s = self._timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await super().execute(cmd, arguments, oob)
+        except TimeoutError as error:
+            self._timeout_s = _LATER_ANSWER_TIMEOUT_S
+            raise Unavailable(
+                f"QEMU hangs: it does not answer {cmd} within {timeout_s:g} s",
+                hint="end it: banger vm kill",
+            ) from error
+
+
 @asynccontextmanager
 async def conversation(
     control_socket: Path, timeout_s: float | None = None
@@ -55,7 +80,7 @@ async def conversation(
     Without `timeout_s` it has as long as a question and its answer take at most. Raises
     Unavailable when it does not answer in time, here or in the block.
     """
-    client = QMPClient("banger")
+    client = _Client("banger")
     timeout_s = timeout_s or _QMP_TIMEOUT_S
     try:
         async with asyncio.timeout(timeout_s):
