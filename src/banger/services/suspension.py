@@ -99,8 +99,8 @@ class Suspension:
             current = await self._vms.show(vm.id)
             if current.runtime.state is not VmState.RUNNING:
                 return
-            await self._hypervisor.resume(Path(vm.runtime.api_socket))
             self._vms.drop_memory(vm)
+            await self._hypervisor.resume(Path(vm.runtime.api_socket))
         except (BangerError, OSError) as error:
             get_logger().error("machine stays paused", error=str(error), **vm_attributes(vm))
 
