@@ -53,6 +53,7 @@ class Daemon:
                     snapshots=world.snapshots,
                     forks=world.forks,
                     suspension=world.suspension,
+                    workspaces=world.workspaces,
                     doctor=Doctor(world.paths, world.drivers, []),
                     stop=self.stopping.set,
                 )

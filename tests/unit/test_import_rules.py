@@ -16,7 +16,14 @@ import banger
 
 PACKAGE = Path(banger.__file__).parent
 
-_BELOW_DRIVERS = ("banger.rpc", "banger.store", "banger.guest", "banger.images", "banger.hostops")
+_BELOW_DRIVERS = (
+    "banger.rpc",
+    "banger.store",
+    "banger.guest",
+    "banger.images",
+    "banger.git",
+    "banger.hostops",
+)
 _DRIVER_FAMILIES = ("banger.drivers.hypervisor", "banger.drivers.network", "banger.drivers.storage")
 # Concrete drivers are handed in: services and the daemon know the protocols only.
 _SERVICES = ("banger", "banger.base", *_BELOW_DRIVERS, "banger.drivers.base")

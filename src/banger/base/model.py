@@ -115,6 +115,36 @@ class VmRuntime(Record, frozen=True):
     last_error: str = ""
 
 
+class WorkspaceMode(StrEnum):
+    """How much of a repository goes to the guest."""
+
+    #: HEAD without its history, and the working tree as it is.
+    SHALLOW_OVERLAY = "shallow_overlay"
+    #: All of its history, references and submodules, and the working tree as it is.
+    FULL_COPY = "full_copy"
+    #: The history of HEAD, and HEAD checked out: nothing of the working tree.
+    METADATA_ONLY = "metadata_only"
+
+
+class Workspace(Record, frozen=True):
+    """A git repository of the host that was given to a VM."""
+
+    #: What was asked for, and the repository that it is in.
+    source_path: str
+    repo_root: str
+    repo_name: str
+    guest_path: str
+    mode: WorkspaceMode
+    #: The host's, when it was prepared; the branch is empty when HEAD was detached.
+    head_commit: str
+    current_branch: str
+    #: That of the guest's copy.
+    branch_name: str
+    #: What an export is compared with: what was shipped, as a commit of the guest's copy.
+    base_commit: str
+    prepared_at: datetime
+
+
 class Vm(Record, frozen=True):
     id: str
     name: str
@@ -130,6 +160,8 @@ class Vm(Record, frozen=True):
     copied_from: str = ""
     #: When somebody last used it. Kept beside the record, so that noting it needs no lock.
     touched_at: datetime | None = None
+    #: Kept beside the record, too: a transfer does not have the VM's lock.
+    workspace: Workspace | None = None
 
 
 #: What the system calls take; a file that says otherwise is corrupt.
@@ -234,6 +266,8 @@ class Snapshot(Record, frozen=True):
     #: For how long the machine did not run.
     paused_ms: float
     created_at: datetime
+    #: That the VM had been given.
+    workspace: Workspace | None = None
 
     @property
     def has_memory(self) -> bool:

@@ -1,10 +1,11 @@
 """The only place that starts processes.
 
 Arguments are always a list, never a shell string. Standard input is ``/dev/null`` unless given.
-Three ways, by who waits for the process:
+Four ways, by who waits for the process:
 
 - `run`: wait for it here, with a time limit; cancelling means TERM, a grace period, KILL, reap,
   for its whole process group.
+- `stream`: the same, with what it prints as it comes.
 - `spawn_detached`: a process that outlives this one (a hypervisor, the daemon itself).
 - `popen`: a plain pipe for the synchronous CLI.
 """
@@ -16,7 +17,7 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from banger.base.tools import package_of
 _GRACE_S = 3.0
 _TAIL_BYTES = 2000
 _READ_BYTES = 65536
+_PIECE_BYTES = 1 << 20
 
 #: For programs that a guest might take over: nothing of the user's, who may keep keys in his.
 #: (They are started by their full path, and get the PATH of an empty environment.)
@@ -145,6 +147,40 @@ async def run(
     if check and returncode != 0:
         raise ProcessFailed(completed)
     return completed
+
+
+async def stream(
+    argv: Argv, *, stdin: bytes = b"", env: Mapping[str, str] | None = None
+) -> AsyncGenerator[bytes, None]:
+    """Run a tool and give what it prints as it comes, a piece at a time, for as long as it takes.
+
+    Close the generator (`contextlib.aclosing`): then nothing of the process group is left, however
+    far it was. Raises as `run` does, ProcessFailed after the last piece.
+    """
+    words = _resolve(argv)
+    process = await asyncio.create_subprocess_exec(
+        *words,
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=_environment(env),
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    feeding = asyncio.create_task(_feed(process.stdin, stdin))
+    complaining = asyncio.create_task(_collect(process.stderr, None))
+    try:
+        while piece := await process.stdout.read(_PIECE_BYTES):
+            yield piece
+        returncode, stderr = await process.wait(), await complaining
+    finally:
+        if process.returncode is None:
+            await asyncio.shield(_end_group(process))
+        for task in (feeding, complaining):
+            task.cancel()
+        await asyncio.gather(feeding, complaining, return_exceptions=True)
+    if returncode != 0:
+        raise ProcessFailed(Completed(tuple(words), returncode, b"", stderr))
 
 
 async def _collect(

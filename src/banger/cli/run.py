@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from banger.cli.machine import machine_options, machine_request
 from banger.cli.ports import note_ports
 from banger.cli.progress import watched_call
 from banger.cli.render import printable
+from banger.cli.repository import show_plan, workspace_options, workspace_request
 from banger.cli.session import run_session, window_size
 from banger.cli.transfer import receive_stream
 
@@ -52,7 +54,29 @@ stdin_option = click.option(
 tty_option = click.option("-t", "--tty", is_flag=True, help="Give the command a terminal.")
 
 
+def _check_repository_path(
+    ctx: click.Context,
+    param: click.Parameter,  # noqa: ARG001
+    value: str | None,
+) -> str | None:
+    """A directory: a word that is none was meant as a command, it may be."""
+    if value is not None and not Path(value).is_dir():
+        raise click.UsageError(
+            f'unexpected "{value}": it is no directory, and a command comes after --', ctx=ctx
+        )
+    return value
+
+
 @click.command(cls=AfterDashes)
+@click.argument("path", required=False, callback=_check_repository_path)
+@workspace_options
+@click.option(
+    "--export",
+    "patch",
+    type=click.Path(dir_okay=False),
+    metavar="FILE",
+    help="Write a patch of what changed in the repository, however the command ends.",
+)
 @machine_options
 @click.option("--rm", "remove", is_flag=True, help="Delete it when the command or shell ends.")
 @click.option("-d", "--detach", is_flag=True, help="Leave the command running; print the name.")
@@ -61,6 +85,13 @@ tty_option = click.option("-t", "--tty", is_flag=True, help="Give the command a 
 @tty_option
 def run(
     *,
+    path: str | None,
+    patch: str | None,
+    mode: str,
+    branch: str | None,
+    from_ref: str | None,
+    include_untracked: bool,
+    dry_run: bool,
     remove: bool,
     detach: bool,
     quiet: bool,
@@ -69,7 +100,7 @@ def run(
     tty: bool,
     **machine: Any,
 ) -> int:
-    """Run a command, or a shell, in a fresh machine.
+    """Run a command, or a shell, in a fresh machine; with PATH in a copy of its git repository.
 
     The exit status is the command's own; 125 when banger itself failed. Without --rm the machine
     keeps running afterwards.
@@ -84,6 +115,17 @@ def run(
     if detach and words is None and env:
         raise click.UsageError("-e is for a command: give one after --")
     _check_tty(tty)
+    repository = _repository(
+        path,
+        {"mode": mode, "branch": branch, "from_ref": from_ref,
+         "include_untracked": include_untracked},
+        dry_run=dry_run, patch=patch, detach=detach,
+    )  # fmt: skip
+    if dry_run:
+        assert repository is not None  # or --dry-run was refused
+        with connect() as client:
+            show_plan(client, repository)
+        return 0
     create = machine_request(machine) | {"ephemeral": remove}
     if words is None:
         tty = tty or (sys.stdin.isatty() and sys.stdout.isatty())
@@ -91,7 +133,11 @@ def run(
     if not (detach and words is None):
         command = _command(words or (), env, tty=tty, detach=detach)
     with connect() as client:
-        params = {"create": create, "command": command}
+        # Not resolved: a link to a file is replaced itself.
+        export = "" if patch is None else os.path.abspath(patch)  # noqa: PTH100
+        params = {
+            "create": create, "command": command, "workspace": repository, "export": export
+        }  # fmt: skip
         result = watched_call(client, "vm.run", params, VmResult, title="vm", quiet=quiet)
         made = result.vm
         if not quiet:
@@ -111,6 +157,34 @@ def run(
             f" end it for good: banger vm delete --force {made.name}"
         )
     return status
+
+
+def _repository(
+    path: str | None,
+    options: dict[str, Any],
+    *,
+    dry_run: bool,
+    patch: str | None,
+    detach: bool,
+) -> dict[str, Any] | None:
+    """The request for the repository, if there is one; UsageError for what needs one, without."""
+    if path is not None:
+        if patch is not None and detach:
+            raise click.UsageError(
+                "the changes of a detached command come later: banger vm workspace export"
+            )
+        return workspace_request(path, options)
+    given = {
+        "--branch": options["branch"],
+        "--from": options["from_ref"],
+        "--include-untracked": options["include_untracked"],
+        "--dry-run": dry_run,
+        "--export": patch,
+    }
+    for name, value in given.items():
+        if value:
+            raise click.UsageError(f"{name} is of a repository: give its PATH")
+    return None
 
 
 def _command(

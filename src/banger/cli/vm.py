@@ -39,6 +39,7 @@ _COMMANDS = {
     "ports": ("banger.cli.ports:ports", "What listens in machines, and how to reach it."),
     "exec": ("banger.cli.run:exec_", "Run a command in a running machine."),
     "shell": ("banger.cli.run:shell", "A login shell in a running machine."),
+    "workspace": ("banger.cli.workspace:workspace", "Git repositories in machines."),
     "cp": ("banger.cli.copy:cp", "Copy files between host and machine."),
     "logs": ("banger.cli.run:logs", "A machine's serial console."),
 }

@@ -37,6 +37,7 @@ from banger.daemon.params import (
 )
 from banger.daemon.sessions import Sessions
 from banger.daemon.verbs import Verbs
+from banger.daemon.workspaces import Workspaces
 from banger.drivers.base import Check
 from banger.rpc.protocol import MALFORMED, Request
 from banger.rpc.server import Connection
@@ -58,6 +59,7 @@ from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_spec import CreateRequest
 from banger.services.vm_start import Drivers
+from banger.services.workspace import WorkspaceService
 
 P = TypeVar("P", bound=msgspec.Struct)
 
@@ -83,6 +85,7 @@ class Services:
     snapshots: SnapshotService
     forks: ForkService
     suspension: Suspension
+    workspaces: WorkspaceService
     doctor: Doctor
     stop: Callable[[], None]
 
@@ -105,7 +108,14 @@ class Dispatch:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._started = time.monotonic()
-        sessions = Sessions(services.vms, services.creator, services.lifecycle, services.operations)
+        sessions = Sessions(
+            services.vms,
+            services.creator,
+            services.lifecycle,
+            services.workspaces,
+            services.operations,
+        )
+        workspaces = Workspaces(services.workspaces, services.operations)
         verbs = Verbs(
             services.vms,
             services.creator,
@@ -145,7 +155,7 @@ class Dispatch:
             "vm.show": Method(VmReference, self._vm),
             **{
                 name: Method(params, call, answers=True)
-                for group in (sessions, verbs, observation)
+                for group in (sessions, verbs, workspaces, observation)
                 for name, (params, call) in group.methods().items()
             },
         }

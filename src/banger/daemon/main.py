@@ -174,6 +174,7 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         snapshots=parts.snapshots,
         forks=parts.forks,
         suspension=parts.suspension,
+        workspaces=parts.workspaces,
         doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
         stop=stopping.set,
     )

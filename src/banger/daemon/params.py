@@ -11,6 +11,7 @@ from banger.base.model import PublishedPort
 from banger.services.vm_spec import ChangeRequest, CreateRequest
 from banger.services.vm_start import BOOT_TIMEOUT_S
 from banger.services.waiting import Goal
+from banger.services.workspace import ExportRequest, PrepareRequest
 
 #: No time that anybody waits for is longer.
 _A_CENTURY_S = 100 * 365 * 86400
@@ -144,6 +145,25 @@ class Run(Params, frozen=True):
 
     create: CreateRequest
     command: Command | None = None
+    #: A repository for it: the command runs there.
+    workspace: PrepareRequest | None = None
+    #: A file of the host's for the guest's patch, written when the command has ended, however.
+    export: str = ""
+
+
+class PlanWorkspace(Params, frozen=True):
+    workspace: PrepareRequest
+
+
+class PrepareWorkspace(Params, frozen=True):
+    vm: str
+    workspace: PrepareRequest
+
+
+class ApplyWorkspace(Params, frozen=True):
+    export: ExportRequest
+    #: Another repository than the one that it came from.
+    path: str = ""
 
 
 class Console(Params, frozen=True):

@@ -35,6 +35,7 @@ from banger.services.templates import TemplateService
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_start import Drivers, VmStarter
+from banger.services.workspace import WorkspaceService
 from banger.store.store import Store
 
 
@@ -105,6 +106,7 @@ class Parts:
         self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents)
         self.prune = Prune(self.vms, self.lifecycle, drivers.storage)
         self.ports = PortService(self.vms, self.lifecycle, self.agents, self.publishing)
+        self.workspaces = WorkspaceService(paths, store, self.vms)
         self.stats = StatsService(
             vms=self.vms,
             agents=self.agents,

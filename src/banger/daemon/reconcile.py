@@ -78,6 +78,7 @@ class Reconciler:
             await self._kernels.remove_leftovers()
             await self._templates.remove_leftovers(machines.items())
             await self._snapshots.remove_leftovers()
+            shutil.rmtree(self._paths.scratch_dir, ignore_errors=True)
 
     async def _reconcile(self, vm: Vm, machines: Mapping[Path, int], log: OperationLog) -> None:
         alive = self._liveness.rediscover(vm, machines)

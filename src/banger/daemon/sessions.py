@@ -36,6 +36,8 @@ from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations, Progress, raise_failure
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
+from banger.services.vm_spec import CreateRequest
+from banger.services.workspace import ExportRequest, Order, WorkspaceService
 
 _KINDS = {"f": "file", "d": "directory", "l": "link", "o": "other"}
 
@@ -46,11 +48,17 @@ class Sessions:
     """The methods that hold their connection."""
 
     def __init__(
-        self, vms: VmService, creator: VmCreator, lifecycle: Lifecycle, operations: Operations
+        self,
+        vms: VmService,
+        creator: VmCreator,
+        lifecycle: Lifecycle,
+        workspaces: WorkspaceService,
+        operations: Operations,
     ) -> None:
         self._vms = vms
         self._creator = creator
         self._lifecycle = lifecycle
+        self._workspaces = workspaces
         self._operations = operations
 
     def methods(self) -> Mapping[str, Row]:
@@ -125,36 +133,78 @@ class Sessions:
                 yield
 
     async def _run(self, params: Run, connection: Connection) -> None:
-        """Create, then the command, then (``ephemeral``) delete: one session."""
+        """Create, the repository, the command, the patch, then (``ephemeral``) delete: one
+        session."""
         _check_run(params)
         self._creator.check(params.create)
+        order = await self._workspaces.look(params.workspace) if params.workspace else None
         creation = self._operations.begin(
             "vm.create",
             params.create.name,
-            lambda progress: self._creator.work(params.create, progress),
+            lambda progress: self._made(params.create, order, progress),
         )
         vm = await self._await_creation(creation, connection, ephemeral=params.create.ephemeral)
         if params.command is None:
             await connection.result({"vm": vm})
             return
+        command = params.command
+        if order is not None and not command.cwd:
+            command = msgspec.structs.replace(command, cwd=order.directory)
         async with self._session("vm.run", vm):
-            if params.command.detach:
-                await self._detach(vm, params.command, connection)
+            if command.detach:
+                await self._detach(vm, command, connection)
                 return
             keep = not params.create.ephemeral
+            exit_, lost = Exit(), False
             try:
-                exit_, lost = await self._run_command(vm, params.command, connection)
+                exit_, lost = await self._run_command(vm, command, connection)
                 if lost and not keep and await self._vms.runs_on(vm):
                     # A guest that hangs is kept, to be looked into.
                     await self._vms.keep(vm)
                     keep, exit_ = True, _kept(exit_, vm)
             finally:
+                if params.export:
+                    failed = await to_its_end(self._exported(vm, params.export))
+                    if failed is not None:  # what is in it was not saved
+                        keep, exit_ = True, Exit(error=error_info(failed))
                 if not keep:
                     await to_its_end(self._end_session(vm))
         if connection.switched:
             await connection.send_exit(exit_)
         elif exit_.error is not None:
             raise from_wire(exit_.error.code, exit_.error.message, exit_.error.hint)
+
+    async def _made(self, create: CreateRequest, order: Order | None, progress: Progress) -> None:
+        """Create a VM and give it its repository. It is gone again when somebody takes that back;
+        when the transfer fails only one that is made for its session is."""
+        await self._creator.work(create, progress)
+        vm = progress.record.vm
+        if order is None or vm is None:
+            return
+        try:
+            await self._workspaces.prepare(vm.id, order, progress)
+            progress.result(vm=await self._vms.show(vm.id))
+        except BaseException as error:
+            if create.ephemeral or isinstance(error, asyncio.CancelledError):
+                await to_its_end(self._end_session(vm))
+            elif isinstance(error, BangerError):
+                error.hint = (
+                    error.hint or f"the VM runs: banger vm workspace prepare {vm.name} PATH"
+                )
+            raise
+
+    async def _exported(self, vm: Vm, path: str) -> BangerError | None:
+        """Save the guest's patch; when that fails the VM is kept, and this is why."""
+        try:
+            with OperationLog("vm.workspace.export", **vm_attributes(vm)):
+                await self._workspaces.save(ExportRequest(vm=vm.id), Path(path))
+        except (BangerError, OSError) as error:
+            with suppress(NotFound):
+                await self._vms.keep(vm)
+            message = f"the changes were not saved to {path}: {error}"
+            hint = f"the VM is kept: banger vm workspace export {vm.name} -o FILE"
+            return Unavailable(message, hint=hint)
+        return None
 
     async def _await_creation(
         self, creation: Progress, connection: Connection, *, ephemeral: bool
@@ -221,6 +271,12 @@ def _kept(exit_: Exit, vm: Vm) -> Exit:
 def _check_run(params: Run) -> None:
     if params.create.ephemeral and (params.command is None or params.command.detach):
         raise BadRequest("a VM that is deleted with its session cannot be detached")
+    if params.export and params.workspace is None:
+        raise BadRequest("without a repository there are no changes to export")
+    if params.export and (params.command is None or params.command.detach):
+        raise BadRequest("the changes of a detached command are not known when it begins")
+    if not params.export.startswith("/") and params.export:
+        raise BadRequest(f'"{params.export}" is no absolute path')
     if not params.create.start:
         raise BadRequest("a VM that is not started runs no command")
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from banger.base.errors import BadRequest
-from banger.base.model import Vm
+from banger.daemon.operate import operate
 from banger.daemon.params import (
     DeleteVm,
     ForkVm,
@@ -30,7 +30,7 @@ from banger.rpc.server import Connection
 from banger.services.forks import ForkService
 from banger.services.health import Health
 from banger.services.lifecycle import Lifecycle
-from banger.services.operations import Operations, Progress, raise_failure
+from banger.services.operations import Operations, Progress
 from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.snapshots import SnapshotService
@@ -242,19 +242,4 @@ class Verbs:
         target: str,
         work: Callable[[Progress], Awaitable[T]],
     ) -> None:
-        """Do `work` as an operation; tell the client its stages, then its result or its error."""
-        results: list[T] = []
-
-        async def run(progress: Progress) -> None:
-            result = await work(progress)
-            if isinstance(result, Vm):
-                progress.result(vm=result)
-            results.append(result)
-
-        progress = self._operations.begin(kind, target, run)
-        async for state in progress.changes():
-            if not state.done:
-                await connection.event(state)
-        raise_failure(progress.record)
-        (result,) = results
-        await connection.result(result)
+        await operate(self._operations, connection, kind, target, work)

@@ -138,6 +138,7 @@ class SnapshotService:
                 size_bytes=await asyncio.to_thread(allocated_bytes, staging.path),
                 paused_ms=round(paused_s * 1000, 1),
                 created_at=now(),
+                workspace=vm.workspace,
             )
             yield snapshot, staging
 

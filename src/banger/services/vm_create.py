@@ -114,6 +114,8 @@ class VmCreator:
                 progress.stage("preflight")
                 spec = await self._numbered(spec)
                 vm = self._record(request.name, spec, image, kernel, copied_from)
+                if snapshot is not None:
+                    vm = msgspec.structs.replace(vm, workspace=snapshot.workspace)
                 start = await self._starter.preflight(vm, image, kernel, snapshot)
                 if snapshot is not None and snapshot.has_memory and not request.cold:
                     start.saved = await self._snapshots.saved(snapshot, vm)

@@ -20,7 +20,7 @@ from typing import TypeVar
 import msgspec
 
 from banger.base.errors import Conflict, Internal, NotFound, PreconditionFailed
-from banger.base.model import Image, Kernel, Snapshot, Template, Vm
+from banger.base.model import Image, Kernel, Snapshot, Template, Vm, Workspace
 
 T = TypeVar("T")
 R = TypeVar("R", Image, Kernel, Snapshot)
@@ -61,9 +61,9 @@ class Store:
         def work(db: sqlite3.Connection) -> None:
             with _unique_name(vm), db:
                 db.execute(
-                    "INSERT INTO vms (id, name, image_id, kernel_id, record)"
-                    " VALUES (?, ?, ?, ?, ?)",
-                    (vm.id, vm.name, vm.image_id, vm.kernel_id, _json(vm)),
+                    "INSERT INTO vms (id, name, image_id, kernel_id, record, workspace)"
+                    " VALUES (?, ?, ?, ?, ?, ?)",
+                    (vm.id, vm.name, vm.image_id, vm.kernel_id, _json(vm), _json(vm.workspace)),
                 )
 
         await self._run(work)
@@ -92,13 +92,22 @@ class Store:
 
         await self._run(work)
 
+    async def set_workspace(self, vm_id: str, workspace: Workspace) -> None:
+        """Note which repository a VM was given; nothing when the VM is gone."""
+
+        def work(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute("UPDATE vms SET workspace = ? WHERE id = ?", (_json(workspace), vm_id))
+
+        await self._run(work)
+
     async def delete_vm(self, vm_id: str) -> None:
         """Remove a VM's row; nothing when it is gone already."""
         await self._delete("vms", vm_id)
 
     async def get_vm(self, vm_id: str) -> Vm | None:
         def work(db: sqlite3.Connection) -> Vm | None:
-            query = "SELECT record, touched_at FROM vms WHERE id = ?"
+            query = "SELECT record, touched_at, workspace FROM vms WHERE id = ?"
             row = db.execute(query, (vm_id,)).fetchone()
             return None if row is None else _vm(*row)
 
@@ -108,7 +117,7 @@ class Store:
         """All VMs, by name."""
 
         def work(db: sqlite3.Connection) -> list[Vm]:
-            rows = db.execute("SELECT record, touched_at FROM vms ORDER BY name")
+            rows = db.execute("SELECT record, touched_at, workspace FROM vms ORDER BY name")
             return [_vm(*row) for row in rows]
 
         return await self._run(work)
@@ -299,7 +308,7 @@ def snapshot_exists(name: str) -> Conflict:
     )
 
 
-def _json(record: msgspec.Struct) -> str:
+def _json(record: msgspec.Struct | None) -> str:
     return _encode(record).decode()
 
 
@@ -313,10 +322,13 @@ def _unique_name(vm: Vm) -> Iterator[None]:
         ) from error
 
 
-def _vm(record: str, touched_at: str | None) -> Vm:
+def _vm(record: str, touched_at: str | None, workspace: str | None) -> Vm:
     vm = _decode_vm(record)
     moment = None if touched_at is None else datetime.fromisoformat(touched_at)
-    return vm if vm.touched_at == moment else msgspec.structs.replace(vm, touched_at=moment)
+    given = None if workspace is None else msgspec.json.decode(workspace, type=Workspace | None)
+    if (vm.touched_at, vm.workspace) == (moment, given):
+        return vm
+    return msgspec.structs.replace(vm, touched_at=moment, workspace=given)
 
 
 def _template(record: str, used_at: str) -> Template:

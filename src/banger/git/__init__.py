@@ -1,0 +1,1 @@
+"""Git repositories of the host: looked at, packed for a guest, and changed by a guest's patch."""

@@ -1,0 +1,78 @@
+"""Running git on repositories that are not trusted.
+
+A repository's own configuration can name programs: hooks, filters, a file system monitor, an ssh
+command, a diff driver, an alias. Two ways keep them from running:
+
+- `ask` puts to the repository itself only questions that start no program, whatever it configures.
+- Everything else is done by `git.throwaway`, in a repository of ours over its objects and files.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from banger.base import proc
+
+#: Of the largest repositories: reading tens of thousands of files takes seconds.
+TIMEOUT_S = 600.0
+
+#: Neither asks anybody anything nor changes what it only looks at. No transport is allowed: a
+#: partial clone would otherwise fetch what it lacks, with the program that its configuration names.
+_QUIET: Mapping[str, str] = {
+    "LC_ALL": "C.UTF-8",
+    "GIT_OPTIONAL_LOCKS": "0",
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_ALLOW_PROTOCOL": "",
+    "GIT_PAGER": "cat",
+    "GIT_NO_REPLACE_OBJECTS": "1",
+}
+
+#: Given on the command line, which a process that git starts for a submodule is told, too.
+_NO_PROGRAMS = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+
+
+def user_environment() -> dict[str, str]:
+    """For `ask`: the user's own configuration, which says who he is and whom he trusts."""
+    kept = {name: os.environ[name] for name in ("HOME", "XDG_CONFIG_HOME") if name in os.environ}
+    return {**kept, **_QUIET}
+
+
+def bare_environment(git_dir: Path) -> dict[str, str]:
+    """For a repository of ours: no configuration but its own."""
+    return {
+        "HOME": "/",
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_CONFIG_GLOBAL": "/dev/null",
+        "GIT_ATTR_NOSYSTEM": "1",
+        "GIT_DIR": str(git_dir),
+        **_QUIET,
+    }
+
+
+async def ask(directory: Path, *arguments: str, check: bool = True) -> proc.Completed:
+    """Ask the repository at `directory` (``rev-parse``, ``config``, ``symbolic-ref``)."""
+    return await proc.run(
+        ["git", *_NO_PROGRAMS, "-C", directory, *arguments],
+        timeout_s=TIMEOUT_S,
+        env=user_environment(),
+        check=check,
+    )
+
+
+async def run(
+    git_dir: Path,
+    *arguments: str | Path,
+    stdin: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+    check: bool = True,
+) -> proc.Completed:
+    """Run git in a repository of ours, with `env` on top of its environment."""
+    return await proc.run(
+        ["git", *_NO_PROGRAMS, *arguments],
+        timeout_s=TIMEOUT_S,
+        stdin=stdin,
+        env=bare_environment(git_dir) | dict(env or {}),
+        check=check,
+    )

@@ -1,0 +1,2 @@
+# clean STAGING
+rm -rf -- "$1"

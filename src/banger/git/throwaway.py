@@ -1,0 +1,226 @@
+"""A repository of ours over the objects and the working tree of another, gone when it is done with.
+
+Its configuration is written here, from values that say how files are compared and never what is
+run: no hook, filter or monitor of the other repository has a name in it. What git writes (an index,
+objects of files that were changed) goes into it, and not into the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from banger.base.cancellation import to_its_end
+from banger.base.proc import Completed
+from banger.git import command
+from banger.git.layout import copy_if_regular, make_git_dir
+from banger.git.source import GITLINK, Source
+
+#: How files are compared and named. Each is a plain value: none names a program or a file.
+_COMPARED_BY = (
+    "core.autocrlf",
+    "core.eol",
+    "core.filemode",
+    "core.ignorecase",
+    "core.precomposeunicode",
+    "core.symlinks",
+    "core.sparsecheckout",
+    "core.sparsecheckoutcone",
+)
+_EXCLUDES_KEY = "core.excludesfile"
+#: Who commits what was shipped; the time is that of the commit below it, so that one working tree
+#: is one commit.
+_NOBODY = {
+    "GIT_AUTHOR_NAME": "banger",
+    "GIT_AUTHOR_EMAIL": "banger@localhost",
+    "GIT_COMMITTER_NAME": "banger",
+    "GIT_COMMITTER_EMAIL": "banger@localhost",
+}
+
+
+class Throwaway:
+    """Its index begins as the other repository's."""
+
+    def __init__(self, directory: Path, source: Source) -> None:
+        self.git_dir = directory / "git"
+        self.index = self.git_dir / "index"
+        #: That of the last `snapshot`.
+        self.snapshot_index = self.git_dir / "snapshot-index"
+        self._source = source
+
+    async def git(
+        self,
+        *arguments: str | Path,
+        index: Path | None = None,
+        stdin: bytes | None = None,
+        env: Mapping[str, str] | None = None,
+        check: bool = True,
+    ) -> Completed:
+        """Run git in it, over the other's working tree; with another index when one is given."""
+        environment = {
+            "GIT_WORK_TREE": str(self._source.root),
+            "GIT_INDEX_FILE": str(index or self.index),
+            **(env or {}),
+        }
+        return await command.run(
+            self.git_dir,
+            *("-C", self._source.root),
+            *arguments,
+            stdin=stdin,
+            env=environment,
+            check=check,
+        )
+
+    async def submodules(self) -> dict[bytes, str]:
+        """The commit of each submodule in the index, by its path."""
+        listed = await self.git("ls-files", "--stage", "-z")
+        return {
+            path: object_id
+            for mode, object_id, path in staged_entries(listed.stdout)
+            if mode == GITLINK
+        }
+
+    async def left_out(self) -> set[bytes]:
+        """The paths of tracked files that a sparse checkout leaves out."""
+        listed = await self.git("ls-files", "-t", "-z")
+        return {line[2:] for line in split(listed.stdout) if line.startswith(b"S ")}
+
+    async def is_clean(self) -> bool:
+        """Whether all tracked files are as HEAD has them."""
+        tree = await self.snapshot(submodules=await self.submodules())
+        return tree == text(await self.git("rev-parse", "HEAD^{tree}"))
+
+    async def untracked(self) -> list[bytes]:
+        """The paths of files that are neither tracked nor ignored."""
+        listed = await self.git("ls-files", "--others", "--exclude-standard", "-z")
+        # A repository within it is one entry, with a slash at its end.
+        return [path for path in split(listed.stdout) if not path.endswith(b"/")]
+
+    async def snapshot(
+        self, *, with_files: Iterable[bytes] = (), submodules: Mapping[bytes, str] | None = None
+    ) -> str:
+        """The tree of the files that are tracked, as they are, and of others in `with_files`.
+
+        `submodules` are the commits that those have now, for all there are.
+        """
+        index = self.snapshot_index
+        await asyncio.to_thread(shutil.copyfile, self.index, index)
+        # What git itself finds of a submodule, it finds by running git in it.
+        links = await self.submodules()
+        await self.git(
+            *("update-index", "-z", "--force-remove", "--stdin"),
+            index=index, stdin=joined(links),
+        )  # fmt: skip
+        await self.git("add", "--update", "--", ".", index=index)
+        await self.git(
+            *("update-index", "-z", "--add", "--stdin"), index=index, stdin=joined(with_files)
+        )
+        commits = {**links, **(submodules or {})}
+        entries = (b"%o %s\t%s" % (GITLINK, commits[path].encode(), path) for path in links)
+        await self.git(
+            *("update-index", "-z", "--add", "--index-info"), index=index, stdin=joined(entries)
+        )
+        return text(await self.git("write-tree", index=index))
+
+    async def commit(self, tree: str, parent: str) -> str:
+        """A commit of what was shipped, on top of `parent`; that itself when it has this tree."""
+        if text(await self.git("rev-parse", f"{parent}^{{tree}}")) == tree:
+            return parent
+        when = text(await self.git("show", "--no-patch", "--format=%ct", parent))
+        at = {"GIT_AUTHOR_DATE": f"@{when} +0000", "GIT_COMMITTER_DATE": f"@{when} +0000"}
+        message = b"The working tree as it was shipped\n"
+        return text(
+            await self.git("commit-tree", tree, "-p", parent, stdin=message, env=_NOBODY | at)
+        )
+
+
+@asynccontextmanager
+async def throwaway(source: Source, scratch: Path) -> AsyncIterator[Throwaway]:
+    """A throwaway repository over `source`, in the directory `scratch`."""
+    directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="git-", dir=scratch))
+    try:
+        made = Throwaway(directory, source)
+        await _make(made, source)
+        yield made
+    finally:
+        await to_its_end(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
+
+
+async def _make(made: Throwaway, source: Source) -> None:
+    settings = [(key, source.setting(key)) for key in _COMPARED_BY]
+    await asyncio.to_thread(make_git_dir, made.git_dir, settings, source.object_format)
+    await asyncio.to_thread(_borrow, made.git_dir, source)
+    # Of one piece, whatever it was: an index may be split, or have a cache of the file system.
+    await made.git(
+        *("update-index", "--no-split-index", "--no-untracked-cache", "--no-fsmonitor"),
+        "--force-write-index",
+    )
+
+
+def _borrow(git_dir: Path, source: Source) -> None:
+    alternates = git_dir / "objects" / "info" / "alternates"
+    alternates.write_bytes(_quoted(source.common_dir / "objects") + b"\n")
+    (git_dir / "HEAD").write_text(f"{source.head_commit}\n")
+    copy_if_regular(source.common_dir / "shallow", git_dir / "shallow")
+    copy_if_regular(source.git_dir / "index", git_dir / "index")
+    for shared in source.git_dir.glob("sharedindex.*"):
+        copy_if_regular(shared, git_dir / shared.name)
+    copy_if_regular(
+        source.git_dir / "info" / "sparse-checkout", git_dir / "info" / "sparse-checkout"
+    )
+    for name in ("exclude", "attributes"):
+        copy_if_regular(source.common_dir / "info" / name, git_dir / "info" / name)
+    _append_excludes(git_dir / "info" / "exclude", source.setting(_EXCLUDES_KEY))
+
+
+def _append_excludes(exclude: Path, path: str) -> None:
+    """What the user ignores everywhere is ignored here, too."""
+    home = Path(os.environ.get("HOME") or Path.home())
+    config_home = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
+    chosen = Path(path).expanduser() if path else config_home / "git" / "ignore"
+    if chosen.is_file():
+        own = exclude.read_bytes() if exclude.exists() else b""
+        # Before the repository's own, which may say otherwise.
+        exclude.write_bytes(chosen.read_bytes() + b"\n" + own)
+
+
+def _quoted(path: Path) -> bytes:
+    """A line of ``objects/info/alternates``: quoted as C strings are, any byte may be in it."""
+    special = {ord('"'): b'\\"', ord("\\"): b"\\\\"}
+    quoted = b"".join(
+        special.get(byte) or (b"%c" % byte if 32 <= byte < 127 else b"\\%03o" % byte)
+        for byte in os.fsencode(path)
+    )
+    return b'"' + quoted + b'"'
+
+
+def staged_entries(listed: bytes) -> list[tuple[int, str, bytes]]:
+    """Mode, object and path of each line of ``ls-files --stage -z`` or ``ls-tree -z``."""
+    entries = []
+    for line in split(listed):
+        fields, _, path = line.partition(b"\t")
+        words = fields.split()
+        # ls-tree has the object's type in between.
+        object_id = words[2] if words[1] in (b"blob", b"tree", b"commit") else words[1]
+        entries.append((int(words[0], 8), object_id.decode(), path))
+    return entries
+
+
+def split(listed: bytes) -> list[bytes]:
+    """The names of a list whose entries end with NUL."""
+    return listed.split(b"\0")[:-1]
+
+
+def joined(names: Iterable[bytes]) -> bytes:
+    """A list whose entries end with NUL."""
+    return b"".join(name + b"\0" for name in names)
+
+
+def text(completed: Completed) -> str:
+    """The one word that git answered."""
+    return completed.stdout.decode().strip()

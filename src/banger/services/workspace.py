@@ -1,0 +1,351 @@
+"""A git repository of the host given to a guest, and what the guest made of it taken out again.
+
+The VM's lock is held only to look at the VM: a transfer has the lock of the workspace, so that it
+never keeps a VM from being stopped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import posixpath
+import re
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from banger.base.errors import BadRequest, NotFound, PreconditionFailed
+from banger.base.files import sync_file
+from banger.base.model import Vm, Workspace, WorkspaceMode, now
+from banger.base.paths import Paths, prepare_private_dir
+from banger.base.units import format_size
+from banger.git import patch as patches
+from banger.git.shipment import Shipment, Wish, check_submodules, pack
+from banger.git.source import Source, check_branch_name, inspect, resolve
+from banger.git.throwaway import throwaway
+from banger.guest.channel import AgentStream, Data, Stderr
+from banger.guest.channel import Exit as GuestExit
+from banger.services.locks import Locks, Rank
+from banger.services.operations import Progress, Stages
+from banger.services.vm import VmService
+from banger.services.workspace_guest import GuestSide, check, script
+from banger.store.store import Store
+
+#: Where a repository goes unless somebody says otherwise.
+GUEST_PATH = "/root/repo"
+_GUEST_PATH = re.compile(r"/[^\0-\x1f\x7f]+")
+_SAID_BYTES = 4000
+
+
+class PrepareRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """A repository of the host, and how it is to be in the guest."""
+
+    path: str
+    guest_path: str = ""
+    mode: WorkspaceMode = WorkspaceMode.SHALLOW_OVERLAY
+    #: A branch to be made in the guest's copy, at `from_ref` or else at HEAD.
+    branch: str = ""
+    from_ref: str = ""
+    include_untracked: bool = False
+    #: Nobody may write to it afterwards (but root, who may always).
+    read_only: bool = False
+    #: What is at the guest's path goes.
+    replace: bool = False
+
+
+class ShippedFile(msgspec.Struct, frozen=True):
+    """A file that would go; bytes of its name that are no UTF-8 are shown as ``\\xff``."""
+
+    path: str
+    size_bytes: int
+
+
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
+    """What would be shipped."""
+
+    repo_root: str
+    guest_path: str
+    mode: WorkspaceMode
+    head_commit: str
+    base_commit: str
+    files: tuple[ShippedFile, ...]
+    #: With the objects of the repository.
+    size_bytes: int
+
+
+class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
+    vm: str
+    #: Compare with the guest's HEAD: what was committed in the guest is left out.
+    since_head: bool = False
+    #: The guest's commits as a git bundle, in place of a patch.
+    bundle: bool = False
+
+
+class FileChange(msgspec.Struct, frozen=True):
+    """One file of a patch; lines are None for a binary one."""
+
+    path: str
+    insertions: int | None
+    deletions: int | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """A request that was looked at: it can be done, as far as the host goes."""
+
+    request: PrepareRequest
+    source: Source
+    wish: Wish
+    guest_path: str
+
+    @property
+    def directory(self) -> str:
+        """Where in the guest the path that was named is."""
+        return posixpath.normpath(posixpath.join(self.guest_path, self.source.inside.as_posix()))
+
+
+class WorkspaceService:
+    def __init__(self, paths: Paths, store: Store, vms: VmService) -> None:
+        self._paths = paths
+        self._store = store
+        self._vms = vms
+        self.locks = Locks(Rank.WORKSPACE)
+
+    # In.
+
+    async def look(self, request: PrepareRequest) -> Order:
+        """Look at the repository, before anything is made for it. Raises what `git.source` does,
+        BadRequest, and PreconditionFailed for what the mode cannot ship."""
+        if request.from_ref and not request.branch:
+            raise BadRequest("--from names where a branch begins: give it a name with --branch")
+        source = await inspect(Path(request.path))
+        guest_path = check_guest_path(request.guest_path or GUEST_PATH)
+        commit = source.head_commit
+        if request.branch:
+            await check_branch_name(source, request.branch)
+            if request.from_ref:
+                commit = await resolve(source, request.from_ref)
+        wish = Wish(request.mode, commit, request.branch, request.include_untracked)
+        async with throwaway(source, self._scratch()) as repository:
+            check_submodules(source, request.mode, await repository.submodules())
+            if commit != source.head_commit and request.mode is not WorkspaceMode.METADATA_ONLY:
+                await self._check_clean(source, request.from_ref, await repository.is_clean())
+        return Order(request, source, wish, guest_path)
+
+    async def _check_clean(self, source: Source, ref: str, clean: bool) -> None:
+        if not clean:
+            raise PreconditionFailed(
+                f"{source.root} has changes that are not of {ref}: they cannot go with it",
+                hint="commit or stash them, or leave them out with --mode metadata_only",
+            )
+
+    async def plan(self, request: PrepareRequest) -> Plan:
+        """What `prepare` would ship."""
+        order = await self.look(request)
+        with tempfile.TemporaryDirectory(prefix="pack-", dir=self._scratch()) as directory:
+            shipment = await pack(order.source, order.wish, Path(directory))
+            files = await asyncio.to_thread(_listed, shipment)
+        return Plan(
+            repo_root=shown(os.fsencode(order.source.root)),
+            guest_path=order.guest_path,
+            mode=request.mode,
+            head_commit=order.source.head_commit,
+            base_commit=shipment.base_commit,
+            files=files,
+            size_bytes=shipment.size_bytes,
+        )
+
+    async def prepare(self, reference: str, order: Order, progress: Progress) -> Workspace:
+        """Put a repository into a running VM.
+
+        Cancelled or failed it leaves the guest's path as it was. Raises Conflict when something is
+        there already, NotRunning, and PreconditionFailed.
+        """
+        vm = await self._running(reference, progress)
+        if self.locks.held(vm.id):
+            progress.stage("wait", "for another transfer")
+        async with self.locks.hold(vm.id), self._vms.in_use(vm):
+            with tempfile.TemporaryDirectory(prefix="pack-", dir=self._scratch()) as directory:
+                progress.stage("pack", str(order.source.root))
+                shipment = await pack(order.source, order.wish, Path(directory))
+                await GuestSide(self._vms, vm, order.guest_path).deliver(
+                    shipment,
+                    progress,
+                    replace=order.request.replace,
+                    read_only=order.request.read_only,
+                )
+            workspace = Workspace(
+                source_path=shown(os.fsencode(order.request.path)),
+                repo_root=shown(os.fsencode(order.source.root)),
+                repo_name=shown(os.fsencode(order.source.name)),
+                guest_path=order.guest_path,
+                mode=order.request.mode,
+                head_commit=order.source.head_commit,
+                current_branch=shown(os.fsencode(order.source.branch)),
+                branch_name=shown(os.fsencode(order.request.branch or order.source.branch)),
+                base_commit=shipment.base_commit,
+                prepared_at=now(),
+            )
+            await self._store.set_workspace(vm.id, workspace)
+        return workspace
+
+    async def _running(self, reference: str, stages: Stages | None = None) -> Vm:
+        """The VM, which runs: its lock is held only to see that."""
+        found = await self._vms.settled(reference)
+        async with self._vms.locked(found, stages) as vm:
+            return await self._vms.running(vm.id)
+
+    def _scratch(self) -> Path:
+        prepare_private_dir(self._paths.scratch_dir)
+        return self._paths.scratch_dir
+
+    # Out.
+
+    @asynccontextmanager
+    async def exporting(
+        self, request: ExportRequest, *, plain: bool = False
+    ) -> AsyncIterator[tuple[Vm, AgentStream]]:
+        """A stream of the guest's patch, or bundle: an observation, which changes nothing there.
+
+        A `plain` patch says nothing of renames: it has all that it takes away.
+
+        It waits for a transfer that is under way. Raises NotFound for a VM that was given no
+        repository. How the stream ends is for the caller to `check_export`.
+        """
+        vm = await self._running(request.vm)
+        async with self.locks.hold(vm.id), self._vms.in_use(vm):
+            vm = await self._vms.running(vm.id)
+            workspace = given(vm)
+            base = "HEAD" if request.since_head else workspace.base_commit
+            if request.bundle:
+                base = workspace.head_commit
+            what = "bundle" if request.bundle else "plain" if plain else "patch"
+            exported = script("export", workspace.guest_path, base, what)
+            async with await self._vms.open_stream(vm, exported) as stream:
+                await stream.send_eof()
+                yield vm, stream
+
+    async def save(self, request: ExportRequest, path: Path, *, plain: bool = False) -> int:
+        """Write the guest's patch to a file that is there whole or not at all; its size in bytes.
+
+        Raises PreconditionFailed for one that is longer than a patch may be.
+        """
+        async with self.exporting(request, plain=plain) as (vm, stream):
+            descriptor, name = await asyncio.to_thread(_temporary_beside, path)
+            beside = Path(name)
+            try:
+                with os.fdopen(descriptor, "wb") as out:
+                    size = await _received(vm, stream, out.write)
+                await asyncio.to_thread(sync_file, beside)
+                await asyncio.to_thread(beside.replace, path)
+            finally:
+                await asyncio.to_thread(beside.unlink, missing_ok=True)
+        return size
+
+    async def changes(self, request: ExportRequest) -> tuple[FileChange, ...]:
+        """What the guest has changed, file by file, as the host reads its patch."""
+        async with self._patch(request) as (vm, patch):
+            source = await inspect(Path(given(vm).repo_root))
+            async with throwaway(source, self._scratch()) as repository:
+                return _shown_changes(await patches.changes(repository, patch))
+
+    async def apply(
+        self, request: ExportRequest, path: str, stages: Stages
+    ) -> tuple[FileChange, ...]:
+        """Apply the guest's patch to the repository at `path`, or else to the one it came from.
+
+        All or nothing: see `git.patch`.
+        """
+        stages.stage("export")
+        async with self._patch(request) as (vm, patch):
+            source = await inspect(Path(path or given(vm).repo_root))
+            stages.stage("apply", str(source.root))
+            return _shown_changes(await patches.apply(source, patch, self._scratch()))
+
+    @asynccontextmanager
+    async def _patch(self, request: ExportRequest) -> AsyncIterator[tuple[Vm, Path]]:
+        """The guest's patch, in a file as long as the block."""
+        with tempfile.TemporaryDirectory(prefix="patch-", dir=self._scratch()) as directory:
+            patch = Path(directory) / "patch"
+            await self.save(request, patch, plain=True)
+            yield await self._vms.show(request.vm), patch
+
+
+def given(vm: Vm) -> Workspace:
+    """The repository that a VM was given; NotFound without one."""
+    if vm.workspace is None:
+        raise NotFound(
+            f'vm "{vm.name}" was given no repository',
+            hint=f"banger vm workspace prepare {vm.name} PATH",
+        )
+    return vm.workspace
+
+
+def check_guest_path(path: str) -> str:
+    """`path` when a repository can be put there; BadRequest otherwise."""
+    plain = posixpath.normpath(path)
+    if _GUEST_PATH.fullmatch(path) is None or plain in ("/", "//") or ".." in path.split("/"):
+        raise BadRequest(
+            f'"{shown(os.fsencode(path))}" cannot be the place of a repository in a guest',
+            hint="give an absolute path, like /root/repo",
+        )
+    return plain
+
+
+def shown(name: bytes) -> str:
+    """A name of the host's as it can be shown: bytes that are no UTF-8 as ``\\xff``."""
+    return name.decode(errors="backslashreplace")
+
+
+def check_export(vm: Vm, exit_: GuestExit, said: bytes) -> None:
+    """Raise what an export ended with, unless it is success."""
+    check(exit_, said, f'{given(vm).guest_path} in vm "{vm.name}"')
+
+
+async def _received(vm: Vm, stream: AgentStream, write: Callable[[bytes], object]) -> int:
+    """Pass on what the guest sends to its end; how much it was."""
+    size, said = 0, bytearray()
+    while True:
+        match await stream.receive():
+            case Data(data):
+                size += len(data)
+                if size > patches.PATCH_LIMIT_BYTES:
+                    limit = format_size(patches.PATCH_LIMIT_BYTES)
+                    raise PreconditionFailed(
+                        f'the patch of vm "{vm.name}" is longer than {limit}: refused',
+                        hint="bring large files out with: banger vm cp",
+                    )
+                await asyncio.to_thread(write, data)
+            case Stderr(data):
+                said += data[: _SAID_BYTES - len(said)]
+            case GuestExit() as exit_:
+                check_export(vm, exit_, bytes(said))
+                return size
+
+
+def _temporary_beside(path: Path) -> tuple[int, str]:
+    try:
+        return tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise PreconditionFailed(f"cannot write {path}: {error.strerror}") from error
+
+
+def _listed(shipment: Shipment) -> tuple[ShippedFile, ...]:
+    files = []
+    for tree in shipment.trees:
+        root = os.fsencode(tree.source.root) + b"/"
+        files += [
+            ShippedFile(shown(tree.prefix + path), os.lstat(root + path).st_size)
+            for path in tree.files
+        ]
+    return tuple(files)
+
+
+def _shown_changes(changes: list[patches.Change]) -> tuple[FileChange, ...]:
+    return tuple(
+        FileChange(shown(change.path), change.insertions, change.deletions) for change in changes
+    )
