@@ -14,9 +14,11 @@ from banger.daemon.params import (
     PrepareWorkspace,
 )
 from banger.daemon.relay import relay
-from banger.rpc.server import Connection
+from banger.rpc.protocol import Exit
+from banger.rpc.server import Connection, error_info
 from banger.services.operations import Operations
-from banger.services.workspace import ExportRequest, WorkspaceService
+from banger.services.workspace import ExportRequest, WorkspaceService, exported_from
+from banger.services.workspace_guest import failure
 
 Row = tuple[type[Any], Callable[[Any, Connection], Awaitable[None]]]
 
@@ -53,7 +55,12 @@ class Workspaces:
         async with self._workspaces.exporting(params) as (vm, stream):
             with OperationLog("vm.workspace.export", **vm_attributes(vm)):
                 await connection.switch({"vm": vm})
-                await connection.send_exit(await relay(connection, stream))
+                exit_ = await relay(connection, stream)
+                if exit_.error is None and exit_.status != 0:
+                    # Why, in the guest's own words, has gone with the stream.
+                    error = failure(exit_.status, b"", exported_from(vm))
+                    exit_ = Exit(error=error_info(error))
+                await connection.send_exit(exit_)
 
     async def _changes(self, params: ExportRequest, connection: Connection) -> None:
         await connection.result(await self._workspaces.changes(_patch(params)))

@@ -147,10 +147,15 @@ def error_info(error: BangerError) -> ErrorInfo:
     """The error as it goes over the wire, with the op_id of the work that failed."""
     return ErrorInfo(
         code=error.code,
-        message=error.message,
-        hint=error.hint,
+        message=_as_text(error.message),
+        hint=_as_text(error.hint),
         op_id=error.op_id or current_op_id.get(),
     )
+
+
+def _as_text(message: str) -> str:
+    """Names of files may be in it, with bytes that are no UTF-8: those as ``\\xff``."""
+    return message.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 #: Does what a request asks and sends the reply, or raises BangerError for the server to send.

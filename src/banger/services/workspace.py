@@ -170,7 +170,7 @@ class WorkspaceService:
             progress.stage("wait", "for another transfer")
         async with self.locks.hold(vm.id), self._vms.in_use(vm):
             with tempfile.TemporaryDirectory(prefix="pack-", dir=self._scratch()) as directory:
-                progress.stage("pack", str(order.source.root))
+                progress.stage("pack", shown(os.fsencode(order.source.root)))
                 shipment = await pack(order.source, order.wish, Path(directory))
                 await GuestSide(self._vms, vm, order.guest_path).deliver(
                     shipment,
@@ -214,7 +214,7 @@ class WorkspaceService:
         A `plain` patch says nothing of renames: it has all that it takes away.
 
         It waits for a transfer that is under way. Raises NotFound for a VM that was given no
-        repository. How the stream ends is for the caller to `check_export`.
+        repository. How the stream ends is for the caller to check.
         """
         vm = await self._running(request.vm)
         async with self.locks.hold(vm.id), self._vms.in_use(vm):
@@ -263,7 +263,7 @@ class WorkspaceService:
         stages.stage("export")
         async with self._patch(request) as (vm, patch):
             source = await inspect(Path(path or given(vm).repo_root))
-            stages.stage("apply", str(source.root))
+            stages.stage("apply", shown(os.fsencode(source.root)))
             return _shown_changes(await patches.apply(source, patch, self._scratch()))
 
     @asynccontextmanager
@@ -301,9 +301,9 @@ def shown(name: bytes) -> str:
     return name.decode(errors="backslashreplace")
 
 
-def check_export(vm: Vm, exit_: GuestExit, said: bytes) -> None:
-    """Raise what an export ended with, unless it is success."""
-    check(exit_, said, f'{given(vm).guest_path} in vm "{vm.name}"')
+def exported_from(vm: Vm) -> str:
+    """What an export is of, for its errors."""
+    return f'{given(vm).guest_path} in vm "{vm.name}"'
 
 
 async def _received(vm: Vm, stream: AgentStream, write: Callable[[bytes], object]) -> int:
@@ -323,7 +323,7 @@ async def _received(vm: Vm, stream: AgentStream, write: Callable[[bytes], object
             case Stderr(data):
                 said += data[: _SAID_BYTES - len(said)]
             case GuestExit() as exit_:
-                check_export(vm, exit_, bytes(said))
+                check(exit_, bytes(said), exported_from(vm))
                 return size
 
 

@@ -170,12 +170,15 @@ def check(exit_: GuestExit, said: bytes, what: str) -> None:
         error = exit_.error()
         error.message = f"{what}: {error.message}"
         raise error
-    if exit_.status == 0:
-        return
-    if exit_.kind is ExitKind.EXITED and exit_.status in _MEANINGS:
-        kind, message, hint = _MEANINGS[exit_.status]
-        raise kind(f"{what}: {message}", hint=hint)
+    if exit_.status != 0:
+        raise failure(exit_.status, said, what)
+
+
+def failure(status: int, said: bytes, what: str) -> BangerError:
+    """What it means that one of our scripts ended with this status, other than 0."""
+    if status in _MEANINGS:
+        kind, message, hint = _MEANINGS[status]
+        return kind(f"{what}: {message}", hint=hint)
     text = said.decode(errors="backslashreplace").strip()
-    raise Unavailable(
-        f"{what}: the guest failed (status {exit_.status}){': ' if text else ''}{text}"
-    )
+    why = f"status {status}" + (f": {text}" if text else "")
+    return Unavailable(f"{what}: the guest failed ({why})")
