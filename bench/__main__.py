@@ -22,6 +22,7 @@ from bench import (
     stages,
     vm_list,
     warm_run,
+    workspaces,
 )
 from bench.home import Home
 from bench.measure import Figure, percentile
@@ -36,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[Home], list[Figure]]] = {
     "warm_run": warm_run.measure,
     "first_command": first_command.measure,
     "forks": forks.measure,
+    "workspaces": workspaces.measure,
     "stages": stages.measure,
 }
 

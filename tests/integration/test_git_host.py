@@ -138,6 +138,22 @@ def test_what_the_guest_changes_comes_back(
     assert (git(root, "ls-files", "--stage", "-z"),) == index
 
 
+def test_a_change_of_the_same_size_in_the_same_second_is_seen(
+    tmp_path: Path, scratch: Path
+) -> None:
+    """Git itself sees it by its index being no younger than the file."""
+    root = repos.plain(tmp_path / "host")
+    write(root, "README", "dear me\n")
+    index = (root / ".git/index").stat()
+    os.utime(root / "README", ns=(index.st_mtime_ns, index.st_mtime_ns))
+    os.utime(root / ".git/index", ns=(index.st_mtime_ns, index.st_mtime_ns))
+    guest, shipment = deliver(root, scratch)
+    assert shipment.base_commit != repos.head(root)
+    assert git(guest, "show", f"{shipment.base_commit}:README") == b"dear me\n"
+    assert git(guest, "status", "--porcelain") == b" M README\n"
+    assert exported(guest, shipment, scratch).read_bytes() == b""
+
+
 def test_submodules_go_with_a_full_copy_and_are_refused_otherwise(
     tmp_path: Path, scratch: Path
 ) -> None:

@@ -54,6 +54,8 @@ class Daemon:
                     forks=world.forks,
                     suspension=world.suspension,
                     workspaces=world.workspaces,
+                    fork_runs=world.fork_runs,
+                    results=world.results,
                     doctor=Doctor(world.paths, world.drivers, []),
                     stop=self.stopping.set,
                 )

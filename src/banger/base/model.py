@@ -274,6 +274,43 @@ class Snapshot(Record, frozen=True):
         return bool(self.shape)
 
 
+class ForkState(StrEnum):
+    RUNNING = "running"
+    #: The command has ended, whatever its status.
+    DONE = "done"
+    #: There is no status: the machine was lost, or somebody broke it off.
+    FAILED = "failed"
+
+
+class ForkResult(Record, frozen=True):
+    """How one of the forks of a run fared. Its log and its patch lie beside the results."""
+
+    number: int
+    vm_id: str
+    vm_name: str
+    state: ForkState = ForkState.RUNNING
+    #: Of the command, as a shell gives it; None while it runs and when it failed.
+    exit_code: int | None = None
+    error: str = ""
+    seconds: float = 0
+    #: Of the patch; None without one.
+    files: int | None = None
+    insertions: int = 0
+    deletions: int = 0
+
+
+class Results(Record, frozen=True):
+    """One command run in several forks of a VM: what `vm run --fork` leaves in its folder."""
+
+    name: str
+    directory: str
+    #: Empty when there was no repository.
+    repo_root: str
+    command: tuple[str, ...]
+    created_at: datetime
+    forks: tuple[ForkResult, ...] = ()
+
+
 class OperationState(StrEnum):
     RUNNING = "running"
     COMPLETED = "completed"
@@ -309,6 +346,7 @@ class Operation(Record, frozen=True):
     image: Image | None = None
     template: Template | None = None
     snapshot: Snapshot | None = None
+    results: Results | None = None
 
     @property
     def done(self) -> bool:

@@ -173,6 +173,11 @@ class Paths:
         return VmPaths(self.vms_dir / component, self.vms_runtime_dir / component)
 
     @property
+    def results_dir(self) -> Path:
+        """What commands in several forks came to."""
+        return self.state_dir / "results"
+
+    @property
     def scratch_dir(self) -> Path:
         """What is made on the way of a repository into a guest or out of it; nothing else."""
         return self.state_dir / "scratch"

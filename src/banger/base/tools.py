@@ -15,6 +15,7 @@ _PACKAGES = {
     "newuidmap": "uidmap",
     "newgidmap": "uidmap",
     "tar": "tar",
+    "git": "git",
 }
 
 

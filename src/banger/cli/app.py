@@ -109,6 +109,7 @@ complete_vm = _complete("vm.list")
 complete_image = _complete("image.list")
 complete_template = _complete("template.list", "id")
 complete_snapshot = _complete("snapshot.list")
+complete_results = _complete("results.list")
 
 
 vm_argument = click.argument("vm_ref", metavar="NAME", shell_complete=complete_vm)

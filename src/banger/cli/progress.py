@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -18,6 +19,7 @@ from banger.cli.render import printable
 from banger.rpc.client import Client
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.progress import Progress
 
 _QUIET_FOR_S = 1.0
@@ -103,12 +105,16 @@ class ProgressView:
     def _draw(self, stage: str, detail: str, percent: float) -> None:
         text = f"{self._title}: {stage}" + (f" ({detail})" if detail else "")
         if self._live is None:
-            self._live = _make_live()
+            self._live = _make_live(self.below)
             self._live.add_task(text, total=None)
             self._live.start()
         task = self._live.task_ids[0]
         total = None if percent < 0 else 100
         self._live.update(task, description=text, total=total, completed=max(percent, 0))
+
+    def below(self) -> RenderableType | None:
+        """What is drawn below the line."""
+        return None
 
 
 def watched_call(
@@ -120,10 +126,11 @@ def watched_call(
     title: str,
     quiet: bool = False,
     cancels: bool = True,
+    view: ProgressView | None = None,
 ) -> T:
     """Call a method that tells of its operation, and show that. Ctrl-C takes it back (`cancels`),
     or leaves it to the daemon, and says so."""
-    with ProgressView(title, quiet=quiet) as view:
+    with view or ProgressView(title, quiet=quiet) as view:
         try:
             return client.call(method, params, result, on_event=view.event)
         except KeyboardInterrupt:
@@ -144,11 +151,17 @@ def _interrupt(view: ProgressView, *, cancels: bool) -> None:
         note(f"{view.title}: too late, it is done")
 
 
-def _make_live() -> Progress:
+def _make_live(below: Callable[[], RenderableType | None]) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    return Progress(
+    class Live(Progress):
+        def get_renderables(self) -> Iterable[RenderableType]:
+            yield from super().get_renderables()
+            if (more := below()) is not None:
+                yield more
+
+    return Live(
         SpinnerColumn(),
         TextColumn("{task.description}", markup=False),
         BarColumn(bar_width=20),

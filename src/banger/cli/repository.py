@@ -16,6 +16,9 @@ from banger.cli.app import note
 from banger.cli.render import print_json, printable
 from banger.rpc.client import Client
 
+#: The widest bar of a summary.
+_BAR_MAX = 40
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -89,3 +92,44 @@ def show_plan(client: Client, request: dict[str, Any], *, as_json: bool = False)
         f"{len(plan.files)} files and the repository {printable(plan.repo_root)},"
         f" {format_size(plan.size_bytes)}, would go to {plan.guest_path}"
     )
+
+
+class FileChange(msgspec.Struct):
+    """One file of a patch; lines are None for a binary one."""
+
+    path: str
+    insertions: int | None
+    deletions: int | None
+
+
+def show_changes(changes: list[FileChange], *, as_json: bool, names: bool = False) -> None:
+    """How many lines of which files changed, as `git diff --stat` has it; or just their names."""
+    if as_json:
+        print_json(changes)
+        return
+    if names:
+        for change in changes:
+            click.echo(printable(change.path))
+        return
+    if not changes:
+        note("nothing changed")
+        return
+    width = max(len(printable(change.path)) for change in changes)
+    most = max((change.insertions or 0) + (change.deletions or 0) for change in changes)
+    for change in changes:
+        click.echo(f" {printable(change.path):<{width}} | {_bar(change, most)}")
+    insertions = sum(change.insertions or 0 for change in changes)
+    deletions = sum(change.deletions or 0 for change in changes)
+    files = f"{len(changes)} file{'s' if len(changes) != 1 else ''}"
+    click.echo(f" {files} changed, {insertions} lines added, {deletions} removed")
+
+
+def _bar(change: FileChange, most: int) -> str:
+    """As `git diff --stat` draws it."""
+    if change.insertions is None or change.deletions is None:
+        return "Bin"
+    lines = change.insertions + change.deletions
+    scale = min(1.0, _BAR_MAX / max(most, 1))
+    plus = -(-int(change.insertions * scale * 1000) // 1000)
+    minus = -(-int(change.deletions * scale * 1000) // 1000)
+    return f"{lines} {'+' * plus}{'-' * minus}".rstrip()

@@ -77,6 +77,13 @@ def _check_repository_path(
     metavar="FILE",
     help="Write a patch of what changed in the repository, however the command ends.",
 )
+@click.option(
+    "--fork",
+    "forks",
+    type=click.IntRange(1, 100),
+    metavar="N",
+    help="Run the command in N copies of the machine, and keep what came of each.",
+)
 @machine_options
 @click.option("--rm", "remove", is_flag=True, help="Delete it when the command or shell ends.")
 @click.option("-d", "--detach", is_flag=True, help="Leave the command running; print the name.")
@@ -87,6 +94,7 @@ def run(
     *,
     path: str | None,
     patch: str | None,
+    forks: int | None,
     mode: str,
     branch: str | None,
     from_ref: str | None,
@@ -127,6 +135,16 @@ def run(
             show_plan(client, repository)
         return 0
     create = machine_request(machine) | {"ephemeral": remove}
+    if forks is not None:
+        return _run_forks(
+            forks,
+            create,
+            words,
+            env,
+            repository,
+            refused=(detach, interactive, tty, patch),
+            quiet=quiet,
+        )
     if words is None:
         tty = tty or (sys.stdin.isatty() and sys.stdout.isatty())
     command = None
@@ -157,6 +175,36 @@ def run(
             f" end it for good: banger vm delete --force {made.name}"
         )
     return status
+
+
+def _run_forks(
+    count: int,
+    create: dict[str, Any],
+    words: tuple[str, ...] | None,
+    env: tuple[str, ...],
+    repository: dict[str, Any] | None,
+    *,
+    refused: tuple[object, ...],
+    quiet: bool,
+) -> int:
+    """`run --fork`: all at once, and waited for."""
+    if words is None:
+        raise click.UsageError("--fork runs a command: give it after --")
+    if any(refused):
+        raise click.UsageError(
+            "forks have no terminal and no stdin, and are waited for: no -d, -i, -t, and no"
+            " --export, for each has its patch in the results"
+        )
+    from banger.cli.results import run_forks  # draws, and is for this alone
+
+    params = {
+        "create": {**create, "ephemeral": False},
+        "command": _command(words, env, tty=False),
+        "count": count,
+        "workspace": repository,
+        "remove": create["ephemeral"],
+    }
+    return run_forks(params, quiet=quiet)
 
 
 def _repository(

@@ -40,6 +40,7 @@ _COMMANDS = {
     "exec": ("banger.cli.run:exec_", "Run a command in a running machine."),
     "shell": ("banger.cli.run:shell", "A login shell in a running machine."),
     "workspace": ("banger.cli.workspace:workspace", "Git repositories in machines."),
+    "results": ("banger.cli.results:results", "What a command in several forks came to."),
     "cp": ("banger.cli.copy:cp", "Copy files between host and machine."),
     "logs": ("banger.cli.run:logs", "A machine's serial console."),
 }

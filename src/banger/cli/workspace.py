@@ -15,12 +15,18 @@ import msgspec
 
 from banger.base.errors import Unavailable, from_wire
 from banger.base.model import Vm, Workspace
-from banger.cli.app import connect, json_option, note, vm_argument
+from banger.cli.app import connect, json_option, vm_argument
 from banger.cli.lazy import LazyGroup
 from banger.cli.machine import quiet_option
 from banger.cli.progress import watched_call
-from banger.cli.render import print_json, printable
-from banger.cli.repository import show_plan, workspace_options, workspace_request
+from banger.cli.render import print_json
+from banger.cli.repository import (
+    FileChange,
+    show_changes,
+    show_plan,
+    workspace_options,
+    workspace_request,
+)
 from banger.cli.transfer import receive_stream
 from banger.rpc.client import Client
 
@@ -30,21 +36,11 @@ _COMMANDS = {
     "prepare": ("banger.cli.workspace:prepare", "Put a git repository into a machine."),
     "export": ("banger.cli.workspace:export", "Bring out what a machine made of it."),
 }
-#: The widest bar of `--stat`.
-_BAR_MAX = 40
 
 
 @click.command(cls=LazyGroup, table=_COMMANDS)
 def workspace() -> None:
     """Give a machine a git repository, and bring its changes back."""
-
-
-class FileChange(msgspec.Struct):
-    """One file of a patch; lines are None for a binary one."""
-
-    path: str
-    insertions: int | None
-    deletions: int | None
 
 
 @click.command()
@@ -147,10 +143,10 @@ def export(
                 client, "vm.workspace.apply", params, list[FileChange],
                 title=f"vm {vm_ref}", quiet=quiet,
             )  # fmt: skip
-            _show_changes(changes, as_json=as_json, names=False)
+            show_changes(changes, as_json=as_json, names=False)
         elif stat or name_only:
             changes = client.call("vm.workspace.changes", request, list[FileChange])
-            _show_changes(changes, as_json=as_json, names=name_only)
+            show_changes(changes, as_json=as_json, names=name_only)
         else:
             _save(client, request, output or "-")
 
@@ -187,34 +183,3 @@ def _receive(client: Client, request: dict[str, Any], out: IO[bytes]) -> None:
         raise from_wire(error.code, error.message, error.hint, error.op_id)
     if exit_.status != 0:
         raise Unavailable(f"the export failed in the guest (status {exit_.status})")
-
-
-def _show_changes(changes: list[FileChange], *, as_json: bool, names: bool) -> None:
-    if as_json:
-        print_json(changes)
-        return
-    if names:
-        for change in changes:
-            click.echo(printable(change.path))
-        return
-    if not changes:
-        note("nothing changed")
-        return
-    width = max(len(printable(change.path)) for change in changes)
-    most = max((change.insertions or 0) + (change.deletions or 0) for change in changes)
-    for change in changes:
-        click.echo(f" {printable(change.path):<{width}} | {_bar(change, most)}")
-    insertions = sum(change.insertions or 0 for change in changes)
-    deletions = sum(change.deletions or 0 for change in changes)
-    click.echo(f" {len(changes)} files changed, {insertions} insertions, {deletions} deletions")
-
-
-def _bar(change: FileChange, most: int) -> str:
-    """As `git diff --stat` draws it."""
-    if change.insertions is None or change.deletions is None:
-        return "Bin"
-    lines = change.insertions + change.deletions
-    scale = min(1.0, _BAR_MAX / max(most, 1))
-    plus = -(-int(change.insertions * scale * 1000) // 1000)
-    minus = -(-int(change.deletions * scale * 1000) // 1000)
-    return f"{lines} {'+' * plus}{'-' * minus}".rstrip()

@@ -36,12 +36,14 @@ from banger.daemon.params import (
     VmReference,
 )
 from banger.daemon.sessions import Sessions
+from banger.daemon.trials import Trials
 from banger.daemon.verbs import Verbs
 from banger.daemon.workspaces import Workspaces
 from banger.drivers.base import Check
 from banger.rpc.protocol import MALFORMED, Request
 from banger.rpc.server import Connection
 from banger.services.doctor import Doctor
+from banger.services.fork_run import ForkRuns
 from banger.services.forks import ForkService
 from banger.services.health import Health
 from banger.services.image import ImageService
@@ -50,6 +52,7 @@ from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations
 from banger.services.ports import PortService
 from banger.services.prune import Prune
+from banger.services.results import ResultsService
 from banger.services.snapshots import SnapshotService
 from banger.services.standby import Standbys
 from banger.services.stats import StatsService
@@ -86,6 +89,8 @@ class Services:
     forks: ForkService
     suspension: Suspension
     workspaces: WorkspaceService
+    fork_runs: ForkRuns
+    results: ResultsService
     doctor: Doctor
     stop: Callable[[], None]
 
@@ -128,6 +133,13 @@ class Dispatch:
             services.suspension,
             services.operations,
         )
+        trials = Trials(
+            services.fork_runs,
+            services.results,
+            services.workspaces,
+            services.creator,
+            services.operations,
+        )
         observation = Observation(services.stats)
         self._methods: dict[str, Method[Any]] = {
             "daemon.status": Method(Nothing, self._status),
@@ -155,7 +167,7 @@ class Dispatch:
             "vm.show": Method(VmReference, self._vm),
             **{
                 name: Method(params, call, answers=True)
-                for group in (sessions, verbs, workspaces, observation)
+                for group in (sessions, verbs, workspaces, trials, observation)
                 for name, (params, call) in group.methods().items()
             },
         }

@@ -175,6 +175,8 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         forks=parts.forks,
         suspension=parts.suspension,
         workspaces=parts.workspaces,
+        fork_runs=parts.fork_runs,
+        results=parts.results,
         doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
         stop=stopping.set,
     )

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from banger.base.model import PublishedPort
+from banger.services.forks import FORKS_MAX
 from banger.services.vm_spec import ChangeRequest, CreateRequest
 from banger.services.vm_start import BOOT_TIMEOUT_S
 from banger.services.waiting import Goal
@@ -149,6 +150,28 @@ class Run(Params, frozen=True):
     workspace: PrepareRequest | None = None
     #: A file of the host's for the guest's patch, written when the command has ended, however.
     export: str = ""
+
+
+class RunForks(Params, frozen=True):
+    """Make a VM, fork it, and run a command in each of the forks."""
+
+    create: CreateRequest
+    command: Command
+    count: Annotated[int, Meta(ge=1, le=FORKS_MAX)]
+    workspace: PrepareRequest | None = None
+    #: Delete the forks when their commands have ended.
+    remove: bool = False
+
+
+class ResultsReference(Params, frozen=True):
+    results: str
+
+
+class ApplyResult(Params, frozen=True):
+    results: str
+    fork: int
+    #: Another repository than the one that it came from.
+    path: str = ""
 
 
 class PlanWorkspace(Params, frozen=True):

@@ -13,6 +13,7 @@ from banger.daemon.reconcile import Reconciler
 from banger.services.agents import Agents
 from banger.services.capabilities import Capabilities
 from banger.services.disks import SystemDisk, WorkDisk
+from banger.services.fork_run import ForkRuns
 from banger.services.forks import ForkService
 from banger.services.handles import HandleCache
 from banger.services.health import Health
@@ -27,6 +28,7 @@ from banger.services.operations import Operations
 from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.publishing import Publishing
+from banger.services.results import ResultsService
 from banger.services.snapshots import SnapshotService
 from banger.services.standby import Standbys
 from banger.services.stats import StatsService
@@ -107,6 +109,10 @@ class Parts:
         self.prune = Prune(self.vms, self.lifecycle, drivers.storage)
         self.ports = PortService(self.vms, self.lifecycle, self.agents, self.publishing)
         self.workspaces = WorkspaceService(paths, store, self.vms)
+        self.results = ResultsService(paths)
+        self.fork_runs = ForkRuns(
+            self.vms, self.creator, self.lifecycle, self.forks, self.workspaces, self.results
+        )
         self.stats = StatsService(
             vms=self.vms,
             agents=self.agents,

@@ -74,7 +74,7 @@ class Sessions:
     async def _exec(self, params: Exec, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
         async with self._session("vm.exec", vm):
-            stream = await self._vms.open_stream(vm, _exec_request(params.command))
+            stream = await self._vms.open_stream(vm, exec_request(params.command))
             await self._serve(connection, stream, vm)
 
     async def _copy_out(self, params: CopyOut, connection: Connection) -> None:
@@ -243,7 +243,7 @@ class Sessions:
         A failure of ours is an Exit, too: --rm comes after it.
         """
         try:
-            stream = await self._vms.open_stream(vm, _exec_request(command))
+            stream = await self._vms.open_stream(vm, exec_request(command))
             await connection.switch({"vm": vm})
             return await self._relay(connection, stream, vm), False
         except BangerError as error:
@@ -252,7 +252,7 @@ class Sessions:
 
     async def _detach(self, vm: Vm, command: Command, connection: Connection) -> None:
         """Start the command and leave it. One that cannot be started has a shell's status."""
-        exit_ = await self._vms.call(vm, _exec_request(command))
+        exit_ = await self._vms.call(vm, exec_request(command))
         result = {"vm": vm, "exit_code": exit_.value, "message": exit_.message}
         await connection.result(result)
 
@@ -287,7 +287,8 @@ async def _tell(creation: Progress, connection: Connection) -> None:
             await connection.event(state)
 
 
-def _exec_request(command: Command) -> requests.Exec:
+def exec_request(command: Command) -> requests.Exec:
+    """What a client asked for, as a request to the agent. BadRequest for what is none."""
     return requests.Exec(
         arguments=command.argv,
         environment=dict(_assignment(pair) for pair in command.env),

@@ -47,6 +47,9 @@ def _quoted(value: str) -> str:
 
 
 def copy_if_regular(source: Path, target: Path) -> None:
-    """Copy a file that is there and is no link: nothing outside a repository is read."""
+    """Copy a file that is there and is no link: nothing outside a repository is read.
+
+    With its time: files that changed after an index was written are compared by content.
+    """
     if regular_file(source):
-        shutil.copyfile(source, target)
+        shutil.copy2(source, target)

@@ -109,7 +109,7 @@ class Throwaway:
         `submodules` are the commits that those have now, for all there are.
         """
         index = self.snapshot_index
-        await asyncio.to_thread(shutil.copyfile, self.index, index)
+        await asyncio.to_thread(shutil.copy2, self.index, index)
         # What git itself finds of a submodule, it finds by running git in it.
         links = await self.submodules()
         await self.git(

@@ -52,18 +52,26 @@ class ForkService:
         #: Names of forks that are being made and may have no record yet.
         self._reserved: set[str] = set()
 
-    async def fork(self, reference: str, count: int, prefix: str, progress: Progress) -> list[Vm]:
+    async def fork(
+        self,
+        reference: str,
+        count: int,
+        prefix: str,
+        progress: Progress,
+        *,
+        ephemeral: bool = False,
+    ) -> list[Vm]:
         """`count` running copies of a running VM, called PREFIX-1 and so on (free numbers).
 
         Without a `prefix` it is the VM's name and ``-fork``. Raises NotRunning for a VM that has no
-        processes to copy. Cancelled or failed it leaves none.
+        processes to copy. Cancelled or failed it leaves none. Ephemeral ones go with the daemon.
         """
         if not 1 <= count <= FORKS_MAX:
             raise BadRequest(f"{count} forks are not possible (1 to {FORKS_MAX})")
         made: list[Vm] = []
         try:
             made = await self._made(reference, count, prefix, progress)
-            for vm in made:
+            for vm in () if ephemeral else made:
                 await self._vms.keep(vm)
             return [await self._vms.show(vm.id) for vm in made]
         except BaseException:

@@ -27,6 +27,7 @@ from banger.base.model import (
     Image,
     Operation,
     OperationState,
+    Results,
     Snapshot,
     Template,
     Vm,
@@ -87,12 +88,14 @@ class Progress:
         image: Image | None = None,
         template: Template | None = None,
         snapshot: Snapshot | None = None,
+        results: Results | None = None,
     ) -> None:
         self._update(
             vm=vm or self.record.vm,
             image=image or self.record.image,
             template=template or self.record.template,
             snapshot=snapshot or self.record.snapshot,
+            results=results or self.record.results,
         )
 
     def finish(self, state: OperationState, error: BangerError | None = None) -> None:

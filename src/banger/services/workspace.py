@@ -249,9 +249,16 @@ class WorkspaceService:
     async def changes(self, request: ExportRequest) -> tuple[FileChange, ...]:
         """What the guest has changed, file by file, as the host reads its patch."""
         async with self._patch(request) as (vm, patch):
-            source = await inspect(Path(given(vm).repo_root))
-            async with throwaway(source, self._scratch()) as repository:
-                return _shown_changes(await patches.changes(repository, patch))
+            return await self.summary(patch, Path(given(vm).repo_root))
+
+    async def summary(self, patch: Path, root: Path) -> tuple[FileChange, ...]:
+        """What a patch that was saved changes, file by file."""
+        async with throwaway(await inspect(root), self._scratch()) as repository:
+            return _shown_changes(await patches.changes(repository, patch))
+
+    async def apply_saved(self, patch: Path, root: Path) -> tuple[FileChange, ...]:
+        """Apply a patch that was saved: see `apply`."""
+        return _shown_changes(await patches.apply(await inspect(root), patch, self._scratch()))
 
     async def apply(
         self, request: ExportRequest, path: str, stages: Stages
@@ -262,9 +269,9 @@ class WorkspaceService:
         """
         stages.stage("export")
         async with self._patch(request) as (vm, patch):
-            source = await inspect(Path(path or given(vm).repo_root))
-            stages.stage("apply", shown(os.fsencode(source.root)))
-            return _shown_changes(await patches.apply(source, patch, self._scratch()))
+            root = path or given(vm).repo_root
+            stages.stage("apply", shown(os.fsencode(root)))
+            return await self.apply_saved(patch, Path(root))
 
     @asynccontextmanager
     async def _patch(self, request: ExportRequest) -> AsyncIterator[tuple[Vm, Path]]:
