@@ -179,6 +179,20 @@ def test_submodules_go_with_a_full_copy(banger: Banger, box: str, tmp_path: Path
     assert repos.tree(copied_out(banger, box, tmp_path)) == repos.tree(root)
     inner = banger.guest(box, f"cd {_REPO}/lib/middle/deep && git log --format=%H")
     assert inner.encode() == git(root / "lib/middle/deep", "log", "--format=%H")
+    assert banger.ok("vm", "workspace", "export", box) == ""
+    banger.guest(
+        box,
+        f"cd {_REPO}/lib/middle && git config user.name g && git config user.email g@example.invalid"
+        " && echo deep >>deep/README && git commit -qam inner && echo new >new && echo o >>../../run.sh",
+    )
+    before = repos.tree(root)
+    told = banger.fails("vm", "workspace", "export", box, "--apply", status=1)
+    assert "the patch changes files of submodules: lib/middle/deep/README, lib/middle/new" in told
+    assert repos.tree(root) == before
+    patch = tmp_path / "patch"
+    banger.ok("vm", "workspace", "export", box, "-o", patch)
+    git(root, "apply", patch)
+    assert repos.tree(root) == repos.tree(copied_out(banger, box, tmp_path / "after"))
 
 
 def test_modes_branches_and_permissions(banger: Banger, box: str, tmp_path: Path) -> None:
@@ -357,6 +371,34 @@ def test_a_repository_with_a_name_that_is_no_text(banger: Banger, box: str, tmp_
     root = repos.plain(tmp_path / os.fsdecode(b"n\xff\n me"))
     banger.ok("vm", "workspace", "prepare", "-q", "--replace", box, root)
     assert "\\xff" in banger.json("vm", "show", box)["workspace"]["repo_root"]
+
+
+def test_a_repository_gets_its_tools_when_somebody_says_so(
+    banger: Banger, box: str, tmp_path: Path
+) -> None:
+    root = repos.plain(tmp_path / "host")
+    write(
+        root, ".devcontainer/devcontainer.json", '{"postCreateCommand": "pwd; echo $0 >made"} // x'
+    )
+    repos.commit(root)
+    put = ("vm", "workspace", "prepare", "--replace", box, root)
+    told = banger.run(*put).stderr.decode()
+    assert "has .devcontainer/devcontainer.json: --bootstrap installs" in told
+    assert "made" not in banger.guest(box, f"ls {_REPO}")
+    banger.ok(*put, "--bootstrap")
+    assert banger.guest(box, f"cat {_REPO}/made") == "sh\n"
+    log = banger.guest(box, "cat /var/log/banger-bootstrap.log")
+    assert log.splitlines()[1:] == [_REPO]
+    assert banger.ok("vm", "workspace", "export", box, "--name-only") == "made\n"
+    write(root, ".tool-versions", "python 3.12\n")
+    repos.commit(root)
+    told = banger.fails(*put, "--bootstrap", status=1)
+    assert "the bootstrap of .tool-versions failed: mise install (status 127)" in told
+    assert "not found" in told
+    assert "its log, in the guest: /var/log/banger-bootstrap.log" in told
+    run = ("vm", "run", "-q", "--rm", "--name", "no-tools", root, "--bootstrap", "--", "true")
+    assert "the bootstrap of .tool-versions failed" in banger.fails(*run, status=125)
+    assert banger.state("no-tools") == ""
 
 
 def test_usage(banger: Banger, tmp_path: Path) -> None:

@@ -50,6 +50,11 @@ _WORKSPACE_OPTIONS = (
     click.option("--branch", metavar="NAME", help="Make a branch in the machine's copy."),
     click.option("--from", "from_ref", metavar="REF", help="Where it begins (default: HEAD)."),
     click.option("--include-untracked", is_flag=True, help="Ship files that git does not track."),
+    click.option(
+        "--bootstrap",
+        is_flag=True,
+        help="Install what the repository asks for: .mise.toml, .tool-versions, devcontainer.json.",
+    ),
     click.option("--dry-run", is_flag=True, help="List what would be shipped, and do nothing."),
 )
 
@@ -77,6 +82,7 @@ def workspace_request(path: str, options: dict[str, Any]) -> dict[str, Any]:
         "branch": options["branch"] or "",
         "from_ref": options["from_ref"] or "",
         "include_untracked": options["include_untracked"],
+        "bootstrap": options["bootstrap"],
     }
 
 

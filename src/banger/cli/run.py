@@ -99,6 +99,7 @@ def run(
     branch: str | None,
     from_ref: str | None,
     include_untracked: bool,
+    bootstrap: bool,
     dry_run: bool,
     remove: bool,
     detach: bool,
@@ -126,7 +127,7 @@ def run(
     repository = _repository(
         path,
         {"mode": mode, "branch": branch, "from_ref": from_ref,
-         "include_untracked": include_untracked},
+         "include_untracked": include_untracked, "bootstrap": bootstrap},
         dry_run=dry_run, patch=patch, detach=detach,
     )  # fmt: skip
     if dry_run:
@@ -226,6 +227,7 @@ def _repository(
         "--branch": options["branch"],
         "--from": options["from_ref"],
         "--include-untracked": options["include_untracked"],
+        "--bootstrap": options["bootstrap"],
         "--dry-run": dry_run,
         "--export": patch,
     }

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,7 @@ async def apply(source: Source, patch: Path, scratch: Path) -> list[Change]:
             return []
         for change in found:
             _check_path(change.path)
+        _check_no_submodule(found, await repository.submodules())
         before = await _before(repository, source, found)
         after = await _after(repository, before, patch)
         await _check_touched(repository, source, before, after, patch)
@@ -86,6 +87,16 @@ def _check_path(path: bytes) -> None:
     if any(name in (b"", b".", b"..") or name.lower() == b".git" for name in names):
         raise BadRequest(
             f"the patch writes to {_shown([path])}, which is not in the working tree: refused"
+        )
+
+
+def _check_no_submodule(found: Sequence[Change], submodules: Iterable[bytes]) -> None:
+    """Raise Conflict when a file is in a submodule, which is a repository of its own."""
+    inside = tuple(path + b"/" for path in submodules)
+    if theirs := [change.path for change in found if change.path.startswith(inside)]:
+        raise Conflict(
+            f"the patch changes files of submodules: {_shown(theirs)}",
+            hint="write it to a file with -o FILE, and: git apply FILE",
         )
 
 

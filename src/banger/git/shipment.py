@@ -84,6 +84,11 @@ class Shipment:
         return self.trees[0].base_commit
 
     @property
+    def submodules(self) -> tuple[str, ...]:
+        """Where those are that go along."""
+        return tuple(tree.prefix.rstrip(b"/").decode() for tree in self.trees[1:])
+
+    @property
     def file_count(self) -> int:
         return sum(len(tree.files) for tree in self.trees)
 
@@ -128,6 +133,7 @@ async def _trees(
             submodule = await _submodule(source, path)
             if submodule is None:
                 continue  # it was never initialised: an empty directory
+            _check_text(path)
             commits[path] = submodule.head_commit
             async with throwaway(submodule, directory) as below:
                 whole = Wish(WorkspaceMode.FULL_COPY)
@@ -151,6 +157,16 @@ async def _trees(
     files = [path for mode, _, path in entries if mode != GITLINK]
     links = [path for mode, _, path in entries if mode == GITLINK]
     return [Tree(source, prefix, git_dir, files, links, checks_out, base), *inner]
+
+
+def _check_text(path: bytes) -> None:
+    try:
+        path.decode()
+    except UnicodeDecodeError:
+        shown = path.decode(errors="backslashreplace")
+        raise PreconditionFailed(
+            f"the path of the submodule {shown} is not UTF-8", hint="rename it: git mv"
+        ) from None
 
 
 async def _submodule(source: Source, path: bytes) -> Source | None:

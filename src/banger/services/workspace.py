@@ -11,7 +11,7 @@ import os
 import posixpath
 import re
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from banger.git import patch as patches
 from banger.git.shipment import Shipment, Wish, check_submodules, pack
 from banger.git.source import Source, check_branch_name, inspect, resolve
 from banger.git.throwaway import throwaway
+from banger.git.tooling import Step, steps
 from banger.guest.channel import AgentStream, Data, Stderr
 from banger.guest.channel import Exit as GuestExit
 from banger.services.locks import Locks, Rank
@@ -55,6 +56,8 @@ class PrepareRequest(msgspec.Struct, frozen=True, kw_only=True):
     read_only: bool = False
     #: What is at the guest's path goes.
     replace: bool = False
+    #: Run what the repository asks for to install its tools.
+    bootstrap: bool = False
 
 
 class ShippedFile(msgspec.Struct, frozen=True):
@@ -101,6 +104,8 @@ class Order:
     source: Source
     wish: Wish
     guest_path: str
+    #: What its files ask for.
+    steps: Sequence[Step] = ()
 
     @property
     def directory(self) -> str:
@@ -134,7 +139,8 @@ class WorkspaceService:
             check_submodules(source, request.mode, await repository.submodules())
             if commit != source.head_commit and request.mode is not WorkspaceMode.METADATA_ONLY:
                 await self._check_clean(source, request.from_ref, await repository.is_clean())
-        return Order(request, source, wish, guest_path)
+        asked_for = await asyncio.to_thread(steps, source.root)
+        return Order(request, source, wish, guest_path, asked_for)
 
     async def _check_clean(self, source: Source, ref: str, clean: bool) -> None:
         if not clean:
@@ -189,9 +195,24 @@ class WorkspaceService:
                 branch_name=shown(os.fsencode(order.request.branch or order.source.branch)),
                 base_commit=shipment.base_commit,
                 prepared_at=now(),
+                submodules=shipment.submodules,
             )
             await self._store.set_workspace(vm.id, workspace)
+            await self._bootstrap(vm, order, progress)
         return workspace
+
+    async def _bootstrap(self, vm: Vm, order: Order, progress: Progress) -> None:
+        """Run what the repository asks for; where nobody wants that, say what it is."""
+        files = ", ".join(dict.fromkeys(step.file for step in order.steps))
+        if not order.request.bootstrap:
+            if files:
+                progress.note(f"the repository has {files}: --bootstrap installs what it asks for")
+            return
+        if not files:
+            progress.note("the repository asks for nothing to be installed")
+        for step in order.steps:
+            progress.stage("bootstrap", step.title)
+            await GuestSide(self._vms, vm, order.guest_path).bootstrap(step)
 
     async def _running(self, reference: str, stages: Stages | None = None) -> Vm:
         """The VM, which runs: its lock is held only to see that."""
@@ -224,7 +245,7 @@ class WorkspaceService:
             if request.bundle:
                 base = workspace.head_commit
             what = "bundle" if request.bundle else "plain" if plain else "patch"
-            exported = script("export", workspace.guest_path, base, what)
+            exported = script("export", workspace.guest_path, base, what, *workspace.submodules)
             async with await self._vms.open_stream(vm, exported) as stream:
                 await stream.send_eof()
                 yield vm, stream

@@ -20,6 +20,7 @@ from banger.base.model import Vm
 from banger.base.units import format_size
 from banger.git.shipment import Shipment, Tree
 from banger.git.throwaway import joined
+from banger.git.tooling import Step
 from banger.guest.channel import AgentStream, ExitKind, Stderr, StreamEnded
 from banger.guest.channel import Exit as GuestExit
 from banger.guest.requests import Exec, Unpack
@@ -31,6 +32,9 @@ _CLEAN_UP_TIMEOUT_S = 20.0
 _TAR = ("tar", "--create", "--file=-", "--format=gnu", "--owner=root:0", "--group=root:0",
         "--hard-dereference")  # fmt: skip
 _NAMES_FROM_STDIN = ("--no-recursion", "--null", "--verbatim-files-from", "--files-from=-")
+
+#: What the commands of a repository's own print, in the guest.
+BOOTSTRAP_LOG = "/var/log/banger-bootstrap.log"
 
 #: What the statuses of the scripts mean: see there.
 _MEANINGS: dict[int, tuple[type[BangerError], str, str]] = {
@@ -108,6 +112,23 @@ class GuestSide:
         except BaseException:
             await to_its_end(self._clean_up())
             raise
+
+    async def bootstrap(self, step: Step) -> None:
+        """Run a command in the repository, with a log in the guest. Raises PreconditionFailed, with
+        the end of the log, when it fails."""
+        request = script("bootstrap", self._target, BOOTSTRAP_LOG, step.title, *step.argv)
+        async with await self._vms.open_stream(self._vm, request) as stream:
+            await stream.send_eof()
+            exit_, said = await answer(stream)
+        if exit_.kind is ExitKind.FAILED:
+            raise exit_.error()
+        if exit_.status != 0:
+            text = said.decode(errors="backslashreplace").strip()
+            raise PreconditionFailed(
+                f"the bootstrap of {step.file} failed: {step.title} (status {exit_.status})"
+                + (f"\n{text}" if text else ""),
+                hint=f"its log, in the guest: {BOOTSTRAP_LOG}",
+            )
 
     def _place(self, tree: Tree) -> str:
         return posixpath.normpath(posixpath.join(self._staging, os.fsdecode(tree.prefix)))
