@@ -7,6 +7,7 @@ guests: test_workspace_guest.py.)
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ import repositories as repos
 from banger.base.errors import BadRequest, BangerError, Conflict, NotFound, PreconditionFailed
 from banger.base.model import WorkspaceMode
 from banger.git import patch as patches
+from banger.git.command import Limits
 from banger.git.shipment import Shipment, Wish, pack, without_secret
 from banger.git.source import inspect, resolve
 from repositories import git, write
@@ -284,6 +286,151 @@ def test_nothing_that_a_repository_names_is_run(tmp_path: Path, scratch: Path) -
     assert applied(root, patch, scratch)
     assert (root / "fresh").exists()
     assert not marker.exists()
+
+
+def test_what_the_index_hides_is_looked_at(tmp_path: Path, scratch: Path) -> None:
+    root = repos.plain(tmp_path / "host")
+    write(root, "settings", "theirs\n")
+    write(root, "deleted", "x\n")
+    repos.commit(root)
+    git(root, "update-index", "--assume-unchanged", "settings", "deleted")
+    git(root, "update-index", "--skip-worktree", "README")
+    write(root, "settings", "mine\n")
+    write(root, "README", "mine, too\n")
+    (root / "deleted").unlink()
+    guest, shipment = deliver(root, scratch)
+    assert (guest / "settings").read_text() == "mine\n"
+    assert (guest / "README").read_text() == "mine, too\n"
+    assert not (guest / "deleted").exists()
+    write(guest, "settings", "the guest's\n")
+    applied(root, exported(guest, shipment, scratch), scratch)
+    assert (root / "settings").read_text() == "the guest's\n"
+
+
+@pytest.mark.parametrize("where", [b"elsewhere/secret", b"../private/secret"])
+def test_an_index_does_not_lead_out_of_the_tree(
+    where: bytes, tmp_path: Path, scratch: Path
+) -> None:
+    """It may say that nobody needs to look at a file, whose path then leads through a link."""
+    write(tmp_path, "private/secret", "secret\n")
+    root = repos.plain(tmp_path / "host")
+    there = b"l" * len(where)
+    blob = git(root, "hash-object", "-w", "--stdin", stdin=b"x").strip()
+    git(root, "update-index", "-z", "--index-info", stdin=b"100644 %s\t%s\0" % (blob, there))
+    git(root, "update-index", "--assume-unchanged", there)
+    index = (root / ".git/index").read_bytes().replace(there, where)[:-20]
+    (root / ".git/index").write_bytes(index + hashlib.sha1(index, usedforsecurity=False).digest())
+    (root / "elsewhere").symlink_to(tmp_path / "private")
+    if where.startswith(b".."):
+        with pytest.raises(PreconditionFailed, match="outside of it"):
+            deliver(root, scratch)
+    else:
+        guest, _ = deliver(root, scratch)
+        assert not (guest / "elsewhere").exists()
+
+
+def test_a_repository_is_the_directorys_own(tmp_path: Path) -> None:
+    private = repos.plain(tmp_path / "private")
+    write(tmp_path, "evil/.git", f"gitdir: {private}/.git\n")
+    write(tmp_path, "linked/x", "x")
+    (tmp_path / "linked/.git").symlink_to(private / ".git")
+    git(private, "worktree", "add", "--quiet", tmp_path / "worktree")
+    common = repos.plain(tmp_path / "common")
+    write(common, ".git/commondir", f"{private}/.git\n")
+    objects = repos.plain(tmp_path / "objects")
+    (objects / ".git/refs").rename(objects / "elsewhere")
+    (objects / ".git/refs").symlink_to(private / ".git/refs")
+    for root in ("evil", "linked", "common", "objects"):
+        with pytest.raises(PreconditionFailed, match="repository somewhere else|not in a git rep"):
+            run(inspect(tmp_path / root))
+    assert run(inspect(tmp_path / "worktree")).branch == "worktree"
+
+
+def test_what_is_only_staged_stays_here_with_metadata_only(tmp_path: Path, scratch: Path) -> None:
+    root = repos.plain(tmp_path / "host")
+    write(root, ".env", "secret\n")
+    git(root, "add", ".env")
+    blob = git(root, "rev-parse", ":.env").decode().strip()
+    guest, _ = deliver(root, scratch, Wish(WorkspaceMode.METADATA_ONLY))
+    known = git(guest, "cat-file", "--batch-check", "--batch-all-objects").decode()
+    assert blob not in known
+    assert repos.head(root) in known
+
+
+def test_files_that_a_patch_makes_are_the_users(tmp_path: Path, scratch: Path) -> None:
+    root = repos.plain(tmp_path / "host")
+    guest, shipment = deliver(root, scratch)
+    write(guest, "README", "changed\n")
+    write(guest, "fresh/file", "new\n")
+    patch = exported(guest, shipment, scratch)
+
+    async def work() -> None:
+        await patches.apply(await inspect(root), patch, scratch, umask=0o022)
+
+    before = os.umask(0o077)  # the daemon's
+    try:
+        run(work())
+    finally:
+        os.umask(before)
+    modes = [(root / name).stat().st_mode & 0o777 for name in ("README", "fresh", "fresh/file")]
+    assert modes == [0o644, 0o755, 0o644]
+
+
+@pytest.mark.parametrize(
+    ("here", "there"),
+    [("data/kept", "data"), ("data/deep/kept", "data"), ("env", "env/x"), ("env", "env/x/y")],
+)
+def test_a_patch_replaces_nothing_that_is_ignored(
+    here: str, there: str, tmp_path: Path, scratch: Path
+) -> None:
+    root = repos.plain(tmp_path / "host")
+    write(root, ".gitignore", "data/\nenv\n")
+    repos.commit(root)
+    write(root, here, "mine\n")
+    patch = scratch / "patch"
+    patch.write_text(NEW.format("innocent", "100644") + NEW.format(there, "100644"))
+    with pytest.raises(Conflict, match=f"what git does not track here: {here}"):
+        applied(root, patch, scratch)
+    assert (root / here).read_text() == "mine\n"
+    assert not (root / "innocent").exists()
+
+
+def test_a_patch_that_unpacks_to_more_than_memory_is_refused(
+    tmp_path: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patches, "_UNPACKED", Limits(memory_bytes=256 << 20))
+    root = repos.plain(tmp_path / "host")
+    guest, shipment = deliver(root, scratch)
+    write(guest, "zeros", bytes(600 << 20))
+    patch = exported(guest, shipment, scratch)
+    assert patch.stat().st_size < 8 << 20
+    with pytest.raises(BadRequest, match="is no patch"):
+        applied(root, patch, scratch)
+
+
+def test_repositories_within_the_guests_are_left_out(tmp_path: Path, scratch: Path) -> None:
+    root = repos.plain(tmp_path / "host")
+    guest, shipment = deliver(root, scratch)
+    write(guest, "README", "changed\n")
+    write(guest, "new \n one", "new\n")
+    repos.plain(guest / "whole")
+    git(guest, "init", "--quiet", "unborn")
+    found = applied(root, exported(guest, shipment, scratch), scratch)
+    assert {change.path for change in found} == {b"README", b"new \n one"}
+
+
+def test_a_place_that_was_half_taken_is_given_back(tmp_path: Path) -> None:
+    target, staging = tmp_path / "repo", tmp_path / ".repo.banger"
+    write(staging.with_name(".repo.banger.old"), "kept", "mine\n")
+    write(staging, "half", "sent\n")
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        script("begin", target, staging, "")
+    assert refused.value.returncode == 80
+    assert repos.tree(target) == {b"kept": ("f", b"mine\n")}
+    script("begin", target, staging, "yes")
+    write(staging, "new", "new\n")
+    script("place", target, staging, "")
+    assert repos.tree(target) == {b"new": ("f", b"new\n")}
 
 
 def test_a_remote_goes_without_its_password(tmp_path: Path, scratch: Path) -> None:

@@ -160,13 +160,17 @@ def test_a_vm_is_kept_when_its_patch_cannot_be_saved(
     banger: Banger, box: str, tmp_path: Path
 ) -> None:
     root = repos.plain(tmp_path / "host")
+    where = ("vm", "run", root, "--export", tmp_path / "to/patch", "--", "true")
+    assert "is not a directory" in banger.fails(*where, status=125)
+    (tmp_path / "to").mkdir()
     told = banger.fails(
-        *("vm", "run", "-q", "--rm", "--name", "kept", root, "--export", tmp_path / "no/such"),
-        *("--", "sh", "-c", "echo guest >>README"),
+        *("vm", "run", "-q", "--rm", "--name", "kept", root, "--export", tmp_path / "to/patch"),
+        *("--", "sh", "-c", "echo guest >>README; mv /usr/bin/git /usr/bin/tig"),
         status=125,
     )
     assert "the changes were not saved to" in told
     assert "the VM is kept" in told
+    banger.guest("kept", "mv /usr/bin/tig /usr/bin/git")
     assert "+guest" in banger.ok("vm", "workspace", "export", "kept")
     banger.ok("vm", "delete", "--force", "kept")
 
@@ -182,8 +186,9 @@ def test_submodules_go_with_a_full_copy(banger: Banger, box: str, tmp_path: Path
     assert banger.ok("vm", "workspace", "export", box) == ""
     banger.guest(
         box,
-        f"cd {_REPO}/lib/middle && git config user.name g && git config user.email g@example.invalid"
-        " && echo deep >>deep/README && git commit -qam inner && echo new >new && echo o >>../../run.sh",
+        f"cd {_REPO}/lib/middle && echo deep >>deep/README && echo new >new"
+        " && git config user.name g && git config user.email g@example.invalid"
+        " && git commit -qam inner && echo o >>../../run.sh",
     )
     before = repos.tree(root)
     told = banger.fails("vm", "workspace", "export", box, "--apply", status=1)
@@ -215,6 +220,13 @@ def test_modes_branches_and_permissions(banger: Banger, box: str, tmp_path: Path
         "HEAD^",
     )
     assert "has changes that are not of HEAD^" in banger.fails(*clash, status=1)
+    plain = repos.plain(tmp_path / "plain")
+    prepare(banger, box, plain, "--branch", "t", "--from", "HEAD^")
+    identity = "git config user.name g && git config user.email g@example.invalid"
+    banger.guest(box, f"cd {_REPO} && {identity} && echo g >g && git add g && git commit -qm guest")
+    banger.ok("vm", "workspace", "export", box, "--bundle", "-o", tmp_path / "bundle")
+    git(plain, "fetch", "--quiet", tmp_path / "bundle", "refs/heads/t:t")
+    assert git(plain, "log", "-1", "--format=%s", "t") == b"guest\n"
     prepare(banger, box, root, "--read-only")
     mode = banger.guest(box, f"stat -c %A {_REPO} {_REPO}/README {_REPO}/src")
     assert mode == "dr-xr-xr-x\n-r--r--r--\ndr-xr-xr-x\n"

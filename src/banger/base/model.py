@@ -143,6 +143,8 @@ class Workspace(Record, frozen=True):
     #: What an export is compared with: what was shipped, as a commit of the guest's copy.
     base_commit: str
     prepared_at: datetime
+    #: Where the guest's HEAD began.
+    start_commit: str = ""
     #: Where in it those are that came along.
     submodules: tuple[str, ...] = ()
 

@@ -109,13 +109,14 @@ async def run(
     check: bool = True,
     pass_fds: Sequence[int] = (),
     on_stderr_line: Callable[[str], None] | None = None,
+    umask: int = -1,
 ) -> Completed:
     """Run a tool to its end and return what it printed.
 
     Raises PreconditionFailed when it is not installed, ProcessFailed for a non-zero status
     (unless `check` is false), OperationTimeout after `timeout_s` seconds. On time-out or
     cancellation nothing of the process group is left. `on_stderr_line` sees each line of stderr
-    as it comes (progress); the lines are still in the result.
+    as it comes (progress); the lines are still in the result. `umask` is ours unless given.
     """
     words = _resolve(argv)
     process = await asyncio.create_subprocess_exec(
@@ -127,6 +128,7 @@ async def run(
         cwd=cwd,
         start_new_session=True,
         pass_fds=tuple(pass_fds),
+        umask=umask,
     )
     try:
         async with asyncio.timeout(timeout_s):

@@ -86,6 +86,13 @@ def workspace_request(path: str, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def umask() -> int:
+    """Ours, for what the daemon writes in our name."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def show_plan(client: Client, request: dict[str, Any], *, as_json: bool = False) -> None:
     """Print what would be shipped: the files on stdout, the sums on stderr."""
     plan = client.call("vm.workspace.plan", {"workspace": request}, Plan)

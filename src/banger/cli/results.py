@@ -16,7 +16,7 @@ from banger.cli.app import complete_results, connect, json_option, note
 from banger.cli.machine import quiet_option
 from banger.cli.progress import ProgressView, watched_call
 from banger.cli.render import print_json, print_table, printable, seconds_since
-from banger.cli.repository import FileChange, show_changes
+from banger.cli.repository import FileChange, show_changes, umask
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -117,7 +117,7 @@ def results(
             _print_file(found, f"{diff}.patch")
         elif apply is not None:
             path = str(Path(to).absolute()) if to else ""
-            params = {"results": found.name, "fork": apply, "path": path}
+            params = {"results": found.name, "fork": apply, "path": path, "umask": umask()}
             changes = watched_call(
                 client, "results.apply", params, list[FileChange], title=found.name, quiet=quiet
             )

@@ -16,7 +16,7 @@ from banger.cli.machine import machine_options, machine_request
 from banger.cli.ports import note_ports
 from banger.cli.progress import watched_call
 from banger.cli.render import printable
-from banger.cli.repository import show_plan, workspace_options, workspace_request
+from banger.cli.repository import show_plan, umask, workspace_options, workspace_request
 from banger.cli.session import run_session, window_size
 from banger.cli.transfer import receive_stream
 
@@ -155,7 +155,8 @@ def run(
         # Not resolved: a link to a file is replaced itself.
         export = "" if patch is None else os.path.abspath(patch)  # noqa: PTH100
         params = {
-            "create": create, "command": command, "workspace": repository, "export": export
+            "create": create, "command": command, "workspace": repository, "export": export,
+            "umask": umask(),
         }  # fmt: skip
         result = watched_call(client, "vm.run", params, VmResult, title="vm", quiet=quiet)
         made = result.vm

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, TypeVar, cast
 
 import click
 import msgspec
@@ -19,11 +20,12 @@ from banger.cli.app import connect, json_option, vm_argument
 from banger.cli.lazy import LazyGroup
 from banger.cli.machine import quiet_option
 from banger.cli.progress import watched_call
-from banger.cli.render import print_json
+from banger.cli.render import print_json, printable
 from banger.cli.repository import (
     FileChange,
     show_changes,
     show_plan,
+    umask,
     workspace_options,
     workspace_request,
 )
@@ -138,7 +140,8 @@ def export(
     request = {"vm": vm_ref, "since_head": since_head, "bundle": bundle}
     with connect() as client:
         if applies:
-            params = {"export": request, "path": os.path.abspath(to) if to else ""}  # noqa: PTH100
+            path = os.path.abspath(to) if to else ""  # noqa: PTH100
+            params = {"export": request, "path": path, "umask": umask()}
             changes = watched_call(
                 client, "vm.workspace.apply", params, list[FileChange],
                 title=f"vm {vm_ref}", quiet=quiet,
@@ -154,21 +157,31 @@ def export(
 def _save(client: Client, request: dict[str, Any], output: str) -> None:
     """The patch or the bundle to stdout, or to a file that is there whole or not at all."""
     if output == "-":
-        _receive(client, request, sys.stdout.buffer)
+        terminal = sys.stdout.isatty()
+        _receive(client, request, cast("IO[bytes]", _Shown()) if terminal else sys.stdout.buffer)
         return
     path = Path(output)
+    if path.exists() and not path.is_file():
+        raise click.UsageError(f"{output} is not a file; - is stdout")
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     beside = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as out:
             _receive(client, request, out)
-        umask = os.umask(0)
-        os.umask(umask)
-        beside.chmod(0o666 & ~umask)
+        beside.chmod(0o666 & ~umask())
         beside.replace(path)
     finally:
         with suppress(FileNotFoundError):
             beside.unlink()
+
+
+class _Shown(io.RawIOBase):
+    """A terminal, which a guest's patch is not to command."""
+
+    def write(self, data: Any) -> int:
+        text = bytes(data).decode(errors="backslashreplace")
+        click.echo("\n".join(map(printable, text.split("\n"))), nl=False)
+        return len(data)
 
 
 class _Opened(msgspec.Struct):

@@ -141,6 +141,10 @@ class Exec(Params, frozen=True):
     command: Command
 
 
+#: The user's, for files that are made for him.
+Umask = Annotated[int, Meta(ge=0, le=0o777)]
+
+
 class Run(Params, frozen=True):
     """Make a VM and run a command in it. Without a command, detached: just make the VM."""
 
@@ -150,6 +154,7 @@ class Run(Params, frozen=True):
     workspace: PrepareRequest | None = None
     #: A file of the host's for the guest's patch, written when the command has ended, however.
     export: str = ""
+    umask: Umask = 0o077
 
 
 class RunForks(Params, frozen=True):
@@ -170,6 +175,7 @@ class ResultsReference(Params, frozen=True):
 class ApplyResult(Params, frozen=True):
     results: str
     fork: int
+    umask: Umask = 0o077
     #: Another repository than the one that it came from.
     path: str = ""
 
@@ -185,6 +191,7 @@ class PrepareWorkspace(Params, frozen=True):
 
 class ApplyWorkspace(Params, frozen=True):
     export: ExportRequest
+    umask: Umask = 0o077
     #: Another repository than the one that it came from.
     path: str = ""
 

@@ -155,6 +155,8 @@ class Sessions:
                 await self._detach(vm, command, connection)
                 return
             keep = not params.create.ephemeral
+            if params.export:  # should this daemon die, nobody has saved what is in it
+                await self._vms.keep(vm)
             exit_, lost = Exit(), False
             try:
                 exit_, lost = await self._run_command(vm, command, connection)
@@ -164,7 +166,8 @@ class Sessions:
                     keep, exit_ = True, _kept(exit_, vm)
             finally:
                 if params.export:
-                    failed = await to_its_end(self._exported(vm, params.export))
+                    mode = 0o666 & ~params.umask
+                    failed = await to_its_end(self._exported(vm, params.export, mode))
                     if failed is not None:  # what is in it was not saved
                         keep, exit_ = True, Exit(error=error_info(failed))
                 if not keep:
@@ -193,14 +196,12 @@ class Sessions:
                 )
             raise
 
-    async def _exported(self, vm: Vm, path: str) -> BangerError | None:
+    async def _exported(self, vm: Vm, path: str, mode: int) -> BangerError | None:
         """Save the guest's patch; when that fails the VM is kept, and this is why."""
         try:
             with OperationLog("vm.workspace.export", **vm_attributes(vm)):
-                await self._workspaces.save(ExportRequest(vm=vm.id), Path(path))
+                await self._workspaces.save(ExportRequest(vm=vm.id), Path(path), mode=mode)
         except (BangerError, OSError) as error:
-            with suppress(NotFound):
-                await self._vms.keep(vm)
             message = f"the changes were not saved to {path}: {error}"
             hint = f"the VM is kept: banger vm workspace export {vm.name} -o FILE"
             return Unavailable(message, hint=hint)
@@ -275,10 +276,20 @@ def _check_run(params: Run) -> None:
         raise BadRequest("without a repository there are no changes to export")
     if params.export and (params.command is None or params.command.detach):
         raise BadRequest("the changes of a detached command are not known when it begins")
-    if not params.export.startswith("/") and params.export:
-        raise BadRequest(f'"{params.export}" is no absolute path')
+    if params.export:
+        _check_can_be_written(Path(params.export))
     if not params.create.start:
         raise BadRequest("a VM that is not started runs no command")
+
+
+def _check_can_be_written(path: Path) -> None:
+    """Raise BadRequest for what could not be written in the end: who waits should know now."""
+    if not path.is_absolute():
+        raise BadRequest(f'"{path}" is no absolute path')
+    if not path.parent.is_dir():
+        raise BadRequest(f"{path.parent} is not a directory")
+    if path.exists() and not path.is_file():
+        raise BadRequest(f"{path} is not a file")
 
 
 async def _tell(creation: Progress, connection: Connection) -> None:

@@ -77,7 +77,7 @@ class Trials:
             connection,
             "results.apply",
             results.name,
-            lambda _: self._workspaces.apply_saved(patch, Path(root)),
+            lambda _: self._workspaces.apply_saved(patch, Path(root), params.umask),
         )
 
     async def _delete(self, params: ResultsReference, connection: Connection) -> None:

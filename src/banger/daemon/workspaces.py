@@ -71,7 +71,9 @@ class Workspaces:
             connection,
             "vm.workspace.apply",
             params.export.vm,
-            lambda progress: self._workspaces.apply(_patch(params.export), params.path, progress),
+            lambda progress: self._workspaces.apply(
+                _patch(params.export), params.path, params.umask, progress
+            ),
         )
 
 

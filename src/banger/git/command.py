@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from banger.base import proc
@@ -61,18 +62,34 @@ async def ask(directory: Path, *arguments: str, check: bool = True) -> proc.Comp
     )
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a git gets that reads what a guest wrote, or writes for the user."""
+
+    #: Of address space; 0: no limit.
+    memory_bytes: int = 0
+    #: Of the files that it makes; -1: ours.
+    umask: int = -1
+
+
+NO_LIMITS = Limits()
+
+
 async def run(
     git_dir: Path,
     *arguments: str | Path,
     stdin: bytes | None = None,
     env: Mapping[str, str] | None = None,
     check: bool = True,
+    limits: Limits = NO_LIMITS,
 ) -> proc.Completed:
     """Run git in a repository of ours, with `env` on top of its environment."""
+    limited = ["prlimit", f"--as={limits.memory_bytes}"] if limits.memory_bytes else []
     return await proc.run(
-        ["git", *_NO_PROGRAMS, *arguments],
+        [*limited, "git", *_NO_PROGRAMS, *arguments],
         timeout_s=TIMEOUT_S,
         stdin=stdin,
         env=bare_environment(git_dir) | dict(env or {}),
         check=check,
+        umask=limits.umask,
     )

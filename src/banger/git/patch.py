@@ -11,19 +11,36 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+import tempfile
 from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from banger.base.cancellation import to_its_end
-from banger.base.errors import BadRequest, Conflict, Unavailable
+from banger.base.errors import BadRequest, BangerError, Conflict, Unavailable
 from banger.base.proc import ProcessFailed
+from banger.git import command
+from banger.git.command import Limits
+from banger.git.layout import make_git_dir
 from banger.git.source import GITLINK, Source
-from banger.git.throwaway import Throwaway, split, staged_entries, text, throwaway
+from banger.git.throwaway import (
+    Throwaway,
+    files_at,
+    is_within,
+    split,
+    staged_entries,
+    text,
+    throwaway,
+)
 
 #: A longer patch is refused.
-PATCH_LIMIT_BYTES = 2 << 30
+PATCH_LIMIT_BYTES = 1 << 30
+#: And one that changes more files.
+_FILES_MAX = 200_000
+#: What is packed in a patch is unpacked in memory.
+_UNPACKED = Limits(memory_bytes=4 << 30)
 _NAMED_MAX = 10
 _SAID_BYTES = 2000
 
@@ -45,46 +62,55 @@ class _Entry:
     new_object: str
 
 
-async def changes(repository: Throwaway, patch: Path) -> list[Change]:
-    """What `patch` says it changes. BadRequest for what is no patch."""
+async def changes(patch: Path, scratch: Path) -> list[Change]:
+    """What `patch` says it changes. BadRequest for what is no patch, or changes too much."""
     if not await asyncio.to_thread(_has_content, patch):
         return []
-    try:
-        listed = await repository.git("apply", "--numstat", "-z", patch)
-    except ProcessFailed as error:
-        raise BadRequest(f"that is no patch: {_said(error)}") from error
+    with tempfile.TemporaryDirectory(prefix="git-", dir=scratch) as directory:
+        nowhere = Path(directory) / "git"
+        await asyncio.to_thread(make_git_dir, nowhere, (), "sha1")
+        try:
+            listed = await command.run(nowhere, "apply", "--numstat", "-z", patch, limits=_UNPACKED)
+        except ProcessFailed as error:
+            raise BadRequest(f"that is no patch: {_said(error)}") from error
+    return await asyncio.to_thread(_parsed, listed.stdout)
+
+
+def _parsed(listed: bytes) -> list[Change]:
+    if listed.count(b"\0") > _FILES_MAX:
+        raise BadRequest(f"the patch changes more than {_FILES_MAX} files: refused")
     found = []
-    for line in split(listed.stdout):
+    for line in split(listed):
         insertions, deletions, path = line.split(b"\t", 2)
         found.append(Change(path, _count(insertions), _count(deletions)))
     return found
 
 
-async def apply(source: Source, patch: Path, scratch: Path) -> list[Change]:
+async def apply(source: Source, patch: Path, scratch: Path, umask: int = -1) -> list[Change]:
     """Apply `patch` to the working tree of `source`: all of it, or nothing.
 
     Where HEAD has moved on since, the two are merged. The index is not touched, and neither are
     files that the patch does not name. Raises BadRequest for a patch that leaves the tree, Conflict
-    when it does not fit what is there now, or would touch what was changed here.
+    when it does not fit what is there now, or would touch what was changed here. `umask` is of the
+    files that it makes: ours unless given.
     """
+    found = await changes(patch, scratch)
+    if not found:
+        return []
     async with throwaway(source, scratch) as repository:
-        found = await changes(repository, patch)
-        if not found:
-            return []
         for change in found:
             _check_path(change.path)
         _check_no_submodule(found, await repository.submodules())
         before = await _before(repository, source, found)
         after = await _after(repository, before, patch)
         await _check_touched(repository, source, before, after, patch)
-        await to_its_end(_check_out(repository, before, after))
+        await to_its_end(_check_out(repository, before, after, Limits(umask=umask)))
         return found
 
 
 def _check_path(path: bytes) -> None:
     """Raise BadRequest for a path that git would refuse, too: this names it in our words."""
-    names = path.split(b"/")
-    if any(name in (b"", b".", b"..") or name.lower() == b".git" for name in names):
+    if not is_within(path):
         raise BadRequest(
             f"the patch writes to {_shown([path])}, which is not in the working tree: refused"
         )
@@ -104,21 +130,11 @@ async def _before(repository: Throwaway, source: Source, found: Sequence[Change]
     """The tree of what is there now, of files that only the patch knows, too."""
     tracked = set(split((await repository.git("ls-files", "-z")).stdout))
     beside = [change.path for change in found if change.path not in tracked]
-    there = await asyncio.to_thread(_files, source.root, beside)
+    there = await asyncio.to_thread(files_at, source.root, beside)
     try:
         return await repository.snapshot(with_files=there)
     except ProcessFailed as error:
         raise _does_not_fit(source, _said(error)) from error
-
-
-def _files(root: Path, paths: Sequence[bytes]) -> list[bytes]:
-    """Those of `paths` that are files or links."""
-    there = []
-    for path in paths:
-        with suppress(OSError):
-            if not stat.S_ISDIR(os.lstat(os.fsencode(root) + b"/" + path).st_mode):
-                there.append(path)
-    return there
 
 
 async def _after(repository: Throwaway, before: str, patch: Path) -> str:
@@ -126,7 +142,10 @@ async def _after(repository: Throwaway, before: str, patch: Path) -> str:
     index = repository.git_dir / "patched-index"
     await repository.git("read-tree", before, index=index)
     applied = await repository.git(
-        "apply", "--cached", "--3way", "--whitespace=nowarn", patch, index=index, check=False
+        *("apply", "--cached", "--3way", "--whitespace=nowarn", patch),
+        index=index,
+        check=False,
+        limits=_UNPACKED,
     )
     unmerged = await repository.git("ls-files", "--unmerged", "-z", index=index)
     if conflicts := {path for _, _, path in staged_entries(unmerged.stdout)}:
@@ -153,6 +172,14 @@ async def _check_touched(
             f"the patch changes the submodule or nested repository {_shown(links)}: refused",
             hint="bring what is in it by itself: banger vm cp",
         )
+    made = [path for path, entry in touched.items() if not entry.modes[0]]
+    there = await repository.git("ls-tree", "-r", "-z", "--name-only", before)
+    known = frozenset(split(there.stdout))
+    if hidden := await asyncio.to_thread(_in_the_way, os.fsencode(source.root), made, known):
+        raise Conflict(
+            f"it would replace what git does not track here: {_shown(hidden)}",
+            hint="move that out of the way; nothing was changed",
+        )
     changed = await _entries(repository, "diff-tree", "-r", "-z", source.head_commit, before)
     given = await _given(repository, patch)
     nothing = "0" * len(before)
@@ -167,6 +194,24 @@ async def _check_touched(
             f"it would touch what was changed here: {_shown(refused)}",
             hint="commit or stash that first; nothing was changed",
         )
+
+
+def _in_the_way(root: bytes, made: Sequence[bytes], known: AbstractSet[bytes]) -> list[bytes]:
+    """What is where the patch makes files, or above them, and is not `known`: git would give up
+    ignored files for them, and whole directories of those."""
+    found = set()
+    for path in made:
+        above = path
+        while above := above.rpartition(b"/")[0]:
+            with suppress(OSError):
+                if not stat.S_ISDIR(os.lstat(root + b"/" + above).st_mode) and above not in known:
+                    found.add(above)
+        if os.path.isdir(root + b"/" + path) and not os.path.islink(root + b"/" + path):  # noqa: PTH112, PTH114
+            for directory, folders, files in os.walk(root + b"/" + path):
+                links = [name for name in folders if os.path.islink(directory + b"/" + name)]  # noqa: PTH114
+                inside = (directory[len(root) + 1 :] + b"/" + name for name in (*files, *links))
+                found.update(each for each in inside if each not in known)
+    return sorted(found)
 
 
 async def _given(repository: Throwaway, patch: Path) -> dict[bytes, str] | None:
@@ -197,7 +242,7 @@ async def _entries(repository: Throwaway, *arguments: str) -> dict[bytes, _Entry
     return entries
 
 
-async def _check_out(repository: Throwaway, before: str, after: str) -> None:
+async def _check_out(repository: Throwaway, before: str, after: str, limits: Limits) -> None:
     """Bring the files from one tree to the other. Conflict, with nothing changed, when something
     is in the way."""
     merge = ("-c", "core.sparseCheckout=false", "read-tree", "-m", "-u")
@@ -209,11 +254,11 @@ async def _check_out(repository: Throwaway, before: str, after: str) -> None:
             f"something is in the way of the patch: {_said(error)}", hint="nothing was changed"
         ) from error
     try:
-        await repository.git(*merge, before, after, index=index)
-    except ProcessFailed as error:
+        await repository.git(*merge, before, after, index=index, limits=limits)
+    except BangerError as error:
         # A full disk, say. All that was there is an object of the throwaway repository.
-        await repository.git("read-tree", "--reset", "-u", before, index=index)
-        raise Unavailable(f"the patch could not be written: {_said(error)}") from error
+        await repository.git("read-tree", "--reset", "-u", before, index=index, limits=limits)
+        raise Unavailable(f"the patch could not be written: {error}") from error
 
 
 def _does_not_fit(source: Source, why: str) -> Conflict:

@@ -9,10 +9,12 @@ git finds clean, or modified exactly where the host's was.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
+import stat
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -103,7 +105,14 @@ async def pack(source: Source, wish: Wish, directory: Path) -> Shipment:
         check_submodules(source, wish.mode, submodules)
         untracked = await repository.untracked() if wish.include_untracked else []
         trees = await _trees(source, wish, repository, directory, b"", untracked)
-    size = await asyncio.to_thread(_size_bytes, trees)
+    try:
+        size = await asyncio.to_thread(_size_bytes, trees)
+    except OSError as error:
+        raise PreconditionFailed(
+            f"{source.root} changes while it is read: {shown(error.filename or b'')}:"
+            f" {error.strerror}",
+            hint="try again",
+        ) from error
     return Shipment(trees, size, untracked)
 
 
@@ -151,7 +160,7 @@ async def _trees(
         entries = [each for each in staged_entries(listed.stdout) if each[2] not in left_out]
     git_dir = directory / "git"
     await asyncio.to_thread(make_git_dir, git_dir, _settings(source), source.object_format)
-    await _objects(source, wish, repository, git_dir, [head, base])
+    await _objects(source, wish, repository, git_dir, [head, base], staged=not checks_out)
     await _references(source, wish, repository, git_dir, head, base)
     await asyncio.to_thread(_copy_local, git_dir, source, None if checks_out else repository)
     files = [path for mode, _, path in entries if mode != GITLINK]
@@ -175,7 +184,8 @@ async def _submodule(source: Source, path: bytes) -> Source | None:
     if not (directory / ".git").exists():
         return None
     submodule = await inspect(directory, submodule=True)
-    if submodule.root != directory:
+    inside = submodule.git_dir.is_relative_to(source.common_dir)
+    if submodule.root != directory or not (inside or submodule.git_dir == directory / ".git"):
         raise PreconditionFailed(
             f"the submodule {directory} is somewhere else: {submodule.root}",
             hint="see: git submodule status",
@@ -184,9 +194,15 @@ async def _submodule(source: Source, path: bytes) -> Source | None:
 
 
 async def _objects(
-    source: Source, wish: Wish, repository: Throwaway, git_dir: Path, commits: Sequence[str]
+    source: Source,
+    wish: Wish,
+    repository: Throwaway,
+    git_dir: Path,
+    commits: Sequence[str],
+    *,
+    staged: bool,
 ) -> None:
-    """The objects that the guest's repository has, in packs."""
+    """The objects that the guest's repository has, in a pack; those that are `staged`, too."""
     shallow = source.common_dir / "shallow"
     if wish.mode is WorkspaceMode.SHALLOW_OVERLAY:
         (repository.git_dir / "shallow").write_text(f"{commits[0]}\n")
@@ -201,8 +217,9 @@ async def _objects(
         revisions += listed.stdout.decode().split()
     try:
         await repository.git(
-            *("pack-objects", "--quiet", "--revs", "--indexed-objects", "--delta-base-offset"),
-            *("--window=0", git_dir / "objects" / "pack" / "pack"),
+            *("pack-objects", "--quiet", "--revs", "--delta-base-offset", "--window=0"),
+            *(("--indexed-objects",) if staged else ()),
+            git_dir / "objects" / "pack" / "pack",
             stdin="".join(f"{revision}\n" for revision in revisions).encode(),
         )
     except ProcessFailed as error:
@@ -283,6 +300,23 @@ def _size_bytes(trees: Sequence[Tree]) -> int:
     for tree in trees:
         total += sum(path.lstat().st_size for path in tree.git_dir.rglob("*"))
         root = os.fsencode(tree.source.root) + b"/"
-        for path in tree.files:
-            total += os.lstat(root + path).st_size
+        total += sum(os.lstat(root + path).st_size for path in tree.files)
+        _check_no_links(root, tree.files)
     return total
+
+
+def _check_no_links(root: bytes, files: Sequence[bytes]) -> None:
+    """Raise OSError when a file is not in directories of the tree: tar would follow links."""
+    for parent in {each for path in files for each in _parents(path)}:
+        if not stat.S_ISDIR(os.lstat(root + parent).st_mode):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), root + parent)
+
+
+def _parents(path: bytes) -> Iterator[bytes]:
+    while path := path.rpartition(b"/")[0]:
+        yield path
+
+
+def shown(name: str | bytes) -> str:
+    """A name of the host's as it can be shown: bytes that are no UTF-8 as ``\\xff``."""
+    return os.fsencode(name).decode(errors="backslashreplace")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -65,14 +66,18 @@ async def inspect(path: Path, *, submodule: bool = False) -> Source:
             f"{root} is a submodule of {parent}",
             hint=f"name that repository: {parent}, with --mode full_copy",
         )
+    git_dir = Path(await _line(root, "--absolute-git-dir"))
+    common_dir = await asyncio.to_thread(_resolved, root, await _line(root, "--git-common-dir"))
+    if not submodule:
+        await asyncio.to_thread(_check_own, root, git_dir, common_dir)
     head = await ask(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}", check=False)
     if head.returncode != 0:
         raise PreconditionFailed(f"{root} has no commit yet", hint="commit something first")
     branch = await ask(root, "symbolic-ref", "--quiet", "HEAD", check=False)
     return Source(
         root=root,
-        git_dir=Path(await _line(root, "--absolute-git-dir")),
-        common_dir=(root / await _line(root, "--git-common-dir")).resolve(),
+        git_dir=git_dir,
+        common_dir=common_dir,
         head_commit=_text(head.stdout),
         branch=_text(branch.stdout).removeprefix("refs/heads/"),
         object_format=await _line(root, "--show-object-format"),
@@ -106,6 +111,27 @@ def _check_directory(path: Path) -> None:
     if not path.is_dir():
         what = "is not a directory" if path.exists() else "does not exist"
         raise NotFound(f"{path} {what}", hint="name the directory of a git repository")
+
+
+def _resolved(root: Path, path: str) -> Path:
+    return (root / path).resolve()
+
+
+def _check_own(root: Path, git_dir: Path, common_dir: Path) -> None:
+    """Raise PreconditionFailed for a repository that is not the directory's own: whoever wrote a
+    ``.git`` may have it lead to anybody's. A linked worktree is named by its repository, too."""
+    own = root / ".git"
+    if own.is_dir() and not own.is_symlink() and common_dir == own:
+        borrowed = [name for name in ("objects", "refs", "HEAD") if (own / name).is_symlink()]
+    else:
+        linked = git_dir.resolve().parent == common_dir / "worktrees" and regular_file(own)
+        named = (git_dir / "gitdir").read_bytes().strip() if linked else b""
+        borrowed = [] if named == os.fsencode(own) else [".git"]
+    if borrowed:
+        raise PreconditionFailed(
+            f"{own} leads to a repository somewhere else: {git_dir}",
+            hint="name a clone, or a worktree that its repository knows: git worktree repair",
+        )
 
 
 def _within(path: Path, root: Path) -> Path | None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import AsyncIterator, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from banger.base.cancellation import to_its_end
+from banger.base.errors import PreconditionFailed
 from banger.base.proc import Completed
 from banger.git import command
 from banger.git.layout import copy_if_regular, make_git_dir
@@ -33,6 +35,7 @@ _COMPARED_BY = (
     "core.sparsecheckoutcone",
 )
 _EXCLUDES_KEY = "core.excludesfile"
+_EXCLUDES_BYTES = 1 << 20
 #: Who commits what was shipped; the time is that of the commit below it, so that one working tree
 #: is one commit.
 _NOBODY = {
@@ -60,6 +63,7 @@ class Throwaway:
         stdin: bytes | None = None,
         env: Mapping[str, str] | None = None,
         check: bool = True,
+        limits: command.Limits = command.NO_LIMITS,
     ) -> Completed:
         """Run git in it, over the other's working tree; with another index when one is given."""
         environment = {
@@ -74,6 +78,7 @@ class Throwaway:
             stdin=stdin,
             env=environment,
             check=check,
+            limits=limits,
         )
 
     async def submodules(self) -> dict[bytes, str]:
@@ -160,6 +165,43 @@ async def _make(made: Throwaway, source: Source) -> None:
         *("update-index", "--no-split-index", "--no-untracked-cache", "--no-fsmonitor"),
         "--force-write-index",
     )
+    await _look_at_all(made, source)
+
+
+async def _look_at_all(made: Throwaway, source: Source) -> None:
+    """Have git look at every file: an index can say of one that nobody needs to, and then its
+    path is followed by others. What a sparse checkout leaves out stays out, unless it is there.
+
+    Raises PreconditionFailed for an index with a path that no working tree has.
+    """
+    paths = split((await made.git("ls-files", "-z")).stdout)
+    for path in paths:
+        if not is_within(path):
+            raise PreconditionFailed(
+                f"the index of {source.root} has a path that is outside of it:"
+                f" {path.decode(errors='backslashreplace')}",
+                hint="do not use this repository",
+            )
+    flags = ("update-index", "-z", "--no-assume-unchanged", "--stdin")
+    await made.git(*flags, stdin=joined(paths))
+    there = await asyncio.to_thread(files_at, source.root, await made.left_out())
+    await made.git("update-index", "-z", "--no-skip-worktree", "--stdin", stdin=joined(there))
+
+
+def is_within(path: bytes) -> bool:
+    """Whether a path can be one of a working tree: no ``..``, no ``.git``, not absolute."""
+    names = path.split(b"/")
+    return not any(name in (b"", b".", b"..") or name.lower() == b".git" for name in names)
+
+
+def files_at(root: Path, paths: Iterable[bytes]) -> list[bytes]:
+    """Those of `paths` that are files or links."""
+    there = []
+    for path in paths:
+        with suppress(OSError):
+            if not stat.S_ISDIR(os.lstat(os.fsencode(root) + b"/" + path).st_mode):
+                there.append(path)
+    return there
 
 
 def _borrow(git_dir: Path, source: Source) -> None:
@@ -175,18 +217,20 @@ def _borrow(git_dir: Path, source: Source) -> None:
     )
     for name in ("exclude", "attributes"):
         copy_if_regular(source.common_dir / "info" / name, git_dir / "info" / name)
-    _append_excludes(git_dir / "info" / "exclude", source.setting(_EXCLUDES_KEY))
+    _append_excludes(git_dir / "info" / "exclude", source.root, source.setting(_EXCLUDES_KEY))
 
 
-def _append_excludes(exclude: Path, path: str) -> None:
+def _append_excludes(exclude: Path, root: Path, path: str) -> None:
     """What the user ignores everywhere is ignored here, too."""
     home = Path(os.environ.get("HOME") or Path.home())
     config_home = Path(os.environ.get("XDG_CONFIG_HOME") or home / ".config")
-    chosen = Path(path).expanduser() if path else config_home / "git" / "ignore"
+    chosen = root / Path(path).expanduser() if path else config_home / "git" / "ignore"
     if chosen.is_file():
         own = exclude.read_bytes() if exclude.exists() else b""
+        with chosen.open("rb") as file:
+            patterns = file.read(_EXCLUDES_BYTES)
         # Before the repository's own, which may say otherwise.
-        exclude.write_bytes(chosen.read_bytes() + b"\n" + own)
+        exclude.write_bytes(patterns + b"\n" + own)
 
 
 def _quoted(path: Path) -> bytes:

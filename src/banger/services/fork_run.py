@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,6 +16,7 @@ from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, NotFound
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import ForkResult, ForkState, Results, Vm
+from banger.git.shipment import shown
 from banger.guest.channel import AgentStream, Data, ExitKind, Stderr
 from banger.guest.channel import Exit as GuestExit
 from banger.guest.requests import Exec
@@ -27,7 +27,7 @@ from banger.services.results import ResultsService, log_of, patch_of, with_fork
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_spec import CreateRequest
-from banger.services.workspace import ExportRequest, Order, WorkspaceService, shown
+from banger.services.workspace import ExportRequest, Order, WorkspaceService
 
 #: What a command prints beyond that is not kept.
 _LOG_LIMIT_BYTES = 256 << 20
@@ -71,7 +71,7 @@ class ForkRuns:
         that were broken off. The VM itself is gone when its forks are there.
         """
         forks = await self._made(trial, progress)
-        repo_root = "" if trial.order is None else shown(os.fsencode(trial.order.source.root))
+        repo_root = "" if trial.order is None else shown(str(trial.order.source.root))
         name = forks[0].name.rpartition("-")[0]
         try:
             results = await self._results.begin(name, repo_root, tuple(trial.command.arguments))
@@ -104,8 +104,10 @@ class ForkRuns:
         try:
             if trial.order is not None:
                 await self._workspaces.prepare(source.id, trial.order, progress)
+            # What a fork changed is saved before it goes, by whichever daemon.
+            passing = trial.remove and trial.order is None
             return await self._forks.fork(
-                source.id, trial.count, source.name, progress, ephemeral=trial.remove
+                source.id, trial.count, source.name, progress, ephemeral=passing
             )
         finally:
             await to_its_end(self._delete([source]))
@@ -153,7 +155,7 @@ class ForkRuns:
             patch = patch_of(running.results, result.number)
             try:
                 await self._workspaces.save(ExportRequest(vm=vm.id), patch, plain=True)
-                changes = await self._workspaces.summary(patch, trial.order.source.root)
+                changes = await self._workspaces.summary(patch)
                 result = msgspec.structs.replace(
                     result,
                     files=len(changes),
@@ -167,9 +169,6 @@ class ForkRuns:
                 result = msgspec.structs.replace(result, error=told)
         if trial.remove and saved:
             await self._delete([vm])
-        elif trial.remove:
-            with suppress(NotFound):
-                await self._vms.keep(vm)
         await running.update(result)
 
     async def _delete(self, vms: Sequence[Vm]) -> None:

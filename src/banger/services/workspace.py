@@ -14,17 +14,18 @@ import tempfile
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import msgspec
 
-from banger.base.errors import BadRequest, NotFound, PreconditionFailed
+from banger.base.errors import BadRequest, NotFound, OperationTimeout, PreconditionFailed
 from banger.base.files import sync_file
 from banger.base.model import Vm, Workspace, WorkspaceMode, now
 from banger.base.paths import Paths, prepare_private_dir
 from banger.base.units import format_size
 from banger.git import patch as patches
-from banger.git.shipment import Shipment, Wish, check_submodules, pack
+from banger.git.shipment import Shipment, Wish, check_submodules, pack, shown
 from banger.git.source import Source, check_branch_name, inspect, resolve
 from banger.git.throwaway import throwaway
 from banger.git.tooling import Step, steps
@@ -40,6 +41,9 @@ from banger.store.store import Store
 GUEST_PATH = "/root/repo"
 _GUEST_PATH = re.compile(r"/[^\0-\x1f\x7f]+")
 _SAID_BYTES = 4000
+#: A guest that sends nothing of a patch for so long hangs. (An emulated one takes a minute to look
+#: at a hundred thousand files.)
+_SILENCE_S = 600.0
 
 
 class PrepareRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,12 +108,16 @@ class Order:
     source: Source
     wish: Wish
     guest_path: str
+    #: Whether something of the path that was named goes.
+    goes: bool = True
     #: What its files ask for.
     steps: Sequence[Step] = ()
 
     @property
     def directory(self) -> str:
-        """Where in the guest the path that was named is."""
+        """Where in the guest the path that was named is; one that does not go is not there."""
+        if not self.goes:
+            return self.guest_path
         return posixpath.normpath(posixpath.join(self.guest_path, self.source.inside.as_posix()))
 
 
@@ -139,8 +147,9 @@ class WorkspaceService:
             check_submodules(source, request.mode, await repository.submodules())
             if commit != source.head_commit and request.mode is not WorkspaceMode.METADATA_ONLY:
                 await self._check_clean(source, request.from_ref, await repository.is_clean())
+            inside = await repository.git("ls-files", "-z", "--", source.inside)
         asked_for = await asyncio.to_thread(steps, source.root)
-        return Order(request, source, wish, guest_path, asked_for)
+        return Order(request, source, wish, guest_path, bool(inside.stdout), asked_for)
 
     async def _check_clean(self, source: Source, ref: str, clean: bool) -> None:
         if not clean:
@@ -156,7 +165,7 @@ class WorkspaceService:
             shipment = await pack(order.source, order.wish, Path(directory))
             files = await asyncio.to_thread(_listed, shipment)
         return Plan(
-            repo_root=shown(os.fsencode(order.source.root)),
+            repo_root=shown(str(order.source.root)),
             guest_path=order.guest_path,
             mode=request.mode,
             head_commit=order.source.head_commit,
@@ -176,28 +185,16 @@ class WorkspaceService:
             progress.stage("wait", "for another transfer")
         async with self.locks.hold(vm.id), self._vms.in_use(vm):
             with tempfile.TemporaryDirectory(prefix="pack-", dir=self._scratch()) as directory:
-                progress.stage("pack", shown(os.fsencode(order.source.root)))
+                progress.stage("pack", shown(str(order.source.root)))
                 shipment = await pack(order.source, order.wish, Path(directory))
+                workspace = _record(order, shipment)
                 await GuestSide(self._vms, vm, order.guest_path).deliver(
                     shipment,
                     progress,
+                    partial(self._store.set_workspace, vm.id, workspace),
                     replace=order.request.replace,
                     read_only=order.request.read_only,
                 )
-            workspace = Workspace(
-                source_path=shown(os.fsencode(order.request.path)),
-                repo_root=shown(os.fsencode(order.source.root)),
-                repo_name=shown(os.fsencode(order.source.name)),
-                guest_path=order.guest_path,
-                mode=order.request.mode,
-                head_commit=order.source.head_commit,
-                current_branch=shown(os.fsencode(order.source.branch)),
-                branch_name=shown(os.fsencode(order.request.branch or order.source.branch)),
-                base_commit=shipment.base_commit,
-                prepared_at=now(),
-                submodules=shipment.submodules,
-            )
-            await self._store.set_workspace(vm.id, workspace)
             await self._bootstrap(vm, order, progress)
         return workspace
 
@@ -243,14 +240,16 @@ class WorkspaceService:
             workspace = given(vm)
             base = "HEAD" if request.since_head else workspace.base_commit
             if request.bundle:
-                base = workspace.head_commit
+                base = workspace.start_commit or workspace.head_commit
             what = "bundle" if request.bundle else "plain" if plain else "patch"
             exported = script("export", workspace.guest_path, base, what, *workspace.submodules)
             async with await self._vms.open_stream(vm, exported) as stream:
                 await stream.send_eof()
                 yield vm, stream
 
-    async def save(self, request: ExportRequest, path: Path, *, plain: bool = False) -> int:
+    async def save(
+        self, request: ExportRequest, path: Path, *, plain: bool = False, mode: int = 0o600
+    ) -> int:
         """Write the guest's patch to a file that is there whole or not at all; its size in bytes.
 
         Raises PreconditionFailed for one that is longer than a patch may be.
@@ -261,6 +260,7 @@ class WorkspaceService:
             try:
                 with os.fdopen(descriptor, "wb") as out:
                     size = await _received(vm, stream, out.write)
+                    os.fchmod(out.fileno(), mode)
                 await asyncio.to_thread(sync_file, beside)
                 await asyncio.to_thread(beside.replace, path)
             finally:
@@ -269,30 +269,30 @@ class WorkspaceService:
 
     async def changes(self, request: ExportRequest) -> tuple[FileChange, ...]:
         """What the guest has changed, file by file, as the host reads its patch."""
-        async with self._patch(request) as (vm, patch):
-            return await self.summary(patch, Path(given(vm).repo_root))
+        async with self._patch(request) as (_, patch):
+            return await self.summary(patch)
 
-    async def summary(self, patch: Path, root: Path) -> tuple[FileChange, ...]:
+    async def summary(self, patch: Path) -> tuple[FileChange, ...]:
         """What a patch that was saved changes, file by file."""
-        async with throwaway(await inspect(root), self._scratch()) as repository:
-            return _shown_changes(await patches.changes(repository, patch))
+        return _shown_changes(await patches.changes(patch, self._scratch()))
 
-    async def apply_saved(self, patch: Path, root: Path) -> tuple[FileChange, ...]:
+    async def apply_saved(self, patch: Path, root: Path, umask: int) -> tuple[FileChange, ...]:
         """Apply a patch that was saved: see `apply`."""
-        return _shown_changes(await patches.apply(await inspect(root), patch, self._scratch()))
+        source = await inspect(root)
+        return _shown_changes(await patches.apply(source, patch, self._scratch(), umask))
 
     async def apply(
-        self, request: ExportRequest, path: str, stages: Stages
+        self, request: ExportRequest, path: str, umask: int, stages: Stages
     ) -> tuple[FileChange, ...]:
         """Apply the guest's patch to the repository at `path`, or else to the one it came from.
 
-        All or nothing: see `git.patch`.
+        All or nothing: see `git.patch`. `umask` is the user's, for the files that it makes.
         """
         stages.stage("export")
         async with self._patch(request) as (vm, patch):
             root = path or given(vm).repo_root
-            stages.stage("apply", shown(os.fsencode(root)))
-            return await self.apply_saved(patch, Path(root))
+            stages.stage("apply", shown(root))
+            return await self.apply_saved(patch, Path(root), umask)
 
     @asynccontextmanager
     async def _patch(self, request: ExportRequest) -> AsyncIterator[tuple[Vm, Path]]:
@@ -301,6 +301,24 @@ class WorkspaceService:
             patch = Path(directory) / "patch"
             await self.save(request, patch, plain=True)
             yield await self._vms.show(request.vm), patch
+
+
+def _record(order: Order, shipment: Shipment) -> Workspace:
+    source = order.source
+    return Workspace(
+        source_path=shown(order.request.path),
+        repo_root=shown(str(source.root)),
+        repo_name=shown(source.name),
+        guest_path=order.guest_path,
+        mode=order.request.mode,
+        head_commit=source.head_commit,
+        current_branch=shown(source.branch),
+        branch_name=shown(order.request.branch or source.branch),
+        base_commit=shipment.base_commit,
+        start_commit=order.wish.commit,
+        prepared_at=now(),
+        submodules=shipment.submodules,
+    )
 
 
 def given(vm: Vm) -> Workspace:
@@ -318,15 +336,10 @@ def check_guest_path(path: str) -> str:
     plain = posixpath.normpath(path)
     if _GUEST_PATH.fullmatch(path) is None or plain in ("/", "//") or ".." in path.split("/"):
         raise BadRequest(
-            f'"{shown(os.fsencode(path))}" cannot be the place of a repository in a guest',
+            f'"{shown(path)}" cannot be the place of a repository in a guest',
             hint="give an absolute path, like /root/repo",
         )
     return plain
-
-
-def shown(name: bytes) -> str:
-    """A name of the host's as it can be shown: bytes that are no UTF-8 as ``\\xff``."""
-    return name.decode(errors="backslashreplace")
 
 
 def exported_from(vm: Vm) -> str:
@@ -338,7 +351,15 @@ async def _received(vm: Vm, stream: AgentStream, write: Callable[[bytes], object
     """Pass on what the guest sends to its end; how much it was."""
     size, said = 0, bytearray()
     while True:
-        match await stream.receive():
+        try:
+            async with asyncio.timeout(_SILENCE_S):
+                event = await stream.receive()
+        except TimeoutError:
+            raise OperationTimeout(
+                f'vm "{vm.name}" has said nothing of its changes for {_SILENCE_S:g} s',
+                hint=f"look into it: banger vm shell {vm.name}",
+            ) from None
+        match event:
             case Data(data):
                 size += len(data)
                 if size > patches.PATCH_LIMIT_BYTES:

@@ -9,12 +9,21 @@ from __future__ import annotations
 import asyncio
 import os
 import posixpath
+from collections.abc import Callable, Coroutine
 from contextlib import aclosing, suppress
 from importlib import resources
+from typing import Any
 
 from banger.base import proc
-from banger.base.cancellation import to_its_end
-from banger.base.errors import BangerError, Conflict, NotFound, PreconditionFailed, Unavailable
+from banger.base.cancellation import past_recall, to_its_end
+from banger.base.errors import (
+    BangerError,
+    Conflict,
+    NotFound,
+    OperationTimeout,
+    PreconditionFailed,
+    Unavailable,
+)
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm
 from banger.base.units import format_size
@@ -29,6 +38,8 @@ from banger.services.vm import VmService
 
 _SAID_BYTES = 4000
 _CLEAN_UP_TIMEOUT_S = 20.0
+#: Two renames; with `read_only` a mode for each file.
+_PLACE_TIMEOUT_S = 120.0
 _TAR = ("tar", "--create", "--file=-", "--format=gnu", "--owner=root:0", "--group=root:0",
         "--hard-dereference")  # fmt: skip
 _NAMES_FROM_STDIN = ("--no-recursion", "--null", "--verbatim-files-from", "--files-from=-")
@@ -86,9 +97,15 @@ class GuestSide:
         self._staging = posixpath.join(parent, f".{name}.banger")
 
     async def deliver(
-        self, shipment: Shipment, progress: Progress, *, replace: bool, read_only: bool
+        self,
+        shipment: Shipment,
+        progress: Progress,
+        record: Callable[[], Coroutine[Any, Any, None]],
+        *,
+        replace: bool,
+        read_only: bool,
     ) -> None:
-        """Put all trees of a shipment at the guest's path, at once.
+        """Put all trees of a shipment at the guest's path, at once, and `record` that.
 
         Raises Conflict when something is there and is not to be replaced. Cancelled or failed
         nothing has changed.
@@ -106,12 +123,23 @@ class GuestSide:
                 progress.stage("checkout", "in the guest")
                 await self._run("checkout", *checked_out)
             progress.stage("place")
-            await to_its_end(
-                self._run("place", self._target, self._staging, "yes" if read_only else "")
-            )
+            await past_recall(self._placed(record, read_only=read_only))
         except BaseException:
             await to_its_end(self._clean_up())
             raise
+
+    async def _placed(
+        self, record: Callable[[], Coroutine[Any, Any, None]], *, read_only: bool
+    ) -> None:
+        try:
+            async with asyncio.timeout(_PLACE_TIMEOUT_S):
+                await self._run("place", self._target, self._staging, "yes" if read_only else "")
+        except TimeoutError:
+            raise OperationTimeout(
+                f'vm "{self._vm.name}" did not put the repository in its place within'
+                f" {_PLACE_TIMEOUT_S:g} s"
+            ) from None
+        await record()
 
     async def bootstrap(self, step: Step) -> None:
         """Run a command in the repository, with a log in the guest. Raises PreconditionFailed, with

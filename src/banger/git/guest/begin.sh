@@ -5,11 +5,14 @@
 set -e
 target=$1 staging=$2 replace=$3
 shift 3
+# What a transfer that was cut off has left: in the middle of `place` it was the only copy.
+if [ -e "$staging.old" ] && [ ! -e "$target" ]; then
+    mv -T -- "$staging.old" "$target"
+fi
+rm -rf -- "$staging" "$staging.old"
 if [ -z "$replace" ] && { [ -e "$target" ] || [ -L "$target" ]; }; then
     [ -d "$target" ] && [ ! -L "$target" ] && [ -z "$(ls -A -- "$target")" ] || exit 80
 fi
-# What a transfer that was cut off has left.
-rm -rf -- "$staging"
 mkdir -p -- "$staging"
 for directory; do
     mkdir -p -- "$staging/$directory"

@@ -41,7 +41,14 @@ patch() {
     renames=--find-renames
     [ "$what" = patch ] || renames=--no-renames
     export GIT_INDEX_FILE="$scratch/index" GIT_OBJECT_DIRECTORY="$scratch/objects"
-    git add --all -- "$(git rev-parse --show-toplevel)"
+    top=$(git rev-parse --show-toplevel)
+    git add --all -- "$top" 2>"$scratch/said" || {
+        # A repository without a commit within this one: they all are left out.
+        echo "left out: repositories within this one" >&2
+        git add --update -- "$top"
+        git ls-files -z --others --exclude-standard -- "$top" | grep -zv '/$' |
+            git update-index -z --add --stdin
+    }
     tree=$(git write-tree)
     git diff-tree -r -p --binary --full-index "$renames" --no-color --no-ext-diff --no-textconv \
         --ignore-submodules=all --src-prefix="a/$2" --dst-prefix="b/$2" "$1" "$tree"

@@ -1,6 +1,6 @@
 # place TARGET STAGING READ_ONLY
 #
-# Put STAGING at TARGET; what was there goes when that is done.
+# Put STAGING at TARGET; what was there goes when that is done, now or with the next transfer.
 set -e
 target=$1 staging=$2 read_only=$3
 old=$staging.old
@@ -12,4 +12,4 @@ mv -T -- "$staging" "$target" || {
     [ ! -e "$old" ] || mv -T -- "$old" "$target"
     exit 1
 }
-rm -rf -- "$old"
+rm -rf -- "$old" >/dev/null 2>&1 </dev/null &
