@@ -175,17 +175,26 @@ async def _look_at_all(made: Throwaway, source: Source) -> None:
     Raises PreconditionFailed for an index with a path that no working tree has.
     """
     paths = split((await made.git("ls-files", "-z")).stdout)
-    for path in paths:
-        if not is_within(path):
-            raise PreconditionFailed(
-                f"the index of {source.root} has a path that is outside of it:"
-                f" {path.decode(errors='backslashreplace')}",
-                hint="do not use this repository",
-            )
-    flags = ("update-index", "-z", "--no-assume-unchanged", "--stdin")
-    await made.git(*flags, stdin=joined(paths))
-    there = await asyncio.to_thread(files_at, source.root, await made.left_out())
-    await made.git("update-index", "-z", "--no-skip-worktree", "--stdin", stdin=joined(there))
+    if outside := [path for path in paths if not is_within(path)]:
+        raise PreconditionFailed(
+            f"the index of {source.root} has a path that is outside of it:"
+            f" {outside[0].decode(errors='backslashreplace')}",
+            hint="do not use this repository",
+        )
+    # Git finds entries by their order: out of it, one can stay that was to be replaced.
+    if paths != sorted(paths):
+        raise PreconditionFailed(
+            f"the index of {source.root} is damaged: its entries are not in order",
+            hint="make it anew: rm .git/index, then git reset",
+        )
+    tagged = split((await made.git("ls-files", "-v", "-z")).stdout)
+    unseen = {line[2:] for line in tagged if line[:1].islower()}
+    unseen.update(await asyncio.to_thread(files_at, source.root, await made.left_out()))
+    if unseen:
+        # Entered anew, an entry has no such flag. (To take it away git wants to see the file.)
+        staged = split((await made.git("ls-files", "--stage", "-z")).stdout)
+        entries = (line for line in staged if line.partition(b"\t")[2] in unseen)
+        await made.git("update-index", "-z", "--index-info", stdin=joined(entries))
 
 
 def is_within(path: bytes) -> bool:
