@@ -44,9 +44,8 @@ def clean(with_default: Banger) -> Iterator[Banger]:
 def run_forks(banger: Banger, root: Path, script: str, *options: str) -> tuple[int, dict[str, Any]]:
     """The status, and the results, of `script` in forks."""
     before = {each["name"] for each in banger.json("vm", "results")}
-    done = banger.run(
-        *("vm", "run", "-q", root, "--fork", str(_FORKS), *options, "--", "sh", "-c", script)
-    )
+    words = ("vm", "run", "-q", str(root), "--fork", str(_FORKS), *options)
+    done = banger.run(*words, "--", "sh", "-c", script)
     (found,) = (each for each in banger.json("vm", "results") if each["name"] not in before)
     return done.returncode, found
 
