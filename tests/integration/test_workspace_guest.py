@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import repositories as repos
+from homes import Home
 from product import IMAGE, Banger, finish, read_until, until
 from repositories import git, write
 from test_git_host import NEW, edit
@@ -327,6 +328,37 @@ def test_a_transfer_keeps_nobody_waiting_but_other_transfers(
     assert banger.guest(box, f"ls {_REPO}/large").strip()
 
 
+def test_many_files_come_and_go(banger: Banger, box: str, tmp_path: Path) -> None:
+    root = repos.plain(tmp_path / "host")
+    for number in range(20_000):
+        write(root, f"d{number % 200}/{number}", f"{number}\n")
+    repos.commit(root)
+    prepare(banger, box, root)
+    count = banger.guest(box, f"cd {_REPO} && git status --porcelain && find d* -type f | wc -l")
+    assert count == "20000\n"
+    banger.guest(box, f"cd {_REPO} && rm -r d7 && echo changed >d8/8")
+    banger.ok("vm", "workspace", "export", "-q", box, "--apply")
+    status = git(root, "status", "--porcelain").splitlines()
+    assert sorted({line[:2] for line in status}) == [b" D", b" M"]
+    assert len(status) == 101
+
+
+def test_a_daemon_that_dies_leaves_nothing_of_a_transfer(
+    home: Home, large: Path, tmp_path: Path
+) -> None:
+    banger = home.banger
+    banger.ok("vm", "run", "-q", "-d", "--image", IMAGE, "--name", "box")
+    prepare(banger, "box", repos.plain(tmp_path / "host"))
+    running = _sending(banger, "box", large)
+    home.kill_daemon(signal.SIGKILL)
+    finish(running)
+    assert "large" not in banger.guest("box", f"ls -A {_REPO}")
+    assert list((home.state / "scratch").glob("*")) == []
+    prepare(banger, "box", large)
+    assert "large" in banger.guest("box", f"ls -A {_REPO}")
+    assert banger.guest("box", "ls -d /root/.repo* 2>/dev/null || true") == ""
+
+
 def test_a_vm_that_is_stopped_ends_its_transfer(banger: Banger, large: Path) -> None:
     banger.ok("vm", "create", "-q", "--image", _DEFAULT, "--name", "ending")
     running = _sending(banger, "ending", large)
@@ -356,23 +388,25 @@ def test_a_guest_that_lies_changes_nothing(banger: Banger, box: str, tmp_path: P
     """Its git is not git: it says whatever it likes."""
     root = repos.plain(tmp_path / "host")
     prepare(banger, box, root)
-    evil = NEW.format("../evil", "100644")
     before = repos.tree(root)
     banger.guest(
         box,
         "cat >/usr/local/bin/git && chmod +x /usr/local/bin/git",
         stdin=b"""#!/bin/sh
-case $1 in diff-tree) cat /tmp/evil ;; *) exec /usr/bin/git "$@" ;; esac
+case $1 in diff-tree) . /tmp/evil ;; *) exec /usr/bin/git "$@" ;; esac
 """,
     )
+
+    def told(script: str) -> str:
+        banger.guest(box, "cat >/tmp/evil", stdin=script.encode())
+        return banger.fails("vm", "workspace", "export", "-q", box, "--apply", status=1)
+
     try:
-        banger.guest(box, "cat >/tmp/evil", stdin=evil.encode())
-        told = banger.fails("vm", "workspace", "export", "-q", box, "--apply", status=1)
-        assert "which is not in the working tree" in told
-        banger.guest(box, "printf '\\033]0;evil\\007' >/tmp/evil")
-        assert "\x1b" not in banger.fails(
-            "vm", "workspace", "export", "-q", box, "--apply", status=1
-        )
+        outside = NEW.format("../evil", "100644").replace("\n", "\\n")
+        assert "which is not in the working tree" in told(f"printf '{outside}'")
+        assert "is longer than 1 GiB: refused" in told("exec yes endless")
+        assert "\x1b" not in told("printf '\\033]0;evil\\007'")
+        assert "the guest failed (status 3" in told("echo '\033]0;evil\007' >&2; exit 3")
     finally:
         banger.guest(box, "rm -f /usr/local/bin/git /tmp/evil")
     assert repos.tree(root) == before
