@@ -318,14 +318,17 @@ def test_a_transfer_keeps_nobody_waiting_but_other_transfers(
     banger: Banger, box: str, large: Path, tmp_path: Path
 ) -> None:
     first = _sending(banger, box, large)
+    second = banger.start(
+        *("vm", "workspace", "prepare", "--replace", box, str(repos.plain(tmp_path / "host")))
+    )
     began = time.monotonic()
     banger.ok("vm", "touch", box)
     banger.ok("vm", "set", box, "--name", "with-git")
     assert time.monotonic() - began < 3
     exported = banger.ok("vm", "workspace", "export", box, "--name-only")
-    assert finish(first)[0] == 0
-    assert exported == ""  # of the repository that was on its way
-    assert banger.guest(box, f"ls {_REPO}/large").strip()
+    assert (finish(first)[0], finish(second)[0]) == (0, 0)
+    assert exported == ""  # of a repository that was on its way
+    assert "large" not in banger.guest(box, f"ls {_REPO}")
 
 
 def test_many_files_come_and_go(banger: Banger, box: str, tmp_path: Path) -> None:

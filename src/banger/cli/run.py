@@ -68,7 +68,9 @@ def _check_repository_path(
 
 
 @click.command(cls=AfterDashes)
-@click.argument("path", required=False, callback=_check_repository_path)
+@click.argument(
+    "path", required=False, type=click.Path(file_okay=False), callback=_check_repository_path
+)
 @workspace_options
 @click.option(
     "--export",

@@ -10,14 +10,19 @@ command, a diff driver, an alias. Two ways keep them from running:
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from banger.base import proc
+from banger.base.errors import PreconditionFailed
 
 #: Of the largest repositories: reading tens of thousands of files takes seconds.
 TIMEOUT_S = 600.0
+
+#: The first that merges a patch into an index alone.
+_OLDEST = (2, 32)
 
 #: Neither asks anybody anything nor changes what it only looks at. No transport is allowed: a
 #: partial clone would otherwise fetch what it lacks, with the program that its configuration names.
@@ -50,6 +55,17 @@ def bare_environment(git_dir: Path) -> dict[str, str]:
         "GIT_DIR": str(git_dir),
         **_QUIET,
     }
+
+
+async def version() -> str:
+    """Git's version. PreconditionFailed without git, or with one that is too old."""
+    told = await proc.run(["git", "version"], timeout_s=TIMEOUT_S, env=user_environment())
+    text = told.stdout.decode().strip().removeprefix("git version ")
+    found = tuple(int(number) for number in re.findall(r"\d+", text)[:2])
+    if found < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise PreconditionFailed(f"git {text} is older than {oldest}", hint="install a newer one")
+    return text
 
 
 async def ask(directory: Path, *arguments: str, check: bool = True) -> proc.Completed:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import sys
 
+from banger.base.errors import BangerError
 from banger.base.paths import Paths
 from banger.drivers.base import Check, Level
+from banger.git.command import version
 from banger.images.preflight import requirements
 from banger.services.preflight import check_free_disk
 from banger.services.vm_start import Drivers
@@ -20,14 +22,15 @@ class Doctor:
     async def run(self) -> list[Check]:
         """All checks, in the order they are shown: the choices first, then what they need."""
         drivers = self._drivers
-        version = ".".join(str(part) for part in sys.version_info[:3])
+        python = ".".join(str(part) for part in sys.version_info[:3])
         return [
-            Check("python", Level.OK, version),
+            Check("python", Level.OK, python),
             *self._choices,
             *await drivers.hypervisor.checks(),
             *await drivers.storage.checks(),
             *await drivers.network.checks(),
             *await self._image_checks(),
+            await _git_check(),
             check_free_disk(self._paths.vms_dir),
             check_free_disk(self._paths.images_dir, needed_bytes=2 << 30),
         ]
@@ -37,3 +40,11 @@ class Doctor:
             Check(each.name, Level.FAIL if each.problem else Level.OK, each.problem, each.hint)
             for each in await requirements()
         ]
+
+
+async def _git_check() -> Check:
+    """Only repositories need it: machines do without."""
+    try:
+        return Check("git", Level.OK, await version())
+    except BangerError as error:
+        return Check("git", Level.WARN, error.message, error.hint)
