@@ -7,12 +7,17 @@ switched off.
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from banger.cli import app
+from banger.rpc.client import Client
+from cli_daemon import Daemon
 
 # https://docs.python.org/3/library/audit_events.html
 _STARTS_A_PROCESS = frozenset(
@@ -58,3 +63,17 @@ def short_path() -> Iterator[Path]:
     """As `tmp_path`, but short enough for the sockets of a VM: those are limited to 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="bt-", dir="/tmp") as directory:
         yield Path(directory)
+
+
+@pytest.fixture
+def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
+    """A daemon for the command line, which reads nothing from stdin."""
+    made = Daemon()
+    monkeypatch.setattr(Client, "connect", made.connect)
+    monkeypatch.setattr(app, "_connections", [])
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        yield made
+        for client in app._connections:
+            client.close()
+        made.close()

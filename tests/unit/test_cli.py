@@ -29,7 +29,7 @@ from banger.base.model import (
     VmState,
     now,
 )
-from banger.cli import app, progress
+from banger.cli import progress
 from banger.cli.app import AfterDashes, complete_image, complete_vm, guest_command
 from banger.cli.copy import complete_side
 from banger.cli.main import cli, run
@@ -41,19 +41,6 @@ from cli_daemon import Daemon, read_frame
 from records import a_kernel, a_snapshot, a_template, a_vm, an_image
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    made = Daemon()
-    monkeypatch.setattr(Client, "connect", made.connect)
-    monkeypatch.setattr(app, "_connections", [])
-    with open(os.devnull) as nothing:
-        monkeypatch.setattr(sys, "stdin", nothing)
-        yield made
-        for client in app._connections:
-            client.close()
-        made.close()
 
 
 def ending(exit_: Exit) -> Any:

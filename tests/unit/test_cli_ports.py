@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -13,26 +10,11 @@ import pytest
 
 from banger.base.model import PublishedPort, Vm, VmState
 from banger.base.ports import GuestPort, GuestSocket, HostPort
-from banger.cli import app
 from banger.cli.main import run
-from banger.rpc.client import Client
 from cli_daemon import Daemon
 from records import a_vm
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    made = Daemon()
-    monkeypatch.setattr(Client, "connect", made.connect)
-    monkeypatch.setattr(app, "_connections", [])
-    with open(os.devnull) as nothing:
-        monkeypatch.setattr(sys, "stdin", nothing)
-        yield made
-        for client in app._connections:
-            client.close()
-        made.close()
 
 
 def publishing(*ports: PublishedPort, state: VmState = VmState.RUNNING) -> Vm:

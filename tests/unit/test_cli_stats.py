@@ -9,7 +9,6 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -31,27 +30,15 @@ from banger.base.usage import (
     UsagePoint,
     VmStats,
 )
-from banger.cli import app, figures
+from banger.cli import figures
 from banger.cli import stats as stats_command
 from banger.cli.dashboard import Dashboard
 from banger.cli.main import run
 from banger.cli.stats_columns import COLUMNS
-from banger.rpc.client import Client
 from cli_daemon import Daemon
 from records import a_vm
 
 Captured = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def daemon(monkeypatch: pytest.MonkeyPatch) -> Iterator[Daemon]:
-    made = Daemon()
-    monkeypatch.setattr(Client, "connect", made.connect)
-    monkeypatch.setattr(app, "_connections", [])
-    yield made
-    for client in app._connections:
-        client.close()
-    made.close()
 
 
 def a_sample(at: datetime | None = None, **fields: Any) -> Sample:

@@ -38,7 +38,7 @@ class ForksView(ProgressView):
             for fork in state.results.forks:
                 if fork.state is not ForkState.RUNNING and fork.number not in self._ended:
                     self._ended.add(fork.number)
-                    note(f"fork {fork.number}: {_status(fork)}, {fork.seconds:.1f} s")
+                    note(printable(f"fork {fork.number}: {_status(fork)}, {fork.seconds:.1f} s"))
         super().event(raw)
 
     def below(self) -> Table | None:

@@ -180,7 +180,8 @@ class _Shown(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         text = bytes(data).decode(errors="backslashreplace")
-        click.echo("\n".join(map(printable, text.split("\n"))), nl=False)
+        kept = ("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+        click.echo("\n".join(kept), nl=False)
         return len(data)
 
 
