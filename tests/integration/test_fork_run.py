@@ -77,6 +77,8 @@ def test_forks_are_kept_until_they_are_deleted(clean: Banger, root: Path) -> Non
     for name in names:
         assert clean.guest(name, "cat /tmp/here") == f"{name}\n"
     assert clean.state(results["name"]) == ""  # what they are forks of
+    part = results["name"][:-1]
+    assert "the whole name" in clean.fails("vm", "results", part, "--delete", status=1)
     clean.ok("vm", "results", results["name"], "--delete", "-q")
     assert [clean.state(name) for name in names] == [""] * _FORKS
 
@@ -105,6 +107,8 @@ def test_broken_off_it_keeps_what_there_is(clean: Banger, root: Path) -> None:
         return bool(logs) and all(log.exists() and log.read_text() for log in logs)
 
     until(begun, "both commands have begun")
+    delete = ("vm", "results", "broken", "--delete")
+    assert "are under way" in clean.fails(*delete, status=1)
     running.send_signal(signal.SIGINT)
     assert finish(running)[0] == 130
     results = clean.json("vm", "results", "broken")

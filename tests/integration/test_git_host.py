@@ -79,7 +79,7 @@ def script(name: str, *arguments: str | Path) -> bytes:
 
 
 def exported(guest: Path, shipment: Shipment, scratch: Path) -> Path:
-    """The guest's patch, in a file."""
+    """The guest's patch, in a file; it has all."""
     patch = scratch / "patch"
     patch.write_bytes(script("export", guest, shipment.base_commit, "plain"))
     return patch
@@ -173,6 +173,28 @@ def test_submodules_go_with_a_full_copy_and_are_refused_otherwise(
         assert repos.head(guest / inner) == repos.head(root / inner)
         assert git(guest / inner, "status", "--short") == git(root / inner, "status", "--short")
     assert list((guest / "other").iterdir()) == []
+
+
+def test_a_submodule_is_the_repositorys_own(tmp_path: Path, scratch: Path) -> None:
+    private = repos.plain(tmp_path / "private")
+    root = repos.with_submodules(tmp_path / "host")
+    shutil.rmtree(root / "lib/middle/.git", ignore_errors=True)
+    (root / "lib/middle/.git").unlink()
+    write(root, "lib/middle/.git/HEAD", "ref: refs/heads/main\n")
+    write(root, "lib/middle/.git/commondir", f"{private}/.git\n")
+    with pytest.raises(PreconditionFailed, match="leads to a repository somewhere else"):
+        deliver(root, scratch, Wish(FULL))
+
+
+def test_a_rename_in_a_submodule_can_be_applied(tmp_path: Path, scratch: Path) -> None:
+    root = repos.with_submodules(tmp_path / "host")
+    guest, shipment = deliver(root, scratch, Wish(FULL))
+    git(guest / "lib/middle", "mv", "old-name", "newer name")
+    inner = [word for pair in shipment.submodules for word in pair]
+    patch = scratch / "patch"
+    patch.write_bytes(script("export", guest, shipment.base_commit, "patch", *inner))
+    git(root, "apply", patch)
+    assert repos.tree(root) == repos.tree(guest)
 
 
 def test_a_full_copy_has_all_of_the_history_and_the_references(
@@ -347,7 +369,11 @@ def test_a_repository_is_the_directorys_own(tmp_path: Path) -> None:
     objects = repos.plain(tmp_path / "objects")
     (objects / ".git/refs").rename(objects / "elsewhere")
     (objects / ".git/refs").symlink_to(private / ".git/refs")
-    for root in ("evil", "linked", "common", "objects"):
+    heads = repos.plain(tmp_path / "heads")
+    shutil.rmtree(heads / ".git/refs/heads")
+    (heads / ".git/refs/heads").symlink_to(private / ".git/refs/heads")
+    write(heads, ".git/objects/info/alternates", f"{private}/.git/objects\n")
+    for root in ("evil", "linked", "common", "objects", "heads"):
         with pytest.raises(PreconditionFailed, match=r"repository somewhere else|not in a git rep"):
             run(inspect(tmp_path / root))
     assert run(inspect(tmp_path / "worktree")).branch == "worktree"
@@ -422,8 +448,23 @@ def test_repositories_within_the_guests_are_left_out(tmp_path: Path, scratch: Pa
     write(guest, "new \n one", "new\n")
     repos.plain(guest / "whole")
     git(guest, "init", "--quiet", "unborn")
-    found = applied(root, exported(guest, shipment, scratch), scratch)
-    assert {change.path for change in found} == {b"README", b"new \n one"}
+    write(guest, b"caf\xe9", "new\n")
+    names = {b"README", b"new \n one", b"caf\xe9"}
+    for what, left_out in (("plain", b"unborn\nwhole/repo\n"), ("patch", b"whole/repo\n")):
+        text = (resources.files("banger.git") / "guest" / "export.sh").read_text()
+        done = subprocess.run(
+            ["sh", "-c", text, "export", guest, shipment.base_commit, what],
+            capture_output=True, check=False, env=repos.ENVIRONMENT,
+        )  # fmt: skip
+        assert done.returncode == 85, done.stderr
+        assert done.stderr == b"left out, as repositories of their own:\n" + left_out
+        patch = scratch / what
+        patch.write_bytes(done.stdout)
+        assert {change.path for change in applied(root, patch, scratch)} == names
+        for name in names - {b"README"}:
+            (root / os.fsdecode(name)).unlink()
+        write(root, "README", "read me\n")
+        shutil.rmtree(guest / "unborn", ignore_errors=True)
 
 
 def test_a_place_that_was_half_taken_is_given_back(tmp_path: Path) -> None:

@@ -176,6 +176,27 @@ def test_a_vm_is_kept_when_its_patch_cannot_be_saved(
     banger.ok("vm", "delete", "--force", "kept")
 
 
+def test_a_vm_is_kept_with_what_a_patch_cannot_have(
+    banger: Banger, box: str, tmp_path: Path
+) -> None:
+    root = repos.plain(tmp_path / "host")
+    nested = "git init -q within && cd within && git -c user.name=g -c user.email=g@example.invalid"
+    told = banger.fails(
+        *("vm", "run", "-q", "--rm", "--name", "kept", str(root)),
+        *("--export", str(tmp_path / "patch"), "--"),
+        *("sh", "-c", f"echo guest >>README; {nested} commit -q --allow-empty -m one"),
+        status=125,
+    )
+    assert "not all changes were saved" in told
+    assert "left out, as repositories of their own:\nwithin" in told
+    assert "+guest" in (tmp_path / "patch").read_text()
+    assert banger.state("kept") == "running"
+    done = banger.run("vm", "workspace", "export", "-q", "kept", "--apply")
+    assert done.returncode == 0, done.stderr
+    assert (root / "README").read_text() == "read me\nguest\n"
+    banger.ok("vm", "delete", "--force", "kept")
+
+
 def test_submodules_go_with_a_full_copy(banger: Banger, box: str, tmp_path: Path) -> None:
     root = repos.with_submodules(tmp_path)
     told = banger.fails("vm", "workspace", "prepare", "--replace", box, root, status=1)

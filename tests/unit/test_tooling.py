@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,24 @@ def test_tools_are_installed_before_the_container_is_set_up(tmp_path: Path) -> N
     ]
 
 
+def test_what_editors_write(tmp_path: Path) -> None:
+    file = tmp_path / ".devcontainer.json"
+    file.write_text('\ufeff{"features": {}, // "remoteUser": "root"\n}', encoding="utf-8")
+    assert asked(tmp_path) == []
+    file.write_text("")
+    assert asked(tmp_path) == []
+    file.write_text('{"a": [1, /* one */], "postCreateCommand": "make",\n// end\n}')
+    assert asked(tmp_path) == [(".devcontainer.json", ("sh", "-c", "make"))]
+
+
+@pytest.mark.parametrize("text", ['"' + '\\"' * 60_000, "/*" * 60_000, '"' + "a" * 60_000 + "\\"])
+def test_what_is_never_closed_is_not_looked_for_for_ever(tmp_path: Path, text: str) -> None:
+    (tmp_path / ".devcontainer.json").write_text(text)
+    began = time.process_time()
+    assert [step.title for step in steps(tmp_path, strict=False)] == [""]
+    assert time.process_time() - began < 2  # it took a minute
+
+
 def test_a_file_that_is_none_and_one_from_elsewhere(tmp_path: Path) -> None:
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     root.mkdir()
@@ -51,6 +70,7 @@ def test_a_file_that_is_none_and_one_from_elsewhere(tmp_path: Path) -> None:
     (root / ".devcontainer.json").write_text("{")
     with pytest.raises(BadRequest, match=r"\.devcontainer\.json cannot be read"):
         steps(root)
+    assert [step.file for step in steps(root, strict=False)] == [".devcontainer.json"]
     (root / ".devcontainer.json").write_text("[]")
     with pytest.raises(BadRequest, match="cannot be read"):
         steps(root)

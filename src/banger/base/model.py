@@ -145,8 +145,8 @@ class Workspace(Record, frozen=True):
     prepared_at: datetime
     #: Where the guest's HEAD began.
     start_commit: str = ""
-    #: Where in it those are that came along.
-    submodules: tuple[str, ...] = ()
+    #: Where in it those are that came along, each with what it was as a commit.
+    submodules: tuple[tuple[str, str], ...] = ()
 
 
 class Vm(Record, frozen=True):

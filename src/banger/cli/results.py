@@ -17,6 +17,7 @@ from banger.cli.machine import quiet_option
 from banger.cli.progress import ProgressView, watched_call
 from banger.cli.render import print_json, print_table, printable, seconds_since
 from banger.cli.repository import FileChange, show_changes, umask
+from banger.cli.transfer import guest_output
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,9 +32,11 @@ class ForksView(ProgressView):
     def __init__(self, title: str, *, quiet: bool) -> None:
         super().__init__(title, quiet=quiet)
         self._ended: set[int] = set()
+        self.results: Results | None = None
 
     def event(self, raw: msgspec.Raw) -> None:
         state = msgspec.json.decode(raw, type=Operation)
+        self.results = state.results
         if state.results is not None and not sys.stderr.isatty() and not self._quiet:
             for fork in state.results.forks:
                 if fork.state is not ForkState.RUNNING and fork.number not in self._ended:
@@ -46,12 +49,13 @@ class ForksView(ProgressView):
         if self._state is None or self._state.results is None:
             return None
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(box=None, pad_edge=False)
         for column in _COLUMNS:
             table.add_column(column)
         for fork in self._state.results.forks:
-            table.add_row(*map(printable, _row(fork)))
+            table.add_row(*(Text(printable(cell)) for cell in _row(fork)))
         return table
 
 
@@ -59,7 +63,12 @@ def run_forks(params: dict[str, Any], *, quiet: bool) -> int:
     """Run a command in forks and show what became of it; 0 when all had status 0, else 1."""
     with connect() as client:
         view = ForksView("vm", quiet=quiet)
-        results = watched_call(client, "vm.run_forks", params, Results, title="vm", view=view)
+        try:
+            results = watched_call(client, "vm.run_forks", params, Results, title="vm", view=view)
+        except KeyboardInterrupt:
+            if view.results is not None:
+                note(f"what there is of it: banger vm results {view.results.name}")
+            raise
     _show(results)
     note(f"compare, apply or delete them: banger vm results {results.name}")
     return 0 if all(fork.exit_code == 0 for fork in results.forks) else 1
@@ -180,4 +189,4 @@ def _print_file(found: Results, name: str) -> None:
         data = path.read_bytes()
     except FileNotFoundError:
         raise NotFound(f'the results "{found.name}" have no {name}') from None
-    sys.stdout.buffer.write(data)
+    guest_output().write(data)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import os
 import select
 import sys
 import time
-from typing import IO
+from typing import IO, Any, cast
 
 import click
 
@@ -64,6 +66,24 @@ class _Said:
     def end(self) -> None:
         if self._begun:
             self.add(b"\n")
+
+
+class _Shown(io.RawIOBase):
+    """A terminal, which what a guest wrote is not to command."""
+
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def write(self, data: Any) -> int:
+        text = self._decoder.decode(bytes(data))
+        lines = ("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
+        click.echo("\n".join(lines), nl=False)
+        return len(data)
+
+
+def guest_output() -> IO[bytes]:
+    """Where bytes of a guest's go that were asked for: stdout, of which a terminal gets text."""
+    return cast("IO[bytes]", _Shown()) if sys.stdout.isatty() else sys.stdout.buffer
 
 
 def send_stream(session: Session, data: IO[bytes], *, title: str) -> Exit:

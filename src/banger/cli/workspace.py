@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any, TypeVar
 
 import click
 import msgspec
@@ -20,7 +18,7 @@ from banger.cli.app import connect, json_option, vm_argument
 from banger.cli.lazy import LazyGroup
 from banger.cli.machine import quiet_option
 from banger.cli.progress import watched_call
-from banger.cli.render import print_json, printable
+from banger.cli.render import print_json
 from banger.cli.repository import (
     FileChange,
     show_changes,
@@ -29,7 +27,7 @@ from banger.cli.repository import (
     workspace_options,
     workspace_request,
 )
-from banger.cli.transfer import receive_stream
+from banger.cli.transfer import guest_output, receive_stream
 from banger.rpc.client import Client
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -157,8 +155,7 @@ def export(
 def _save(client: Client, request: dict[str, Any], output: str) -> None:
     """The patch or the bundle to stdout, or to a file that is there whole or not at all."""
     if output == "-":
-        terminal = sys.stdout.isatty()
-        _receive(client, request, cast("IO[bytes]", _Shown()) if terminal else sys.stdout.buffer)
+        _receive(client, request, guest_output())
         return
     path = Path(output)
     if path.exists() and not path.is_file():
@@ -173,16 +170,6 @@ def _save(client: Client, request: dict[str, Any], output: str) -> None:
     finally:
         with suppress(FileNotFoundError):
             beside.unlink()
-
-
-class _Shown(io.RawIOBase):
-    """A terminal, which a guest's patch is not to command."""
-
-    def write(self, data: Any) -> int:
-        text = bytes(data).decode(errors="backslashreplace")
-        kept = ("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
-        click.echo("\n".join(kept), nl=False)
-        return len(data)
 
 
 class _Opened(msgspec.Struct):

@@ -170,6 +170,7 @@ class Parts:
             layers=self.layers,
             snapshots=self.snapshots,
         ).run()
+        await self.results.settle()
 
     def maintenance(self) -> Maintenance:
         return Maintenance(

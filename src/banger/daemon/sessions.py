@@ -155,23 +155,19 @@ class Sessions:
                 await self._detach(vm, command, connection)
                 return
             keep = not params.create.ephemeral
-            if params.export:  # should this daemon die, nobody has saved what is in it
-                await self._vms.keep(vm)
-            exit_, lost = Exit(), False
+            exit_ = Exit()
             try:
+                if params.export:  # should this daemon die, nobody has saved what is in it
+                    await self._vms.keep(vm)
                 exit_, lost = await self._run_command(vm, command, connection)
                 if lost and not keep and await self._vms.runs_on(vm):
                     # A guest that hangs is kept, to be looked into.
                     await self._vms.keep(vm)
                     keep, exit_ = True, _kept(exit_, vm)
             finally:
-                if params.export:
-                    mode = 0o666 & ~params.umask
-                    failed = await to_its_end(self._exported(vm, params.export, mode))
-                    if failed is not None:  # what is in it was not saved
-                        keep, exit_ = True, Exit(error=error_info(failed))
-                if not keep:
-                    await to_its_end(self._end_session(vm))
+                failed = await to_its_end(self._finish(vm, params, keep=keep))
+            if failed is not None:
+                exit_ = Exit(error=error_info(failed))
         if connection.switched:
             await connection.send_exit(exit_)
         elif exit_.error is not None:
@@ -196,15 +192,26 @@ class Sessions:
                 )
             raise
 
-    async def _exported(self, vm: Vm, path: str, mode: int) -> BangerError | None:
-        """Save the guest's patch; when that fails the VM is kept, and this is why."""
-        try:
-            with OperationLog("vm.workspace.export", **vm_attributes(vm)):
-                await self._workspaces.save(ExportRequest(vm=vm.id), Path(path), mode=mode)
-        except (BangerError, OSError) as error:
-            message = f"the changes were not saved to {path}: {error}"
-            hint = f"the VM is kept: banger vm workspace export {vm.name} -o FILE"
-            return Unavailable(message, hint=hint)
+    async def _finish(self, vm: Vm, params: Run, *, keep: bool) -> BangerError | None:
+        """Save the guest's patch, and then delete the VM, unless it is to be kept; it is when what
+        is in it could not be saved, and this is why."""
+        if params.export:
+            hint = f"the VM is kept: banger vm workspace export {vm.name}, or banger vm cp"
+            mode = 0o666 & ~params.umask
+            try:
+                with OperationLog("vm.workspace.export", **vm_attributes(vm)):
+                    request, path = ExportRequest(vm=vm.id), Path(params.export)
+                    left_out = await self._workspaces.save(request, path, mode=mode)
+            except (BangerError, OSError) as error:
+                return Unavailable(
+                    f"the changes were not saved to {params.export}: {error}", hint=hint
+                )
+            if left_out and not keep:
+                return Unavailable(
+                    f"not all changes were saved to {params.export}: {left_out}", hint=hint
+                )
+        if not keep:
+            await self._end_session(vm)
         return None
 
     async def _await_creation(

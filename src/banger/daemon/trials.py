@@ -82,6 +82,10 @@ class Trials:
 
     async def _delete(self, params: ResultsReference, connection: Connection) -> None:
         results = await self._results.resolve(params.results)
+        if results.name != params.results:  # what it ends must be named in full
+            raise NotFound(
+                f'results "{params.results}" not found', hint=f"the whole name: {results.name}"
+            )
         await operate(
             self._operations,
             connection,

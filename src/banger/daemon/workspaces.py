@@ -18,7 +18,7 @@ from banger.rpc.protocol import Exit
 from banger.rpc.server import Connection, error_info
 from banger.services.operations import Operations
 from banger.services.workspace import ExportRequest, WorkspaceService, exported_from
-from banger.services.workspace_guest import failure
+from banger.services.workspace_guest import LEFT_OUT, failure
 
 Row = tuple[type[Any], Callable[[Any, Connection], Awaitable[None]]]
 
@@ -56,6 +56,8 @@ class Workspaces:
             with OperationLog("vm.workspace.export", **vm_attributes(vm)):
                 await connection.switch({"vm": vm})
                 exit_ = await relay(connection, stream)
+                if exit_.exit_code == LEFT_OUT:
+                    exit_ = Exit(exit_code=0)  # what that is has gone with the stream, too
                 if exit_.error is None and exit_.status != 0:
                     # Why, in the guest's own words, has gone with the stream.
                     error = failure(exit_.status, b"", exported_from(vm))

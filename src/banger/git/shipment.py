@@ -86,9 +86,11 @@ class Shipment:
         return self.trees[0].base_commit
 
     @property
-    def submodules(self) -> tuple[str, ...]:
-        """Where those are that go along."""
-        return tuple(tree.prefix.rstrip(b"/").decode() for tree in self.trees[1:])
+    def submodules(self) -> tuple[tuple[str, str], ...]:
+        """Where those are that go along, and the base of each."""
+        return tuple(
+            (tree.prefix.rstrip(b"/").decode(), tree.base_commit) for tree in self.trees[1:]
+        )
 
     @property
     def file_count(self) -> int:

@@ -68,8 +68,7 @@ async def inspect(path: Path, *, submodule: bool = False) -> Source:
         )
     git_dir = Path(await _line(root, "--absolute-git-dir"))
     common_dir = await asyncio.to_thread(_resolved, root, await _line(root, "--git-common-dir"))
-    if not submodule:
-        await asyncio.to_thread(_check_own, root, git_dir, common_dir)
+    await asyncio.to_thread(_check_own, root, git_dir, common_dir, submodule=submodule)
     head = await ask(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}", check=False)
     if head.returncode != 0:
         raise PreconditionFailed(f"{root} has no commit yet", hint="commit something first")
@@ -117,21 +116,38 @@ def _resolved(root: Path, path: str) -> Path:
     return (root / path).resolve()
 
 
-def _check_own(root: Path, git_dir: Path, common_dir: Path) -> None:
+def _check_own(root: Path, git_dir: Path, common_dir: Path, *, submodule: bool) -> None:
     """Raise PreconditionFailed for a repository that is not the directory's own: whoever wrote a
-    ``.git`` may have it lead to anybody's. A linked worktree is named by its repository, too."""
+    ``.git`` may have it, or parts of it, lead to anybody's. A linked worktree is named by its
+    repository, too; where that of a submodule lies is for the caller to look at."""
     own = root / ".git"
-    if own.is_dir() and not own.is_symlink() and common_dir == own:
-        borrowed = [name for name in ("objects", "refs", "HEAD") if (own / name).is_symlink()]
+    if submodule:
+        is_own = common_dir == git_dir.resolve()
+    elif own.is_dir() and not own.is_symlink():
+        is_own = common_dir == own
     else:
         linked = git_dir.resolve().parent == common_dir / "worktrees" and regular_file(own)
-        named = (git_dir / "gitdir").read_bytes().strip() if linked else b""
-        borrowed = [] if named == os.fsencode(own) else [".git"]
-    if borrowed:
+        named = os.fsdecode((git_dir / "gitdir").read_bytes().strip()) if linked else ""
+        is_own = linked and os.path.normpath(git_dir / named) == str(own)
+    if not is_own or _has_links(common_dir):
         raise PreconditionFailed(
             f"{own} leads to a repository somewhere else: {git_dir}",
             hint="name a clone, or a worktree that its repository knows: git worktree repair",
         )
+
+
+def _has_links(common_dir: Path) -> bool:
+    """Whether objects or references of a repository are elsewhere by a link. (Alternates only have
+    objects, of which none goes that no reference leads to.)"""
+    parts = [common_dir / name for name in ("HEAD", "packed-refs", "objects", "refs")]
+    objects = common_dir / "objects"
+    if any(part.is_symlink() for part in (*parts, *objects.glob("*"))):
+        return True
+    return any(
+        Path(directory, name).is_symlink()
+        for directory, folders, files in os.walk(common_dir / "refs")
+        for name in (*folders, *files)
+    )
 
 
 def _within(path: Path, root: Path) -> Path | None:

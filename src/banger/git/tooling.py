@@ -13,10 +13,13 @@ import msgspec
 from banger.base.errors import BadRequest
 from banger.git.source import regular_file
 
-_LIMIT_BYTES = 1 << 20
+_LIMIT_BYTES = 64 << 10
 _DEVCONTAINERS = (".devcontainer/devcontainer.json", ".devcontainer.json")
-#: Of JSON with comments: a string, which stays; a comment; a comma before the end of a list.
-_JSONC = re.compile(r'"(?:[^"\\]|\\.)*"|//[^\n]*|/\*.*?\*/|,(?=\s*[\]}])', re.DOTALL)
+#: Of JSON with comments: a string, which stays, and a comment; then a comma before the end of a
+#: list. What is not closed matches to the end, or looking for its end again and again takes hours.
+_STRING = r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)'
+_COMMENT = re.compile(_STRING + r"|//[^\n]*|/\*.*?(?:\*/|\Z)", re.DOTALL)
+_COMMA = re.compile(_STRING + r"|,(?=\s*[\]}])", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -28,10 +31,11 @@ class Step:
     argv: Sequence[str]
 
 
-def steps(root: Path) -> list[Step]:
+def steps(root: Path, *, strict: bool = True) -> list[Step]:
     """What the files at `root` ask for, in the order in which it is done.
 
-    Raises BadRequest for a devcontainer's file that cannot be read.
+    Raises BadRequest for a devcontainer's file that cannot be read; unless `strict` that is a step
+    without a command.
     """
     found = []
     for name in (".mise.toml", "mise.toml", ".tool-versions"):
@@ -40,7 +44,12 @@ def steps(root: Path) -> list[Step]:
             break
     for name in _DEVCONTAINERS:
         if regular_file(root / name) and (root / name).resolve().is_relative_to(root.resolve()):
-            found += _post_create(root / name, name)
+            try:
+                found += _post_create(root / name, name)
+            except BadRequest:
+                if strict:
+                    raise
+                found.append(Step(name, "", ()))
             break
     return found
 
@@ -49,9 +58,10 @@ def _post_create(path: Path, name: str) -> Iterator[Step]:
     """The ``postCreateCommand`` of a devcontainer.json: a line for a shell, a list of arguments, or
     several of either by name (https://containers.dev/implementors/json_reference)."""
     with path.open("rb") as file:
-        text = file.read(_LIMIT_BYTES).decode(errors="replace")
+        text = file.read(_LIMIT_BYTES).decode("utf-8-sig", errors="replace")
+    plain = _COMMA.sub(_kept, _COMMENT.sub(_kept, text))
     try:
-        told = msgspec.json.decode(_JSONC.sub(_kept, text), type=dict[str, Any])
+        told = msgspec.json.decode(plain or "{}", type=dict[str, Any])
     except msgspec.MsgspecError as error:
         raise BadRequest(f"{name} cannot be read: {error}") from error
     wanted = told.get("postCreateCommand")
@@ -63,4 +73,4 @@ def _post_create(path: Path, name: str) -> Iterator[Step]:
 
 
 def _kept(found: re.Match[str]) -> str:
-    return found[0] if found[0].startswith('"') else ""
+    return found[0] if found[0].startswith('"') else " "

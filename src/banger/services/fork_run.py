@@ -13,7 +13,7 @@ from typing import BinaryIO
 import msgspec
 
 from banger.base.cancellation import to_its_end
-from banger.base.errors import BangerError, NotFound
+from banger.base.errors import BangerError, Conflict, NotFound
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import ForkResult, ForkState, Results, Vm
 from banger.git.shipment import shown
@@ -63,6 +63,8 @@ class ForkRuns:
         self._forks = forks
         self._workspaces = workspaces
         self._results = results
+        #: The names of those that are under way.
+        self._active: set[str] = set()
 
     async def run(self, trial: Trial, progress: Progress) -> Results:
         """Make a VM, give it its repository, fork it, and run the command in each fork.
@@ -71,46 +73,63 @@ class ForkRuns:
         that were broken off. The VM itself is gone when its forks are there.
         """
         forks = await self._made(trial, progress)
-        repo_root = "" if trial.order is None else shown(str(trial.order.source.root))
-        name = forks[0].name.rpartition("-")[0]
+        begun: Results | None = None
         try:
-            results = await self._results.begin(name, repo_root, tuple(trial.command.arguments))
+            begun = await self._begun(trial, forks)
+            running = _Running(self._results, begun, progress)
+            await running.tell()
+            if trial.order is not None or not trial.remove:
+                for vm in forks:  # until now they would have gone with this daemon
+                    await self._vms.keep(vm)
         except BaseException:
-            await to_its_end(self._delete(forks))
+            await to_its_end(self._take_back(forks, begun))
             raise
-        waiting = tuple(
-            ForkResult(number=number, vm_id=vm.id, vm_name=vm.name)
-            for number, vm in enumerate(forks)
-        )
-        results = msgspec.structs.replace(results, forks=waiting)
-        running = _Running(self._results, results, progress)
-        await running.tell()
+        self._active.add(begun.name)
         tasks = [
             asyncio.create_task(self._one(trial, vm, number, running))
             for number, vm in enumerate(forks)
         ]
         try:
-            await asyncio.gather(*tasks)
+            # One that goes wrong, however, is no reason to end the others.
+            await asyncio.gather(*tasks, return_exceptions=True)
         finally:
             for task in tasks:
                 task.cancel()
             await to_its_end(_ended(tasks))
+            self._active.discard(begun.name)
         return running.results
 
+    async def _begun(self, trial: Trial, forks: Sequence[Vm]) -> Results:
+        repo_root = "" if trial.order is None else shown(str(trial.order.source.root))
+        name = forks[0].name.rpartition("-")[0]
+        results = await self._results.begin(name, repo_root, tuple(trial.command.arguments))
+        waiting = tuple(
+            ForkResult(number=number, vm_id=vm.id, vm_name=vm.name)
+            for number, vm in enumerate(forks)
+        )
+        return msgspec.structs.replace(results, forks=waiting)
+
+    async def _take_back(self, forks: Sequence[Vm], begun: Results | None) -> None:
+        await self._delete(forks)
+        if begun is not None:
+            await self._results.delete(begun)
+
     async def _made(self, trial: Trial, progress: Progress) -> list[Vm]:
-        """The forks, in the state that all begin with."""
+        """The forks, in the state that all begin with; the VM they are of is gone."""
         create = msgspec.structs.replace(trial.create, ephemeral=True)
         source = await self._creator.create(create, progress)
+        forks: list[Vm] = []
         try:
             if trial.order is not None:
                 await self._workspaces.prepare(source.id, trial.order, progress)
-            # What a fork changed is saved before it goes, by whichever daemon.
-            passing = trial.remove and trial.order is None
-            return await self._forks.fork(
-                source.id, trial.count, source.name, progress, ephemeral=passing
+            forks = await self._forks.fork(
+                source.id, trial.count, source.name, progress, ephemeral=True
             )
-        finally:
-            await to_its_end(self._delete([source]))
+            await self._delete([source])
+        except BaseException:
+            await to_its_end(self._delete([source, *forks]))
+            raise
+        return forks
 
     async def _one(self, trial: Trial, vm: Vm, number: int, running: _Running) -> None:
         """Run the command in one fork; what became of it is on the results in the end."""
@@ -154,7 +173,9 @@ class ForkRuns:
         if trial.order is not None:
             patch = patch_of(running.results, result.number)
             try:
-                await self._workspaces.save(ExportRequest(vm=vm.id), patch, plain=True)
+                left_out = await self._workspaces.save(ExportRequest(vm=vm.id), patch, plain=True)
+                if left_out:
+                    saved, result = False, msgspec.structs.replace(result, error=left_out)
                 changes = await self._workspaces.summary(patch)
                 result = msgspec.structs.replace(
                     result,
@@ -164,7 +185,7 @@ class ForkRuns:
                 )
             except (BangerError, OSError) as error:
                 saved = False
-                why = f"its changes were not saved: {error}"
+                why = f"its changes were not all saved: {error}"
                 told = f"{result.error}; {why}" if result.error else why
                 result = msgspec.structs.replace(result, error=told)
         if trial.remove and saved:
@@ -180,7 +201,15 @@ class ForkRuns:
                 get_logger().error("vm stays", error=str(error), **vm_attributes(vm))
 
     async def delete(self, results: Results) -> None:
-        """Delete the results of a run, and those of its machines that are still there."""
+        """Delete the results of a run, and those of its machines that are still there.
+
+        Conflict while it is under way.
+        """
+        if results.name in self._active:
+            raise Conflict(
+                f'the commands of "{results.name}" are under way',
+                hint="wait for them, or interrupt banger vm run",
+            )
         for fork in results.forks:
             with suppress(NotFound), OperationLog("vm.delete", vm_id=fork.vm_id) as log:
                 await self._lifecycle.delete(fork.vm_id, log, force=True)
@@ -194,6 +223,7 @@ class _Running:
         self.results = results
         self._service = service
         self._progress = progress
+        self._writing = asyncio.Lock()
 
     async def update(self, fork: ForkResult) -> None:
         self.results = with_fork(self.results, fork)
@@ -204,7 +234,8 @@ class _Running:
         ended = sum(fork.state is not ForkState.RUNNING for fork in forks)
         self._progress.result(results=self.results)
         self._progress.stage("run", f"{ended} of {len(forks)} have ended", 100 * ended / len(forks))
-        await self._service.save(self.results)
+        async with self._writing:  # or an older state could come later
+            await self._service.save(self.results)
 
 
 async def _kept(stream: AgentStream, out: BinaryIO) -> GuestExit:

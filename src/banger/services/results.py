@@ -15,7 +15,7 @@ import msgspec
 from banger.base.errors import NotFound
 from banger.base.files import write_atomically
 from banger.base.log import get_logger
-from banger.base.model import ForkResult, Results, now
+from banger.base.model import ForkResult, ForkState, Results, now
 from banger.base.paths import Paths, prepare_private_dir, safe_component
 from banger.services.references import find
 
@@ -74,6 +74,20 @@ class ResultsService:
         """Those of a name, or of an unambiguous beginning of one."""
         found = [_Named(each) for each in await self.all()]
         return find(found, reference, noun="results", plural="results").results
+
+    async def settle(self) -> None:
+        """At start-up: what was under way in a daemon that is gone goes on no more."""
+        for results in await self.all():
+            if any(fork.state is ForkState.RUNNING for fork in results.forks):
+                forks = (
+                    msgspec.structs.replace(
+                        fork, state=ForkState.FAILED, error="bangerd ended meanwhile"
+                    )
+                    if fork.state is ForkState.RUNNING
+                    else fork
+                    for fork in results.forks
+                )
+                await self.save(msgspec.structs.replace(results, forks=tuple(forks)))
 
     async def delete(self, results: Results) -> None:
         directory = self._paths.results_dir / safe_component(results.name)

@@ -29,12 +29,12 @@ from banger.git.shipment import Shipment, Wish, check_submodules, pack, shown
 from banger.git.source import Source, check_branch_name, inspect, resolve
 from banger.git.throwaway import throwaway
 from banger.git.tooling import Step, steps
-from banger.guest.channel import AgentStream, Data, Stderr
+from banger.guest.channel import AgentStream, Data, ExitKind, Stderr
 from banger.guest.channel import Exit as GuestExit
 from banger.services.locks import Locks, Rank
 from banger.services.operations import Progress, Stages
 from banger.services.vm import VmService
-from banger.services.workspace_guest import GuestSide, check, script
+from banger.services.workspace_guest import LEFT_OUT, GuestSide, check, script
 from banger.store.store import Store
 
 #: Where a repository goes unless somebody says otherwise.
@@ -148,7 +148,7 @@ class WorkspaceService:
             if commit != source.head_commit and request.mode is not WorkspaceMode.METADATA_ONLY:
                 await self._check_clean(source, request.from_ref, await repository.is_clean())
             inside = await repository.git("ls-files", "-z", "--", source.inside)
-        asked_for = await asyncio.to_thread(steps, source.root)
+        asked_for = await asyncio.to_thread(steps, source.root, strict=request.bootstrap)
         return Order(request, source, wish, guest_path, bool(inside.stdout), asked_for)
 
     async def _check_clean(self, source: Source, ref: str, clean: bool) -> None:
@@ -242,15 +242,17 @@ class WorkspaceService:
             if request.bundle:
                 base = workspace.start_commit or workspace.head_commit
             what = "bundle" if request.bundle else "plain" if plain else "patch"
-            exported = script("export", workspace.guest_path, base, what, *workspace.submodules)
+            inner = (word for pair in workspace.submodules for word in pair)
+            exported = script("export", workspace.guest_path, base, what, *inner)
             async with await self._vms.open_stream(vm, exported) as stream:
                 await stream.send_eof()
                 yield vm, stream
 
     async def save(
         self, request: ExportRequest, path: Path, *, plain: bool = False, mode: int = 0o600
-    ) -> int:
-        """Write the guest's patch to a file that is there whole or not at all; its size in bytes.
+    ) -> str:
+        """Write the guest's patch to a file that is there whole or not at all; what of the guest's
+        changes is not in it, being in repositories of their own.
 
         Raises PreconditionFailed for one that is longer than a patch may be.
         """
@@ -259,17 +261,17 @@ class WorkspaceService:
             beside = Path(name)
             try:
                 with os.fdopen(descriptor, "wb") as out:
-                    size = await _received(vm, stream, out.write)
+                    left_out = await _received(vm, stream, out.write)
                     os.fchmod(out.fileno(), mode)
                 await asyncio.to_thread(sync_file, beside)
                 await asyncio.to_thread(beside.replace, path)
             finally:
                 await asyncio.to_thread(beside.unlink, missing_ok=True)
-        return size
+        return left_out
 
     async def changes(self, request: ExportRequest) -> tuple[FileChange, ...]:
         """What the guest has changed, file by file, as the host reads its patch."""
-        async with self._patch(request) as (_, patch):
+        async with self._patch(request) as (_, patch, _):
             return await self.summary(patch)
 
     async def summary(self, patch: Path) -> tuple[FileChange, ...]:
@@ -289,18 +291,20 @@ class WorkspaceService:
         All or nothing: see `git.patch`. `umask` is the user's, for the files that it makes.
         """
         stages.stage("export")
-        async with self._patch(request) as (vm, patch):
+        async with self._patch(request) as (vm, patch, left_out):
+            if left_out:
+                stages.note(left_out)
             root = path or given(vm).repo_root
             stages.stage("apply", shown(root))
             return await self.apply_saved(patch, Path(root), umask)
 
     @asynccontextmanager
-    async def _patch(self, request: ExportRequest) -> AsyncIterator[tuple[Vm, Path]]:
-        """The guest's patch, in a file as long as the block."""
+    async def _patch(self, request: ExportRequest) -> AsyncIterator[tuple[Vm, Path, str]]:
+        """The guest's patch, in a file as long as the block, and what is not in it."""
         with tempfile.TemporaryDirectory(prefix="patch-", dir=self._scratch()) as directory:
             patch = Path(directory) / "patch"
-            await self.save(request, patch, plain=True)
-            yield await self._vms.show(request.vm), patch
+            left_out = await self.save(request, patch, plain=True)
+            yield await self._vms.show(request.vm), patch, left_out
 
 
 def _record(order: Order, shipment: Shipment) -> Workspace:
@@ -347,8 +351,8 @@ def exported_from(vm: Vm) -> str:
     return f'{given(vm).guest_path} in vm "{vm.name}"'
 
 
-async def _received(vm: Vm, stream: AgentStream, write: Callable[[bytes], object]) -> int:
-    """Pass on what the guest sends to its end; how much it was."""
+async def _received(vm: Vm, stream: AgentStream, write: Callable[[bytes], object]) -> str:
+    """Pass on what the guest sends to its end; what it says that it left out."""
     size, said = 0, bytearray()
     while True:
         try:
@@ -372,8 +376,10 @@ async def _received(vm: Vm, stream: AgentStream, write: Callable[[bytes], object
             case Stderr(data):
                 said += data[: _SAID_BYTES - len(said)]
             case GuestExit() as exit_:
+                if exit_.kind is ExitKind.EXITED and exit_.status == LEFT_OUT:
+                    return said.decode(errors="backslashreplace").strip()
                 check(exit_, bytes(said), exported_from(vm))
-                return size
+                return ""
 
 
 def _temporary_beside(path: Path) -> tuple[int, str]:

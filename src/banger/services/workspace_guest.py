@@ -44,6 +44,9 @@ _TAR = ("tar", "--create", "--file=-", "--format=gnu", "--owner=root:0", "--grou
         "--hard-dereference")  # fmt: skip
 _NAMES_FROM_STDIN = ("--no-recursion", "--null", "--verbatim-files-from", "--files-from=-")
 
+#: All but what is in repositories within: see `git/guest/export.sh`.
+LEFT_OUT = 85
+
 #: What the commands of a repository's own print, in the guest.
 BOOTSTRAP_LOG = "/var/log/banger-bootstrap.log"
 
@@ -155,7 +158,7 @@ class GuestSide:
             raise PreconditionFailed(
                 f"the bootstrap of {step.file} failed: {step.title} (status {exit_.status})"
                 + (f"\n{text}" if text else ""),
-                hint=f"its log, in the guest: {BOOTSTRAP_LOG}",
+                hint=f"its log is in the guest, while there is one: {BOOTSTRAP_LOG}",
             )
 
     def _place(self, tree: Tree) -> str:

@@ -1,11 +1,12 @@
-# export DIRECTORY BASE WHAT [SUBMODULE…]
+# export DIRECTORY BASE WHAT [SUBMODULE BASE]…
 #
 # Print what is different in DIRECTORY from the commit BASE: as a patch (WHAT = patch), as one that
 # has all of each file it takes away (plain: what is renamed, too), or (bundle) the commits that
-# BASE does not have. A patch has what is different in each SUBMODULE from its own base, too.
+# BASE does not have. A patch has what is different in each SUBMODULE from its own BASE, too.
 #
 # All that git writes goes to a directory of its own: neither the index nor the objects of the
-# repository change. 81: no git, 82: no such commit, 83: no repository, 84: no commits.
+# repository change. 81: no git, 82: no such commit, 83: no repository, 84: no commits, 85: that was
+# all but what is in repositories within this one, which stderr names.
 set -e
 directory=$1 base=$2 what=$3
 shift 3
@@ -27,6 +28,12 @@ check() {
     git rev-parse --verify --quiet "$1^{commit}" >/dev/null || exit 82
 }
 
+# others DIRECTORY: what git does not track, a line each; in a name NUL stands for the end of a line.
+# A repository has a slash at its end.
+others() {
+    git ls-files -z --others --exclude-standard -- "$1" | tr '\n\0' '\0\n'
+}
+
 # patch BASE PREFIX: of the repository here, its paths behind PREFIX.
 patch() {
     git_dir=$(git rev-parse --absolute-git-dir)
@@ -38,18 +45,23 @@ patch() {
         # With its time: what changed after that is compared by content.
         cp -p -- "$git_dir/index" "$scratch/index"
     fi
-    renames=--find-renames
-    [ "$what" = patch ] || renames=--no-renames
+    renames=--no-renames # git names no prefix where it tells of renames
+    [ "$what$2" != patch ] || renames=--find-renames
     export GIT_INDEX_FILE="$scratch/index" GIT_OBJECT_DIRECTORY="$scratch/objects"
     top=$(git rev-parse --show-toplevel)
     git add --all -- "$top" 2>"$scratch/said" || {
-        # A repository without a commit within this one: they all are left out.
-        echo "left out: repositories within this one" >&2
+        # A repository without a commit within this one.
         git add --update -- "$top"
-        git ls-files -z --others --exclude-standard -- "$top" | grep -zv '/$' |
+        others "$top" | LC_ALL=C grep -av '/$' | tr '\n\0' '\0\n' |
             git update-index -z --add --stdin
     }
     tree=$(git write-tree)
+    {
+        others "$top" | LC_ALL=C grep -a '/$' || true
+        git diff-tree -r --diff-filter=A "$1" "$tree" | sed -n 's,^:000000 160000 .*\t,,p'
+    } | while IFS= read -r within; do
+        printf '%s%s\n' "$2" "${within%/}"
+    done | sort -u >>"$scratch/left-out"
     git diff-tree -r -p --binary --full-index "$renames" --no-color --no-ext-diff --no-textconv \
         --ignore-submodules=all --src-prefix="a/$2" --dst-prefix="b/$2" "$1" "$tree"
     unset GIT_INDEX_FILE GIT_OBJECT_DIRECTORY
@@ -63,11 +75,22 @@ if [ "$what" = bundle ]; then
     exit
 fi
 patch "$base" ''
-for submodule; do
-    cd -- "$directory/$submodule" || continue
-    [ -e .git ] || continue # deinitialised, or gone
-    own=refs/banger/base
+while [ $# -ge 2 ]; do
+    submodule=$1 own=$2
+    shift 2
     [ "$base" != HEAD ] || own=HEAD
-    check "$own"
-    patch "$own" "$submodule/"
+    if ! [ -e "$directory/$submodule/.git" ]; then
+        continue # deinitialised, or gone
+    fi
+    cd -- "$directory/$submodule"
+    if git rev-parse --verify --quiet "$own^{commit}" >/dev/null; then
+        patch "$own" "$submodule/"
+    else
+        printf '%s\n' "$submodule" >>"$scratch/left-out"
+    fi
 done
+if [ -s "$scratch/left-out" ]; then
+    echo "left out, as repositories of their own:" >&2
+    sort -u "$scratch/left-out" >&2
+    exit 85
+fi
