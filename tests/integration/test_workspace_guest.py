@@ -214,7 +214,7 @@ def test_submodules_go_with_a_full_copy(banger: Banger, box: str, tmp_path: Path
     )
     before = repos.tree(root)
     told = banger.fails("vm", "workspace", "export", box, "--apply", status=1)
-    assert "the patch changes files of submodules: lib/middle/deep/README, lib/middle/new" in told
+    assert "the patch changes files of submodules: lib/middle/new, lib/middle/deep/README" in told
     assert repos.tree(root) == before
     patch = tmp_path / "patch"
     banger.ok("vm", "workspace", "export", box, "-o", patch)
