@@ -157,6 +157,26 @@ def test_a_change_of_the_same_size_in_the_same_second_is_seen(
     assert exported(guest, shipment, scratch).read_bytes() == b""
 
 
+def test_what_is_known_by_its_inode_alone_is_seen_in_the_guest(
+    tmp_path: Path, scratch: Path
+) -> None:
+    """Replaced by something of the same size in the same second, and then left alone."""
+    root = repos.plain(tmp_path / "host")
+    git(root, "status")
+    (root / "link").unlink()
+    (root / "link").symlink_to("run.sh")
+    (root / "README").rename(root / "old")
+    write(root, "README", "dear me\n")
+    (root / "old").unlink()
+    moment = (root / "run.sh").stat().st_mtime_ns
+    for name in ("README", "link"):
+        os.utime(root / name, ns=(moment, moment), follow_symlinks=False)
+    time.sleep(4)  # longer than what is racy in the guest
+    guest, shipment = deliver(root, scratch)
+    assert git(guest, "status", "--porcelain") == b" M README\n M link\n"
+    assert exported(guest, shipment, scratch).read_bytes() == b""
+
+
 def test_submodules_go_with_a_full_copy_and_are_refused_otherwise(
     tmp_path: Path, scratch: Path
 ) -> None:

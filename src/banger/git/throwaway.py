@@ -12,7 +12,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
@@ -190,10 +190,19 @@ async def _look_at_all(made: Throwaway, source: Source) -> None:
     tagged = split((await made.git("ls-files", "-v", "-z")).stdout)
     unseen = {line[2:] for line in tagged if line[:1].islower()}
     unseen.update(await asyncio.to_thread(files_at, source.root, await made.left_out()))
-    if unseen:
-        # Entered anew, an entry has no such flag. (To take it away git wants to see the file.)
+    # (To take a flag away git wants to see the file.)
+    await _enter_anew(made, unseen)
+    # What a file is known by here, its inode say, does not go along: where it has changed no time
+    # and no size of before may be in the index.
+    changed = await made.git("diff-files", "--name-only", "--ignore-submodules=all", "-z")
+    await _enter_anew(made, set(split(changed.stdout)))
+
+
+async def _enter_anew(made: Throwaway, paths: Collection[bytes]) -> None:
+    """Give the entries of the index at `paths` no flags, and nothing to know a file by."""
+    if paths:
         staged = split((await made.git("ls-files", "--stage", "-z")).stdout)
-        entries = (line for line in staged if line.partition(b"\t")[2] in unseen)
+        entries = (line for line in staged if line.partition(b"\t")[2] in paths)
         await made.git("update-index", "-z", "--index-info", stdin=joined(entries))
 
 
