@@ -417,7 +417,7 @@ def test_a_guest_that_lies_changes_nothing(banger: Banger, box: str, tmp_path: P
         box,
         "cat >/usr/local/bin/git && chmod +x /usr/local/bin/git",
         stdin=b"""#!/bin/sh
-case $1 in diff-tree) . /tmp/evil ;; *) exec /usr/bin/git "$@" ;; esac
+case "$1 $2 $3" in "diff-tree -r -p") . /tmp/evil ;; *) exec /usr/bin/git "$@" ;; esac
 """,
     )
 

@@ -137,7 +137,7 @@ def results(
             _show(found)
         if delete:
             watched_call(
-                client, "results.delete", {"results": found.name}, Any,
+                client, "results.delete", {"results": name}, Any,
                 title=found.name, quiet=quiet, cancels=False,
             )  # fmt: skip
 
