@@ -465,7 +465,7 @@ def test_a_repository_gets_its_tools_when_somebody_says_so(
     told = banger.fails(*put, "--bootstrap", status=1)
     assert "the bootstrap of .tool-versions failed: mise install (status 127)" in told
     assert "not found" in told
-    assert "its log, in the guest: /var/log/banger-bootstrap.log" in told
+    assert "its log is in the guest, while there is one: /var/log/banger-bootstrap.log" in told
     run = ("vm", "run", "-q", "--rm", "--name", "no-tools", root, "--bootstrap", "--", "true")
     assert "the bootstrap of .tool-versions failed" in banger.fails(*run, status=125)
     assert banger.state("no-tools") == ""
