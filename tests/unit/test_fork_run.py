@@ -1,5 +1,5 @@
 """One command in several forks, on drivers in memory: at whatever moment it is cut off, no machine
-is left that nobody knows of. (With real guests: tests/integration/test_fork_run.py.)"""
+is left that nobody knows of. (With real guests: tests/integration/test_fork_run_guest.py.)"""
 
 from __future__ import annotations
 

@@ -149,6 +149,34 @@ class Workspace(Record, frozen=True):
     submodules: tuple[tuple[str, str], ...] = ()
 
 
+class ShippedFile(Record, frozen=True):
+    """A file that would go; bytes of its name that are no UTF-8 are shown as ``\\xff``."""
+
+    path: str
+    size_bytes: int
+
+
+class Plan(Record, frozen=True):
+    """What would be shipped."""
+
+    repo_root: str
+    guest_path: str
+    mode: WorkspaceMode
+    head_commit: str
+    base_commit: str
+    files: tuple[ShippedFile, ...]
+    #: With the objects of the repository.
+    size_bytes: int
+
+
+class FileChange(Record, frozen=True):
+    """One file of a patch; lines are None for a binary one."""
+
+    path: str
+    insertions: int | None
+    deletions: int | None
+
+
 class Vm(Record, frozen=True):
     id: str
     name: str

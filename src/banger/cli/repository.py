@@ -8,9 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import click
-import msgspec
 
-from banger.base.model import WorkspaceMode
+from banger.base.model import FileChange, Plan, WorkspaceMode
 from banger.base.units import format_size
 from banger.cli.app import note
 from banger.cli.render import print_json, printable
@@ -20,23 +19,6 @@ from banger.rpc.client import Client
 _BAR_MAX = 40
 
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-class ShippedFile(msgspec.Struct):
-    path: str
-    size_bytes: int
-
-
-class Plan(msgspec.Struct):
-    """What `vm.workspace.plan` answers."""
-
-    repo_root: str
-    guest_path: str
-    mode: WorkspaceMode
-    head_commit: str
-    base_commit: str
-    files: list[ShippedFile]
-    size_bytes: int
 
 
 _WORKSPACE_OPTIONS = (
@@ -105,14 +87,6 @@ def show_plan(client: Client, request: dict[str, Any], *, as_json: bool = False)
         f"{len(plan.files)} files and the repository {printable(plan.repo_root)},"
         f" {format_size(plan.size_bytes)}, would go to {plan.guest_path}"
     )
-
-
-class FileChange(msgspec.Struct):
-    """One file of a patch; lines are None for a binary one."""
-
-    path: str
-    insertions: int | None
-    deletions: int | None
 
 
 def show_changes(changes: list[FileChange], *, as_json: bool, names: bool = False) -> None:

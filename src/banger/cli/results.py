@@ -10,13 +10,13 @@ import click
 import msgspec
 
 from banger.base.errors import NotFound
-from banger.base.model import ForkResult, ForkState, Operation, Results
+from banger.base.model import FileChange, ForkResult, ForkState, Operation, Results
 from banger.base.units import format_age
 from banger.cli.app import complete_results, connect, json_option, note
 from banger.cli.machine import quiet_option
 from banger.cli.progress import ProgressView, watched_call
 from banger.cli.render import print_json, print_table, printable, seconds_since
-from banger.cli.repository import FileChange, show_changes, umask
+from banger.cli.repository import show_changes, umask
 from banger.cli.transfer import guest_output
 
 if TYPE_CHECKING:

@@ -13,14 +13,13 @@ import click
 import msgspec
 
 from banger.base.errors import Unavailable, from_wire
-from banger.base.model import Vm, Workspace
+from banger.base.model import FileChange, Vm, Workspace
 from banger.cli.app import connect, json_option, vm_argument
 from banger.cli.lazy import LazyGroup
 from banger.cli.machine import quiet_option
 from banger.cli.progress import watched_call
 from banger.cli.render import print_json
 from banger.cli.repository import (
-    FileChange,
     show_changes,
     show_plan,
     umask,

@@ -97,7 +97,7 @@ class Throwaway:
 
     async def is_clean(self) -> bool:
         """Whether all tracked files are as HEAD has them."""
-        tree = await self.snapshot(submodules=await self.submodules())
+        tree = await self.snapshot()
         return tree == text(await self.git("rev-parse", "HEAD^{tree}"))
 
     async def untracked(self) -> list[bytes]:
@@ -107,7 +107,7 @@ class Throwaway:
         return [path for path in split(listed.stdout) if not path.endswith(b"/")]
 
     async def snapshot(
-        self, *, with_files: Iterable[bytes] = (), submodules: Mapping[bytes, str] | None = None
+        self, *, with_files: Collection[bytes] = (), submodules: Mapping[bytes, str] | None = None
     ) -> str:
         """The tree of the files that are tracked, as they are, and of others in `with_files`.
 
@@ -117,20 +117,18 @@ class Throwaway:
         await asyncio.to_thread(shutil.copy2, self.index, index)
         # What git itself finds of a submodule, it finds by running git in it.
         links = await self.submodules()
-        await self.git(
-            *("update-index", "-z", "--force-remove", "--stdin"),
-            index=index, stdin=joined(links),
-        )  # fmt: skip
+        await self._update_index(index, links, "--force-remove", "--stdin")
         await self.git("add", "--update", "--", ".", index=index)
-        await self.git(
-            *("update-index", "-z", "--add", "--stdin"), index=index, stdin=joined(with_files)
-        )
+        await self._update_index(index, with_files, "--add", "--stdin")
         commits = {**links, **(submodules or {})}
-        entries = (b"%o %s\t%s" % (GITLINK, commits[path].encode(), path) for path in links)
-        await self.git(
-            *("update-index", "-z", "--add", "--index-info"), index=index, stdin=joined(entries)
-        )
+        entries = [b"%o %s\t%s" % (GITLINK, commits[path].encode(), path) for path in links]
+        await self._update_index(index, entries, "--add", "--index-info")
         return text(await self.git("write-tree", index=index))
+
+    async def _update_index(self, index: Path, lines: Collection[bytes], *options: str) -> None:
+        """Tell an index of some lines, if there are any."""
+        if lines:
+            await self.git("update-index", "-z", *options, index=index, stdin=joined(lines))
 
     async def commit(self, tree: str, parent: str) -> str:
         """A commit of what was shipped, on top of `parent`; that itself when it has this tree."""
@@ -174,7 +172,8 @@ async def _look_at_all(made: Throwaway, source: Source) -> None:
 
     Raises PreconditionFailed for an index with a path that no working tree has.
     """
-    paths = split((await made.git("ls-files", "-z")).stdout)
+    tagged = split((await made.git("ls-files", "-v", "-z")).stdout)
+    paths = [line[2:] for line in tagged]
     if outside := [path for path in paths if not is_within(path)]:
         raise PreconditionFailed(
             f"the index of {source.root} has a path that is outside of it:"
@@ -187,9 +186,9 @@ async def _look_at_all(made: Throwaway, source: Source) -> None:
             f"the index of {source.root} is damaged: its entries are not in order",
             hint="make it anew: rm .git/index, then git reset",
         )
-    tagged = split((await made.git("ls-files", "-v", "-z")).stdout)
     unseen = {line[2:] for line in tagged if line[:1].islower()}
-    unseen.update(await asyncio.to_thread(files_at, source.root, await made.left_out()))
+    sparse = [line[2:] for line in tagged if line[:1] == b"S"]
+    unseen.update(await asyncio.to_thread(files_at, source.root, sparse))
     # (To take a flag away git wants to see the file.)
     await _enter_anew(made, unseen)
     # What a file is known by here, its inode say, does not go along: where it has changed no time

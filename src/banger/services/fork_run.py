@@ -14,7 +14,7 @@ import msgspec
 
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, Conflict, NotFound
-from banger.base.log import OperationLog, get_logger, vm_attributes
+from banger.base.log import OperationLog, get_logger
 from banger.base.model import ForkResult, ForkState, Results, Vm
 from banger.git.shipment import shown
 from banger.guest.channel import AgentStream, Data, ExitKind, Stderr
@@ -110,7 +110,7 @@ class ForkRuns:
         return msgspec.structs.replace(results, forks=waiting)
 
     async def _take_back(self, forks: Sequence[Vm], begun: Results | None) -> None:
-        await self._delete(forks)
+        await self._forks.delete(forks)
         if begun is not None:
             await self._results.delete(begun)
 
@@ -125,9 +125,9 @@ class ForkRuns:
             forks = await self._forks.fork(
                 source.id, trial.count, source.name, progress, ephemeral=True
             )
-            await self._delete([source])
+            await self._forks.delete([source])
         except BaseException:
-            await to_its_end(self._delete([source, *forks]))
+            await to_its_end(self._forks.delete([source, *forks]))
             raise
         return forks
 
@@ -189,16 +189,8 @@ class ForkRuns:
                 told = f"{result.error}; {why}" if result.error else why
                 result = msgspec.structs.replace(result, error=told)
         if trial.remove and saved:
-            await self._delete([vm])
+            await self._forks.delete([vm])
         await running.update(result)
-
-    async def _delete(self, vms: Sequence[Vm]) -> None:
-        for vm in vms:
-            try:
-                with suppress(NotFound), OperationLog("vm.delete", **vm_attributes(vm)) as log:
-                    await self._lifecycle.delete(vm.id, log, force=True)
-            except (BangerError, OSError) as error:
-                get_logger().error("vm stays", error=str(error), **vm_attributes(vm))
 
     async def delete(self, results: Results) -> None:
         """Delete the results of a run, and those of its machines that are still there.

@@ -8,6 +8,7 @@ an ephemeral VM belongs to its session, so that a daemon that dies half-way leav
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import AsyncExitStack, suppress
 
 import msgspec
@@ -75,7 +76,7 @@ class ForkService:
                 await self._vms.keep(vm)
             return [await self._vms.show(vm.id) for vm in made]
         except BaseException:
-            await to_its_end(self._delete(made))
+            await to_its_end(self.delete(made))
             raise
 
     async def _made(self, reference: str, count: int, prefix: str, progress: Progress) -> list[Vm]:
@@ -87,7 +88,7 @@ class ForkService:
                 snapshot, names = await self._taken(found, count, prefix, progress, files)
                 made = await self._all(names, snapshot, progress)
         except BaseException:
-            await to_its_end(self._delete(made))
+            await to_its_end(self.delete(made))
             raise
         return made
 
@@ -166,12 +167,13 @@ class ForkService:
         for task in tasks:
             task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
-        await self._delete([made for made in ended if isinstance(made, Vm)])
+        await self.delete([made for made in ended if isinstance(made, Vm)])
 
-    async def _delete(self, made: list[Vm]) -> None:
+    async def delete(self, made: Sequence[Vm]) -> None:
+        """Delete machines that nobody is to have after all; what stays is logged."""
         for vm in made:
             try:
                 with suppress(NotFound), OperationLog("vm.delete", **vm_attributes(vm)) as log:
                     await self._lifecycle.delete(vm.id, log, force=True)
             except (BangerError, OSError) as error:
-                get_logger().error("a fork stays", error=str(error), **vm_attributes(vm))
+                get_logger().error("vm stays", error=str(error), **vm_attributes(vm))

@@ -21,7 +21,7 @@ import msgspec
 
 from banger.base.errors import BadRequest, NotFound, OperationTimeout, PreconditionFailed
 from banger.base.files import sync_file
-from banger.base.model import Vm, Workspace, WorkspaceMode, now
+from banger.base.model import FileChange, Plan, ShippedFile, Vm, Workspace, WorkspaceMode, now
 from banger.base.paths import Paths, prepare_private_dir
 from banger.base.units import format_size
 from banger.git import patch as patches
@@ -64,40 +64,12 @@ class PrepareRequest(msgspec.Struct, frozen=True, kw_only=True):
     bootstrap: bool = False
 
 
-class ShippedFile(msgspec.Struct, frozen=True):
-    """A file that would go; bytes of its name that are no UTF-8 are shown as ``\\xff``."""
-
-    path: str
-    size_bytes: int
-
-
-class Plan(msgspec.Struct, frozen=True, kw_only=True):
-    """What would be shipped."""
-
-    repo_root: str
-    guest_path: str
-    mode: WorkspaceMode
-    head_commit: str
-    base_commit: str
-    files: tuple[ShippedFile, ...]
-    #: With the objects of the repository.
-    size_bytes: int
-
-
 class ExportRequest(msgspec.Struct, frozen=True, kw_only=True):
     vm: str
     #: Compare with the guest's HEAD: what was committed in the guest is left out.
     since_head: bool = False
     #: The guest's commits as a git bundle, in place of a patch.
     bundle: bool = False
-
-
-class FileChange(msgspec.Struct, frozen=True):
-    """One file of a patch; lines are None for a binary one."""
-
-    path: str
-    insertions: int | None
-    deletions: int | None
 
 
 @dataclass(frozen=True)
