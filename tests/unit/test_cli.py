@@ -807,14 +807,14 @@ def test_ctrl_c_takes_a_build_back_unless_others_wait_for_it(
     daemon.answers["image.build.begin"] = lambda _: {"operation_id": "op-0123456789ab"}
     daemon.events["operations.watch"] = [running]
     daemon.answers["operations.watch"] = lambda _: running
-    daemon.answers["image.build.cancel"] = lambda _: (
+    daemon.answers["operations.leave"] = lambda _: (
         running if wanted_by_others else an_operation("install", state=OperationState.CANCELLED)
     )
     monkeypatch.setattr(ProgressView, "event", interrupted)
     assert run(["image", "build", "debian"]) == 130
-    assert daemon.calls[-1] == ("image.build.cancel", {"id": "op-0123456789ab"})
+    assert daemon.calls[-1] == ("operations.leave", {"id": "op-0123456789ab"})
     said = capfd.readouterr().err
-    assert "taking the build back" in said
+    assert "image debian: taking it back" in said
     assert ("others wait for it: it goes on" in said) == wanted_by_others
 
 

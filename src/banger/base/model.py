@@ -218,6 +218,20 @@ class Handles(Record, frozen=True):
     network: tuple[ProcessId, ...] = ()
 
 
+class ImageConfig(Record, frozen=True):
+    """What an image says of the programs that run in it: the ``config`` of an OCI image
+    (https://github.com/opencontainers/image-spec/blob/main/config.md), in our names."""
+
+    #: ``K=V``
+    env: tuple[str, ...] = ()
+    #: ``USER``, ``UID``, ``USER:GROUP`` or ``UID:GID``; empty: root.
+    user: str = ""
+    working_dir: str = ""
+    #: What a command's words are given to, and those words when there are none.
+    entrypoint: tuple[str, ...] = ()
+    cmd: tuple[str, ...] = ()
+
+
 class Image(Record, frozen=True):
     """A root file system. ``rootfs_path`` is raw ext4; ``work_seed_path`` becomes ``/root``."""
 
@@ -231,6 +245,11 @@ class Image(Record, frozen=True):
     size_bytes: int
     created_at: datetime
     packages: tuple[str, ...] = ()
+    config: ImageConfig = ImageConfig()
+    #: Where it is from, in words for people; of an image that was pulled, its reference.
+    source: str = ""
+    #: Of the manifest of an image that was pulled: ``sha256:HEX``.
+    digest: str = ""
 
 
 class Kernel(Record, frozen=True):
@@ -376,6 +395,7 @@ class Operation(Record, frozen=True):
     notes: tuple[str, ...] = ()
     vm: Vm | None = None
     image: Image | None = None
+    kernel: Kernel | None = None
     template: Template | None = None
     snapshot: Snapshot | None = None
     results: Results | None = None

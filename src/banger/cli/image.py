@@ -1,21 +1,15 @@
-"""The commands of `banger image` and `banger kernel`."""
+"""The commands of `banger image`."""
 
 from __future__ import annotations
 
 import click
 import msgspec
 
-from banger.base.errors import from_wire
-from banger.base.model import Image, Kernel, Operation
+from banger.base.model import Image
 from banger.base.units import format_age, format_size
-from banger.cli.app import ARTIFACT_NAME, complete_image, connect, json_option, note
-from banger.cli.progress import ProgressView
+from banger.cli.app import ARTIFACT_NAME, complete_image, connect, json_option
+from banger.cli.making import make
 from banger.cli.render import print_json, print_table, seconds_since
-
-
-class Begun(msgspec.Struct):
-    operation_id: str
-
 
 image_argument = click.argument(
     "name", metavar="NAME", type=ARTIFACT_NAME, shell_complete=complete_image
@@ -35,21 +29,7 @@ def build(*, name: str, quiet: bool) -> None:
 
     Interrupted, the build is taken back, unless others wait for it; nothing half-made is left.
     """
-    with connect() as client, ProgressView(f"image {name}", quiet=quiet) as view:
-        begun = client.call("image.build.begin", {"image": name}, Begun)
-        params = {"id": begun.operation_id}
-        try:
-            done = client.call("operations.watch", params, Operation, on_event=view.event)
-        except KeyboardInterrupt:
-            note("taking the build back")
-            with connect() as second:
-                state = second.call("image.build.cancel", params, Operation)
-            if not state.done:
-                note("others wait for it: it goes on")
-            raise
-    if done.error is not None:
-        error = done.error
-        raise from_wire(error.code, error.message, error.hint, error.op_id)
+    done = make("image.build.begin", {"image": name}, title=f"image {name}", quiet=quiet)
     if done.image is not None:
         click.echo(f"{done.image.name} ({format_size(done.image.size_bytes)})")
 
@@ -98,32 +78,3 @@ def delete(*, name: str) -> None:
     """Delete an image that no machine uses."""
     with connect() as client:
         click.echo(client.call("image.delete", {"image": name}, Image).name)
-
-
-@click.group()
-def kernel() -> None:
-    """See the kernels that boot images."""
-
-
-@kernel.command("list")
-@json_option
-def list_kernels(*, as_json: bool) -> None:
-    """The kernels that are there."""
-    with connect() as client:
-        kernels = client.call("kernel.list", {}, list[Kernel])
-    if as_json:
-        print_json(kernels)
-        return
-    print_table(
-        ("NAME", "VERSION", "ARCHITECTURE", "SIZE", "AGE"),
-        [
-            (
-                each.name,
-                each.version,
-                each.architecture,
-                format_size(each.size_bytes),
-                format_age(seconds_since(each.created_at)),
-            )
-            for each in kernels
-        ],
-    )

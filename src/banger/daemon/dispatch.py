@@ -15,8 +15,6 @@ from banger.base.errors import BadRequest, UnknownMethod
 from banger.base.log import OperationLog
 from banger.base.model import (
     DaemonStatus,
-    Image,
-    Kernel,
     Operation,
     Snapshot,
     Template,
@@ -25,9 +23,10 @@ from banger.base.model import (
 )
 from banger.base.opid import current_op_id
 from banger.base.paths import Paths
+from banger.daemon.images import Images
+from banger.daemon.kernels import Kernels
 from banger.daemon.observation import Observation
 from banger.daemon.params import (
-    ImageReference,
     Nothing,
     OperationReference,
     PruneTemplates,
@@ -147,13 +146,8 @@ class Dispatch:
             "doctor.run": Method(Nothing, self._doctor),
             "operations.list": Method(Nothing, self._operations),
             "operations.cancel": Method(OperationReference, self._cancel),
+            "operations.leave": Method(OperationReference, self._leave),
             "operations.watch": Method(OperationReference, self._watch, answers=True),
-            "image.build.begin": Method(ImageReference, self._image_build),
-            "image.build.cancel": Method(OperationReference, self._image_build_cancel),
-            "image.list": Method(Nothing, self._images),
-            "image.show": Method(ImageReference, self._image),
-            "image.delete": Method(ImageReference, self._image_delete),
-            "kernel.list": Method(Nothing, self._kernels),
             "template.list": Method(Nothing, self._template_list),
             "template.show": Method(TemplateReference, self._template),
             "template.delete": Method(TemplateReference, self._template_delete),
@@ -167,7 +161,11 @@ class Dispatch:
             "vm.show": Method(VmReference, self._vm),
             **{
                 name: Method(params, call, answers=True)
-                for group in (sessions, verbs, workspaces, trials, observation)
+                for group in (
+                    *(sessions, verbs, workspaces, trials, observation),
+                    Images(services.images, services.templates, services.standbys),
+                    Kernels(services.kernels),
+                )
                 for name, (params, call) in group.methods().items()
             },
         }
@@ -224,26 +222,6 @@ class Dispatch:
             else:
                 await connection.event(state)
 
-    async def _image_build(self, params: ImageReference, _: Connection) -> dict[str, str]:
-        progress = await self._services.images.begin_build(params.image)
-        return {"operation_id": progress.record.id}
-
-    async def _image_build_cancel(self, params: OperationReference, _: Connection) -> Operation:
-        """Take back one `image.build.begin`; the build goes on for others who want it."""
-        return await self._services.operations.leave(params.id)
-
-    async def _images(self, _: Nothing, __: Connection) -> list[Image]:
-        return await self._services.images.all()
-
-    async def _image(self, params: ImageReference, _: Connection) -> Image:
-        return await self._services.images.get(params.image)
-
-    async def _image_delete(self, params: ImageReference, _: Connection) -> Image:
-        image = await self._services.images.delete(params.image)
-        await self._services.standbys.retire_all()
-        await self._services.templates.forget_image(image.id)
-        return image
-
     async def _template_list(self, _: Nothing, __: Connection) -> list[Template]:
         return await self._services.templates.all()
 
@@ -272,9 +250,6 @@ class Dispatch:
     async def _snapshot_delete(self, params: SnapshotReference, _: Connection) -> Snapshot:
         return await self._services.snapshots.delete(params.snapshot)
 
-    async def _kernels(self, _: Nothing, __: Connection) -> list[Kernel]:
-        return await self._services.kernels.all()
-
     async def _create_begin(self, params: CreateRequest, _: Connection) -> dict[str, str]:
         services = self._services
         services.creator.check(params)
@@ -290,6 +265,10 @@ class Dispatch:
 
     async def _cancel(self, params: OperationReference, _: Connection) -> Operation:
         return await self._services.operations.cancel(params.id)
+
+    async def _leave(self, params: OperationReference, _: Connection) -> Operation:
+        """Want no more what several may be waiting for: it goes on for the others."""
+        return await self._services.operations.leave(params.id)
 
     async def _vm(self, params: VmReference, _: Connection) -> Vm:
         return await self._services.vms.show(params.vm)

@@ -25,6 +25,7 @@ from banger.base.log import OperationLog, get_logger
 from banger.base.model import (
     ErrorInfo,
     Image,
+    Kernel,
     Operation,
     OperationState,
     Results,
@@ -86,6 +87,7 @@ class Progress:
         *,
         vm: Vm | None = None,
         image: Image | None = None,
+        kernel: Kernel | None = None,
         template: Template | None = None,
         snapshot: Snapshot | None = None,
         results: Results | None = None,
@@ -93,6 +95,7 @@ class Progress:
         self._update(
             vm=vm or self.record.vm,
             image=image or self.record.image,
+            kernel=kernel or self.record.kernel,
             template=template or self.record.template,
             snapshot=snapshot or self.record.snapshot,
             results=results or self.record.results,
