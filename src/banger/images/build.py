@@ -13,19 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from banger.base.errors import NotFound, PreconditionFailed
-from banger.base.files import sync_file
 from banger.images import preflight
 from banger.images.bootstrap import Bootstrap, bootstrap
-from banger.images.ext4 import MIB, Shape, make_ext4, make_home
-from banger.images.progress import UNKNOWN, Progress
+from banger.images.ext4 import MIB
+from banger.images.progress import Progress
+from banger.images.root import RootFiles, make_root
+from banger.images.unpack import Directory, Unpacked
 from banger.images.userns import temporary_tree
 
-#: What a VM's system disk has by default (`vm_defaults.system_overlay_size`): a guest that need
-#: not grow it is up a tenth of a second earlier. Sparse, so it costs nothing.
-_ROOTFS_MIB = 8192
-
-#: Small, for it is grown to the size that each VM asks for.
-_WORK_SEED = Shape("banger-work", 256, journal_mib=16)
+#: All of them fit the usual sizes.
+_CONTENT = Unpacked(
+    root=Directory(mode=0o755, uid=0, gid=0, entries=0, bytes=0),
+    home=Directory(mode=0o700, uid=0, gid=0, entries=0, bytes=0),
+)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ BUILDABLE = tuple(RECIPES)
 class ImageBuild:
     """A finished image: its files, and what is installed as name=version."""
 
-    rootfs: Path
-    work_seed: Path
+    files: RootFiles
     packages: tuple[str, ...]
 
 
@@ -82,21 +81,13 @@ async def build_image(name: str, dest: Path, *, progress: Progress) -> ImageBuil
         )
     await preflight.ensure_requirements()
     preflight.ensure_free_space(dest, recipe.need_bytes)
-    rootfs, work_seed = dest / "rootfs.ext4", dest / "work-seed.ext4"
     async with temporary_tree(dest / "scratch") as scratch:
         tree = scratch / "tree"
         await bootstrap(Bootstrap("minbase", recipe.packages), tree, scratch, progress)
         packages = await asyncio.to_thread(installed_packages, tree)
         await asyncio.to_thread(depersonalise, tree)
-        progress("filesystem", f"{len(packages)} packages", UNKNOWN)
-        await make_ext4(tree, rootfs, Shape("banger-root", _ROOTFS_MIB, journal_mib=32))
-        await make_ext4(tree / "root", work_seed, _WORK_SEED)
-        await make_home(work_seed)
-    # After the tree is gone: what of it was not written yet need not be.
-    progress("filesystem", "writing it to the disk", UNKNOWN)
-    for file in (rootfs, work_seed):
-        await asyncio.to_thread(sync_file, file)
-    return ImageBuild(rootfs, work_seed, packages)
+        files = await make_root(tree, _CONTENT, dest, progress=progress)
+    return ImageBuild(files, packages)
 
 
 def installed_packages(tree: Path) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import math
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,10 +90,12 @@ def _make_empty(image: Path) -> None:
     image.touch(mode=0o600)
 
 
-async def make_home(image: Path) -> None:
-    """Make the root directory of `image` root's alone: mke2fs leaves it 0755 (until 1.47.1)."""
-    request = "set_inode_field <2> mode 040700\n"
-    done = await proc.run(["debugfs", "-w", "-f", "-", image], stdin=request.encode(), timeout_s=60)
+async def edit_ext4(image: Path, requests: Sequence[str]) -> None:
+    """Have debugfs do `requests` to a file system of our own making. PreconditionFailed if it
+    cannot."""
+    script = "".join(f"{request}\n" for request in requests).encode("utf-8", "surrogateescape")
+    argv: list[str | Path] = ["debugfs", "-w", "-f", "-", image]
+    done = await proc.run(argv, stdin=script, timeout_s=_TIMEOUT_S)
     # debugfs exits with 0 whatever happens; when all is well it says its version and the request.
     complaints = [
         line
@@ -100,7 +103,7 @@ async def make_home(image: Path) -> None:
         if line and not line.startswith("debugfs")
     ]
     if complaints:
-        raise PreconditionFailed(f"cannot set up {image.name}: {'; '.join(complaints)}")
+        raise PreconditionFailed(f"cannot set up {image.name}: {'; '.join(complaints[:3])}")
 
 
 async def make_larger_copy(source: Path, copy: Path, size_mib: int) -> None:

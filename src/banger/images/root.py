@@ -1,0 +1,105 @@
+"""The files of an image, made from a tree: its root file system and its work seed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from banger.base.files import sync_file
+from banger.images.ext4 import MIB, Shape, edit_ext4, make_ext4
+from banger.images.progress import UNKNOWN, Progress
+from banger.images.unpack import Directory, Node, Owner, Unpacked
+from banger.images.userns import temporary_tree
+
+#: What a VM's system disk has by default (`vm_defaults.system_overlay_size`): a guest that need
+#: not grow it is up a tenth of a second earlier. Sparse, so it costs nothing.
+_ROOTFS_MIB = 8192
+#: Small, for it is grown to the size that each VM asks for.
+_WORK_SEED_MIB = 256
+_ROOT_JOURNAL_MIB = 32
+_WORK_JOURNAL_MIB = 16
+#: What a file takes beside its content: the end of its last block, its inode, its name.
+_ENTRY_BYTES = 4096 + 256 + 64
+_BYTES_PER_INODE = 16384
+
+_KINDS = {"c": 0o020000, "b": 0o060000}
+_HOME = Directory(mode=0o700, uid=0, gid=0, entries=0, bytes=0)
+
+
+@dataclass(frozen=True)
+class RootFiles:
+    rootfs: Path
+    work_seed: Path
+
+
+async def make_root(
+    tree: Path, content: Unpacked, dest: Path, *, progress: Progress, home: Path | None = None
+) -> RootFiles:
+    """Make ``rootfs.ext4`` and ``work-seed.ext4`` in `dest` from a tree that `unpack` made, or
+    something like it; stage ``filesystem``.
+
+    The seed is what lies in `home`, by default the tree's own ``/root``; `content.home` says who
+    may enter it. Both files are on the disk when this returns. Raises as `make_ext4` does.
+    """
+    files = RootFiles(dest / "rootfs.ext4", dest / "work-seed.ext4")
+    count = f"{content.root.entries} files" if content.root.entries else ""
+    progress("filesystem", count, UNKNOWN)
+    await make_ext4(tree, files.rootfs, _shape("banger-root", content.root))
+    await edit_ext4(files.rootfs, _requests(content.root, content.devices, content.owners))
+    seed = content.home or _HOME
+    # What has the name of the home may be a link, and lead anywhere on this machine.
+    async with temporary_tree(dest / "empty") as empty:
+        source = empty if content.home is None else home or tree / "root"
+        await make_ext4(source, files.work_seed, _shape("banger-work", seed))
+    prefix = b"" if home else b"root/"
+    below = [each for each in content.devices if bytes.fromhex(each.place).startswith(prefix)]
+    await edit_ext4(files.work_seed, _requests(seed, [] if home else below, [], prefix))
+    progress("filesystem", "writing it to the disk", UNKNOWN)
+    for file in (files.rootfs, files.work_seed):
+        await asyncio.to_thread(sync_file, file)
+    return files
+
+
+def _shape(label: str, of: Directory) -> Shape:
+    """A file system of the usual size, or a larger one with a quarter to spare."""
+    is_root = label == "banger-root"
+    need_bytes = (of.bytes + of.entries * _ENTRY_BYTES) * 5 // 4
+    journal_mib = _ROOT_JOURNAL_MIB if is_root else _WORK_JOURNAL_MIB
+    size_mib = max(
+        _ROOTFS_MIB if is_root else _WORK_SEED_MIB,
+        math.ceil(need_bytes / MIB) + journal_mib + 64,
+    )
+    usual_inodes = (size_mib * MIB) // _BYTES_PER_INODE
+    inodes = 0 if of.entries * 2 < usual_inodes else of.entries * 2
+    return Shape(label, size_mib, journal_mib=journal_mib, inodes=inodes)
+
+
+def _requests(
+    top: Directory, devices: Iterable[Node], owners: Iterable[Owner], prefix: bytes = b""
+) -> list[str]:
+    """What `debugfs` is to do: mke2fs leaves the top directory 0755, and root's (until 1.47.1)."""
+    requests = [
+        f"set_inode_field <2> mode 04{top.mode:04o}",
+        *_owned("<2>", top.uid, top.gid),
+    ]
+    for node in devices:
+        place = bytes.fromhex(node.place).removeprefix(prefix).decode("utf-8", "surrogateescape")
+        directory, _, name = place.rpartition("/")
+        requests += [
+            f'cd "/{directory}"',
+            f'mknod "{name}" {node.kind} {node.major} {node.minor}',
+            f'set_inode_field "{name}" mode 0{_KINDS[node.kind] | node.mode:o}',
+            *_owned(f'"{name}"', node.uid, node.gid),
+            *(f'set_inode_field "{name}" {each}time @{node.mtime_s}' for each in "amc"),
+        ]
+    for owner in owners:
+        place = bytes.fromhex(owner.place).decode("utf-8", "surrogateescape")
+        requests += _owned(f'"/{place}"', owner.uid, owner.gid)
+    return requests
+
+
+def _owned(what: str, uid: int, gid: int) -> list[str]:
+    return [f"set_inode_field {what} uid {uid}", f"set_inode_field {what} gid {gid}"]
