@@ -14,6 +14,7 @@ from banger.base.opid import current_op_id, new_op_id
 from banger.images.build import ImageBuild
 from banger.images.kernel import KernelBuild
 from banger.images.progress import Progress as ImageProgress
+from banger.images.root import RootFiles
 from banger.images.userns import remove_tree
 from banger.services import artifacts, image, kernel
 from banger.services.artifacts import allocated_bytes, remove_leftovers, staged
@@ -181,7 +182,7 @@ class Builder:
         await self.go_on.wait()
         if self.fail is not None:
             raise self.fail
-        return ImageBuild(dest / "rootfs.ext4", dest / "work-seed.ext4", ("git 1",))
+        return ImageBuild(RootFiles(dest / "rootfs.ext4", dest / "work-seed.ext4"), ("git 1",))
 
     async def build_kernel(self, dest: Path, *, progress: ImageProgress) -> KernelBuild:
         self.kernels += 1

@@ -96,11 +96,12 @@ async def edit_ext4(image: Path, requests: Sequence[str]) -> None:
     script = "".join(f"{request}\n" for request in requests).encode("utf-8", "surrogateescape")
     argv: list[str | Path] = ["debugfs", "-w", "-f", "-", image]
     done = await proc.run(argv, stdin=script, timeout_s=_TIMEOUT_S)
-    # debugfs exits with 0 whatever happens; when all is well it says its version and the request.
+    # debugfs exits with 0 whatever happens; when all is well it says its version, the
+    # requests, and the number of a new inode.
     complaints = [
         line
         for line in (done.stdout + done.stderr).decode(errors="replace").splitlines()
-        if line and not line.startswith("debugfs")
+        if line and not line.startswith(("debugfs", "Allocated inode: "))
     ]
     if complaints:
         raise PreconditionFailed(f"cannot set up {image.name}: {'; '.join(complaints[:3])}")

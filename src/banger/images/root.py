@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from banger.base.files import sync_file
 from banger.images.ext4 import MIB, Shape, edit_ext4, make_ext4
 from banger.images.progress import UNKNOWN, Progress
 from banger.images.unpack import Directory, Node, Owner, Unpacked
@@ -42,7 +40,7 @@ async def make_root(
     something like it; stage ``filesystem``.
 
     The seed is what lies in `home`, by default the tree's own ``/root``; `content.home` says who
-    may enter it. Both files are on the disk when this returns. Raises as `make_ext4` does.
+    may enter it. Not synced: that is cheaper once the tree is gone. Raises as `make_ext4` does.
     """
     files = RootFiles(dest / "rootfs.ext4", dest / "work-seed.ext4")
     count = f"{content.root.entries} files" if content.root.entries else ""
@@ -57,9 +55,6 @@ async def make_root(
     prefix = b"" if home else b"root/"
     below = [each for each in content.devices if bytes.fromhex(each.place).startswith(prefix)]
     await edit_ext4(files.work_seed, _requests(seed, [] if home else below, [], prefix))
-    progress("filesystem", "writing it to the disk", UNKNOWN)
-    for file in (files.rootfs, files.work_seed):
-        await asyncio.to_thread(sync_file, file)
     return files
 
 

@@ -39,7 +39,7 @@ class Staging:
     def __init__(self, final: Path) -> None:
         self.path = final.with_name(_STAGING_PREFIX + final.name)
         self.published = False
-        self._final = final
+        self.final = final
 
     async def publish(self, record: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Move it to its final place and `record` it: from then on it is an artifact.
@@ -47,8 +47,8 @@ class Staging:
         A cancellation that comes while it is recorded comes too late.
         """
         await asyncio.to_thread(sync_directory, self.path)
-        self.path = self.path.rename(self._final)
-        await asyncio.to_thread(sync_directory, self._final.parent)
+        self.path = self.path.rename(self.final)
+        await asyncio.to_thread(sync_directory, self.final.parent)
         await past_recall(record())
         self.published = True
         (self.path / _MARKER).unlink()

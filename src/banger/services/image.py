@@ -3,24 +3,54 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 
 import msgspec
 
 from banger.base.errors import BadRequest, Conflict, NotFound, PreconditionFailed
+from banger.base.files import sync_file
 from banger.base.log import OperationLog, image_attributes
-from banger.base.model import Image, InitMode, Operation, Vm, check_artifact_name, now
+from banger.base.model import (
+    Image,
+    ImageConfig,
+    InitMode,
+    Operation,
+    Vm,
+    check_artifact_name,
+    now,
+)
 from banger.base.paths import Paths
 from banger.images.build import BUILDABLE, build_image
 from banger.images.ext4 import make_larger_copy
+from banger.images.root import RootFiles
 from banger.services import artifacts
-from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
+from banger.services.artifacts import (
+    Staging,
+    allocated_bytes,
+    new_id,
+    remove_leftovers,
+    staged,
+)
 from banger.services.kernel import KernelService
 from banger.services.locks import Locks, Rank
 from banger.services.operations import Operations, Progress
 from banger.services.single_flight import SingleFlight
 from banger.store.store import Store
+
+
+class Made(msgspec.Struct, frozen=True):
+    """What a new image is to be, beside its name: its files lie in a staging directory."""
+
+    files: RootFiles
+    kernel_id: str
+    init: InitMode = InitMode.MINIMAL
+    packages: tuple[str, ...] = ()
+    config: ImageConfig = ImageConfig()
+    source: str = ""
+    digest: str = ""
 
 
 class ImageService:
@@ -99,28 +129,51 @@ class ImageService:
         kernel = await self._kernels.ensure(
             lambda stage, detail, percent: progress.stage(f"kernel {stage}", detail, percent)
         )
-        image_id = new_id()
-        directory = self._paths.image_dir(image_id)
-        async with staged(directory) as staging:
+        async with self.making(name) as staging:
             built = await build_image(name, staging.path, progress=progress.stage)
-            progress.stage("finish")
-            image = Image(
-                id=image_id,
-                name=name,
-                kernel_id=kernel.id,
-                artifact_dir=str(directory),
-                rootfs_path=str(directory / built.rootfs.name),
-                work_seed_path=str(directory / built.work_seed.name),
-                init=InitMode.MINIMAL,
-                size_bytes=await asyncio.to_thread(allocated_bytes, staging.path),
-                created_at=now(),
-                packages=built.packages,
+            made = Made(built.files, kernel.id, packages=built.packages, source="Debian's packages")
+            await self.publish(staging, name, made, progress)
+
+    @asynccontextmanager
+    async def making(self, name: str) -> AsyncIterator[Staging]:
+        """A directory for the files of a new image; they are removed unless it is published.
+
+        Raises Conflict for a name that is taken.
+        """
+        if await self._is_there(name):
+            raise Conflict(
+                f'image "{name}" already exists', hint=f"to renew it: banger image delete {name}"
             )
-            record = msgspec.json.format(msgspec.json.encode(image))
-            (staging.path / "image.json").write_bytes(record)
-            await staging.publish(partial(self._store.insert_image, image))
+        async with staged(self._paths.image_dir(new_id())) as staging:
+            yield staging
+
+    async def publish(self, staging: Staging, name: str, made: Made, progress: Progress) -> Image:
+        """Make the files in a staging directory an image; stage ``finish``."""
+        progress.stage("finish", "writing it to the disk")
+        for file in (made.files.rootfs, made.files.work_seed):
+            await asyncio.to_thread(sync_file, file)
+        directory = staging.final
+        image = Image(
+            id=directory.name,
+            name=name,
+            kernel_id=made.kernel_id,
+            artifact_dir=str(directory),
+            rootfs_path=str(directory / made.files.rootfs.name),
+            work_seed_path=str(directory / made.files.work_seed.name),
+            init=made.init,
+            size_bytes=await asyncio.to_thread(allocated_bytes, staging.path),
+            created_at=now(),
+            packages=made.packages,
+            config=made.config,
+            source=made.source,
+            digest=made.digest,
+        )
+        record = msgspec.json.format(msgspec.json.encode(image))
+        (staging.path / "image.json").write_bytes(record)
+        await staging.publish(partial(self._store.insert_image, image))
         progress.describe(**image_attributes(image))
         progress.result(image=image)
+        return image
 
     async def work_seed(self, image: Image, size_mib: int) -> Path:
         """The image's work seed at this size: what a work disk of the size lies over.
