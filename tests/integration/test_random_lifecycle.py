@@ -83,6 +83,7 @@ class Play:
             data_dir=home.data,
             state_dir=home.state,
             runtime_dir=home.runtime,
+            cache_dir=home.directory / "cache/banger",
         )
         self._ledger = Ledger()
         #: Of the ledger and the outcomes.

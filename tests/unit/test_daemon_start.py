@@ -22,7 +22,7 @@ from banger.daemon import main as daemon
 
 @pytest.fixture
 def paths(short_path: Path) -> Paths:
-    made = Paths(short_path / "c", short_path / "d", short_path / "s", short_path / "r")
+    made = Paths(*(short_path / name for name in ("c", "d", "s", "r", "cache")))
     made.runtime_dir.mkdir(mode=0o700)
     return made
 

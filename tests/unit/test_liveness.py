@@ -24,7 +24,7 @@ SOCKET = "/run/x/control.sock"
 
 @pytest.fixture
 def paths(tmp_path: Path) -> Paths:
-    made = Paths(tmp_path, tmp_path, tmp_path, tmp_path / "run")
+    made = Paths(tmp_path, tmp_path, tmp_path, tmp_path / "run", tmp_path)
     made.vm("v").directory.mkdir(parents=True)
     return made
 

@@ -22,11 +22,11 @@ from banger.base.paths import (
 
 
 def paths(root: Path) -> Paths:
-    return Paths(root / "config", root / "data", root / "state", root / "run")
+    return Paths(root / "config", root / "data", root / "state", root / "run", root / "cache")
 
 
 def from_environment(patch: pytest.MonkeyPatch, **environment: str) -> Paths:
-    for name in ("CONFIG_HOME", "DATA_HOME", "STATE_HOME", "RUNTIME_DIR"):
+    for name in ("CONFIG_HOME", "DATA_HOME", "STATE_HOME", "RUNTIME_DIR", "CACHE_HOME"):
         patch.delenv(f"XDG_{name}", raising=False)
     for name, value in environment.items():
         patch.setenv(name, value)
@@ -38,6 +38,7 @@ def test_the_defaults_are_those_of_xdg(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.config_file == Path("/home/x/.config/banger/config.toml")
     assert found.images_dir == Path("/home/x/.local/share/banger/images")
     assert found.database == Path("/home/x/.local/state/banger/banger.db")
+    assert found.downloads_dir == Path("/home/x/.cache/banger/downloads")
     assert found.runtime_dir.parent == Path("/tmp")
     assert found.runtime_dir.name.startswith(f"banger-runtime-{os.getuid()}")
 
@@ -69,9 +70,14 @@ def test_xdg_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
         XDG_DATA_HOME="/d",
         XDG_STATE_HOME="/s",
         XDG_RUNTIME_DIR="/run/user/7",
+        XDG_CACHE_HOME="/x",
     )
     assert found == Paths(
-        Path("/c/banger"), Path("/d/banger"), Path("/s/banger"), Path("/run/user/7/banger")
+        Path("/c/banger"),
+        Path("/d/banger"),
+        Path("/s/banger"),
+        Path("/run/user/7/banger"),
+        Path("/x/banger"),
     )
 
 
@@ -84,6 +90,7 @@ def test_relative_and_empty_xdg_values_are_ignored(monkeypatch: pytest.MonkeyPat
             XDG_DATA_HOME=value,
             XDG_STATE_HOME=value,
             XDG_RUNTIME_DIR=value,
+            XDG_CACHE_HOME=value,
         )
         assert found == defaults
 

@@ -452,7 +452,7 @@ async def test_a_path_too_long_for_a_socket_is_said_to_be(tmp_path: Path, method
 
 def paths_of(socket_path: Path) -> Paths:
     root = socket_path.parent
-    return Paths(root, root, root, root)
+    return Paths(root, root, root, root, root)
 
 
 async def in_thread(path: Path, use: Callable[[Client], Any]) -> Any:

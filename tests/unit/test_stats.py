@@ -68,7 +68,7 @@ class Fleet:
 
     def __init__(self, root: Path, clock: Clock) -> None:
         self.clock = clock
-        self.paths = Paths(root / "c", root / "d", root / "s", root / "r")
+        self.paths = Paths(root / "c", root / "d", root / "s", root / "r", root / "cache")
         self.root = root
         self.vms: dict[str, Vm] = {}
         self.guests: dict[str, Agent] = {}

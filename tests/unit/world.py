@@ -185,7 +185,7 @@ async def made_world(
 
     Every start is a boot, unless templates are asked for.
     """
-    paths = Paths(root / "c", root / "d", root / "s", root / "r")
+    paths = Paths(root / "c", root / "d", root / "s", root / "r", root / "cache")
     paths.state_dir.mkdir(parents=True)
     processes, agent = Processes(), Agent()
     processes.install(patch)

@@ -95,6 +95,7 @@ class Paths:
     data_dir: Path
     state_dir: Path
     runtime_dir: Path
+    cache_dir: Path
 
     @classmethod
     def from_environment(cls) -> Paths:
@@ -111,6 +112,7 @@ class Paths:
             data_dir=_xdg("XDG_DATA_HOME", home / ".local" / "share"),
             state_dir=state_dir,
             runtime_dir=runtime_dir,
+            cache_dir=_xdg("XDG_CACHE_HOME", home / ".cache"),
         )
 
     @property
@@ -161,6 +163,11 @@ class Paths:
     @property
     def templates_runtime_dir(self) -> Path:
         return self.runtime_dir / "templates"
+
+    @property
+    def downloads_dir(self) -> Path:
+        """What was fetched, and what has not come whole yet, by its sha256; it may go any time."""
+        return self.cache_dir / "downloads"
 
     def image_dir(self, image_id: str) -> Path:
         return self.images_dir / safe_component(image_id)
