@@ -93,6 +93,8 @@ class Config:
     template_limit: int
     template_size_limit: int
     standby_limit: int
+    image_size_limit: int
+    image_cache_limit: int
     vm_defaults_vcpu: int
     vm_defaults_memory: int
     vm_defaults_disk_size: int
@@ -133,6 +135,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("template_size_limit", _size, "8G", "how much of the disk they may take together"),
     Setting("standby_limit", _count(0, 16), 1,
             "how many machines wait ready for the next start (100 MB each, for 10 minutes)"),
+    Setting("image_size_limit", _size, "32G",
+            "how much an image that is pulled or imported may hold, unpacked"),
+    Setting("image_cache_limit", _size, "4G",
+            "how much of the disk the layers take that are kept for further pulls"),
     Setting("vm_defaults.vcpu", _count(1, VCPU_MAX), 2, "vCPUs of a new VM"),
     Setting("vm_defaults.memory", _size, "2G", "memory of a new VM"),
     Setting("vm_defaults.disk_size", _size, "8G", "size of a new VM's work disk, /root"),

@@ -250,6 +250,13 @@ class Image(Record, frozen=True):
     source: str = ""
     #: Of the manifest of an image that was pulled: ``sha256:HEX``.
     digest: str = ""
+    #: Of one that is used where it lies, outside of ``artifact_dir``: what its file was when it was
+    #: registered (`images.ext4.file_identity`). Empty: the file is banger's own.
+    registered: str = ""
+
+    @property
+    def managed(self) -> bool:
+        return not self.registered
 
 
 class Kernel(Record, frozen=True):

@@ -169,6 +169,16 @@ class Paths:
         """What was fetched, and what has not come whole yet, by its sha256; it may go any time."""
         return self.cache_dir / "downloads"
 
+    @property
+    def blobs_dir(self) -> Path:
+        """Layers of images that were pulled, by digest."""
+        return self.cache_dir / "blobs"
+
+    @property
+    def pulls_dir(self) -> Path:
+        """What skopeo needs while it pulls, a directory each."""
+        return self.cache_dir / "pulls"
+
     def image_dir(self, image_id: str) -> Path:
         return self.images_dir / safe_component(image_id)
 

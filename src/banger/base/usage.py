@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from datetime import datetime
 
-from banger.base.model import Record, Vm, VmState
+from banger.base.model import Image, Record, Vm, VmState
 
 
 class HostUsage(Record, frozen=True):
@@ -67,6 +67,25 @@ class UsagePoint(Record, frozen=True):
     host_memory_bytes: int
     guest_cpu_percent: float | None
     guest_memory_percent: float | None
+
+
+class ShownVm(Vm, frozen=True):
+    """A VM as `vm.show` gives it: with what its disks take, without the image below them."""
+
+    disk_bytes: int = 0
+
+
+class DiskUse(Record, frozen=True):
+    """What the disks of one VM take of the host's, without the image below them."""
+
+    vm_name: str
+    disk_bytes: int
+
+
+class ShownImage(Image, frozen=True):
+    """An image as `image.show` gives it: with the VMs whose disks lie over it."""
+
+    vms: tuple[DiskUse, ...] = ()
 
 
 class ListedVm(Vm, frozen=True):

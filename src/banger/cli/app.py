@@ -107,6 +107,7 @@ def _complete(
 
 complete_vm = _complete("vm.list")
 complete_image = _complete("image.list")
+complete_kernel = _complete("kernel.list")
 complete_template = _complete("template.list", "id")
 complete_snapshot = _complete("snapshot.list")
 complete_results = _complete("results.list")

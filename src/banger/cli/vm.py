@@ -9,7 +9,7 @@ import msgspec
 
 from banger.base.model import Record, Vm, VmState
 from banger.base.units import format_age
-from banger.base.usage import ListedVm
+from banger.base.usage import ListedVm, ShownVm
 from banger.cli import figures
 from banger.cli.app import connect, json_option, vm_argument
 from banger.cli.figures import print_fitting
@@ -95,7 +95,7 @@ def _is_running(vm: Vm) -> bool:
 def show(*, vm_ref: str, as_json: bool) -> None:
     """Everything recorded of one machine."""
     with connect() as client:
-        found = client.call("vm.show", {"vm": vm_ref}, Vm)
+        found = client.call("vm.show", {"vm": vm_ref}, ShownVm)
     if as_json:
         print_json(found)
         return

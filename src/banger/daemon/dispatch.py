@@ -18,11 +18,11 @@ from banger.base.model import (
     Operation,
     Snapshot,
     Template,
-    Vm,
     VmState,
 )
 from banger.base.opid import current_op_id
 from banger.base.paths import Paths
+from banger.base.usage import ShownVm
 from banger.daemon.images import Images
 from banger.daemon.kernels import Kernels
 from banger.daemon.observation import Observation
@@ -46,6 +46,9 @@ from banger.services.fork_run import ForkRuns
 from banger.services.forks import ForkService
 from banger.services.health import Health
 from banger.services.image import ImageService
+from banger.services.image_cache import ImageCache
+from banger.services.image_import import ImageImports
+from banger.services.image_pull import ImagePulls
 from banger.services.kernel import KernelService
 from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations
@@ -74,6 +77,9 @@ class Services:
     drivers: Drivers
     operations: Operations
     images: ImageService
+    image_pulls: ImagePulls
+    image_imports: ImageImports
+    image_cache: ImageCache
     kernels: KernelService
     vms: VmService
     creator: VmCreator
@@ -163,7 +169,16 @@ class Dispatch:
                 name: Method(params, call, answers=True)
                 for group in (
                     *(sessions, verbs, workspaces, trials, observation),
-                    Images(services.images, services.templates, services.standbys),
+                    Images(
+                        services.images,
+                        services.image_pulls,
+                        services.image_imports,
+                        services.image_cache,
+                        services.vms,
+                        services.stats,
+                        services.templates,
+                        services.standbys,
+                    ),
                     Kernels(services.kernels),
                 )
                 for name, (params, call) in group.methods().items()
@@ -270,5 +285,5 @@ class Dispatch:
         """Want no more what several may be waiting for: it goes on for the others."""
         return await self._services.operations.leave(params.id)
 
-    async def _vm(self, params: VmReference, _: Connection) -> Vm:
-        return await self._services.vms.show(params.vm)
+    async def _vm(self, params: VmReference, _: Connection) -> ShownVm:
+        return await self._services.stats.shown(await self._services.vms.show(params.vm))

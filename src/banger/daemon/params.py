@@ -109,6 +109,10 @@ class ImageReference(Params, frozen=True):
     image: str
 
 
+class PruneCache(Params, frozen=True):
+    dry_run: bool = False
+
+
 class TemplateReference(Params, frozen=True):
     template: str
 

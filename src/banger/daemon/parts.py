@@ -6,6 +6,8 @@ and so do tests, with drivers in memory.
 
 from __future__ import annotations
 
+import asyncio
+
 from banger.base.config import Config
 from banger.base.paths import Paths
 from banger.daemon.maintenance import Maintenance
@@ -19,6 +21,9 @@ from banger.services.handles import HandleCache
 from banger.services.health import Health
 from banger.services.identity import Identity
 from banger.services.image import ImageService
+from banger.services.image_cache import ImageCache
+from banger.services.image_import import ImageImports
+from banger.services.image_pull import ImagePulls
 from banger.services.kernel import KernelService
 from banger.services.layers import DiskLayers
 from banger.services.lifecycle import Lifecycle
@@ -55,6 +60,13 @@ class Parts:
         self.liveness = Liveness(drivers.hypervisor, drivers.network, self.handles)
         self.kernels = KernelService(paths, store)
         self.images = ImageService(paths, store, self.operations, self.kernels)
+        self.image_cache = ImageCache(paths, config.image_cache_limit)
+        self.image_pulls = ImagePulls(
+            self.images, self.operations, self.image_cache, size_limit_mib=config.image_size_limit
+        )
+        self.image_imports = ImageImports(
+            self.images, self.operations, size_limit_mib=config.image_size_limit
+        )
         self.publishing = Publishing(self.agents, self.liveness, lambda vm: self.vms.in_use(vm))
         self.capabilities = Capabilities(
             [
@@ -170,6 +182,7 @@ class Parts:
             layers=self.layers,
             snapshots=self.snapshots,
         ).run()
+        await asyncio.to_thread(self.image_cache.remove_leftovers)
         await self.results.settle()
 
     def maintenance(self) -> Maintenance:

@@ -37,6 +37,7 @@ _GROW_TO_BLOCKS = (1 << 40) // _BLOCK
 # Documentation/filesystems/ext4/super.rst of the kernel.
 _SUPERBLOCK = 1024
 _MAGIC = 0xEF53
+_MAGIC_OFFSET = 0x38
 _INCOMPAT_64BIT = 0x80
 _LOG_BLOCK_SIZE_MAX = 6
 
@@ -141,6 +142,19 @@ def fitting_shape(tree: Path, label: str) -> Shape:
     return Shape(label, math.ceil(used * 1.03 / MIB) + 6, inodes=inodes)
 
 
+def file_identity(path: Path) -> str:
+    """What tells a file from what it was: inode, size, time of the last change of its content."""
+    info = path.stat()
+    return f"{info.st_ino}:{info.st_size}:{info.st_mtime_ns}"
+
+
+def is_ext4(path: Path) -> bool:
+    """Whether a file that can be read begins as an ext4, or as something that looks like one."""
+    with path.open("rb") as file:
+        file.seek(_SUPERBLOCK + _MAGIC_OFFSET)
+        return file.read(2) == _MAGIC.to_bytes(2, "little")
+
+
 def check_ext4(path: Path) -> None:
     """Raise PreconditionFailed unless `path` starts as an ext4 and has all of its length.
 
@@ -153,7 +167,7 @@ def check_ext4(path: Path) -> None:
             superblock = file.read(1024)
     except OSError as error:
         raise _unusable(path, error.strerror or str(error)) from error
-    if len(superblock) < 1024 or struct.unpack_from("<H", superblock, 0x38)[0] != _MAGIC:
+    if len(superblock) < 1024 or struct.unpack_from("<H", superblock, _MAGIC_OFFSET)[0] != _MAGIC:
         raise _unusable(path, "it is not an ext4 file system")
     blocks, log_block_size = (
         struct.unpack_from("<I", superblock, 0x04)[0],

@@ -23,6 +23,7 @@ _WORK_JOURNAL_MIB = 16
 _ENTRY_BYTES = 4096 + 256 + 64
 _BYTES_PER_INODE = 16384
 
+_BELOW_HOME = b"root/"
 _KINDS = {"c": 0o020000, "b": 0o060000}
 _HOME = Directory(mode=0o700, uid=0, gid=0, entries=0, bytes=0)
 
@@ -47,15 +48,22 @@ async def make_root(
     progress("filesystem", count, UNKNOWN)
     await make_ext4(tree, files.rootfs, _shape("banger-root", content.root))
     await edit_ext4(files.rootfs, _requests(content.root, content.devices, content.owners))
-    seed = content.home or _HOME
-    # What has the name of the home may be a link, and lead anywhere on this machine.
-    async with temporary_tree(dest / "empty") as empty:
-        source = empty if content.home is None else home or tree / "root"
-        await make_ext4(source, files.work_seed, _shape("banger-work", seed))
-    prefix = b"" if home else b"root/"
-    below = [each for each in content.devices if bytes.fromhex(each.place).startswith(prefix)]
-    await edit_ext4(files.work_seed, _requests(seed, [] if home else below, [], prefix))
+    if content.home is None:
+        # What has the name of the home may be a link, and lead anywhere on this machine.
+        await make_empty_seed(files.work_seed)
+        return files
+    await make_ext4(home or tree / "root", files.work_seed, _shape("banger-work", content.home))
+    below = [each for each in content.devices if _place(each).startswith(_BELOW_HOME)]
+    requests = _requests(content.home, () if home else below, (), _BELOW_HOME)
+    await edit_ext4(files.work_seed, requests)
     return files
+
+
+async def make_empty_seed(file: Path) -> None:
+    """Make a work seed with nothing in it: an image's that is taken as it is."""
+    async with temporary_tree(file.with_name("empty")) as empty:
+        await make_ext4(empty, file, _shape("banger-work", _HOME))
+    await edit_ext4(file, _requests(_HOME, (), ()))
 
 
 def _shape(label: str, of: Directory) -> Shape:
@@ -81,7 +89,7 @@ def _requests(
         *_owned("<2>", top.uid, top.gid),
     ]
     for node in devices:
-        place = bytes.fromhex(node.place).removeprefix(prefix).decode("utf-8", "surrogateescape")
+        place = _place(node).removeprefix(prefix).decode("utf-8", "surrogateescape")
         directory, _, name = place.rpartition("/")
         requests += [
             f'cd "/{directory}"',
@@ -91,9 +99,13 @@ def _requests(
             *(f'set_inode_field "{name}" {each}time @{node.mtime_s}' for each in "amc"),
         ]
     for owner in owners:
-        place = bytes.fromhex(owner.place).decode("utf-8", "surrogateescape")
+        place = _place(owner).decode("utf-8", "surrogateescape")
         requests += _owned(f'"/{place}"', owner.uid, owner.gid)
     return requests
+
+
+def _place(of: Node | Owner) -> bytes:
+    return bytes.fromhex(of.place)
 
 
 def _owned(what: str, uid: int, gid: int) -> list[str]:

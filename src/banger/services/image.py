@@ -17,6 +17,7 @@ from banger.base.model import (
     Image,
     ImageConfig,
     InitMode,
+    Kernel,
     Operation,
     Vm,
     check_artifact_name,
@@ -40,6 +41,10 @@ from banger.services.operations import Operations, Progress
 from banger.services.single_flight import SingleFlight
 from banger.store.store import Store
 
+#: The root file system in an image's directory, and a copy of one that is not whole yet.
+ROOTFS = "rootfs.ext4"
+COPYING = "rootfs.new"
+
 
 class Made(msgspec.Struct, frozen=True):
     """What a new image is to be, beside its name: its files lie in a staging directory."""
@@ -51,6 +56,7 @@ class Made(msgspec.Struct, frozen=True):
     config: ImageConfig = ImageConfig()
     source: str = ""
     digest: str = ""
+    registered: str = ""
 
 
 class ImageService:
@@ -80,6 +86,9 @@ class ImageService:
             raise NotFound(f'image "{name}" not found', hint=hint)
         return image
 
+    async def find(self, name: str) -> Image | None:
+        return await self._store.image_named(name)
+
     async def of_vm(self, vm: Vm) -> Image:
         """The image that a VM's disks lie over. Raises PreconditionFailed when it is gone."""
         image = await self._store.get_image(vm.image_id)
@@ -102,13 +111,11 @@ class ImageService:
             name, name, partial(self._build, name), partial(self._is_there, name)
         )
         if build is None:
-            raise Conflict(
-                f'image "{name}" already exists', hint=f"to renew it: banger image delete {name}"
-            )
+            raise _exists(name)
         return build
 
     async def _is_there(self, name: str) -> bool:
-        return await self._store.image_named(name) is not None
+        return await self.find(name) is not None
 
     async def ensure(self, name: str, progress: Progress) -> Image:
         """The image of this name, built first when it is one banger can build and is missing.
@@ -126,13 +133,25 @@ class ImageService:
         return await self.get(name)
 
     async def _build(self, name: str, progress: Progress) -> None:
-        kernel = await self._kernels.ensure(
-            lambda stage, detail, percent: progress.stage(f"kernel {stage}", detail, percent)
-        )
+        kernel = await self.kernel("", progress)
         async with self.making(name) as staging:
             built = await build_image(name, staging.path, progress=progress.stage)
             made = Made(built.files, kernel.id, packages=built.packages, source="Debian's packages")
             await self.publish(staging, name, made, progress)
+
+    async def kernel(self, name: str, progress: Progress) -> Kernel:
+        """The kernel that a new image is to boot with: this one, or by default Debian's, built
+        when it is missing."""
+        if name:
+            return await self._kernels.named(name)
+        return await self._kernels.ensure(
+            lambda stage, detail, percent: progress.stage(f"kernel {stage}", detail, percent)
+        )
+
+    async def ensure_free(self, name: str) -> None:
+        """Raise Conflict for a name that is taken."""
+        if await self._is_there(name):
+            raise _exists(name)
 
     @asynccontextmanager
     async def making(self, name: str) -> AsyncIterator[Staging]:
@@ -140,25 +159,23 @@ class ImageService:
 
         Raises Conflict for a name that is taken.
         """
-        if await self._is_there(name):
-            raise Conflict(
-                f'image "{name}" already exists', hint=f"to renew it: banger image delete {name}"
-            )
+        await self.ensure_free(name)
         async with staged(self._paths.image_dir(new_id())) as staging:
             yield staging
 
     async def publish(self, staging: Staging, name: str, made: Made, progress: Progress) -> Image:
         """Make the files in a staging directory an image; stage ``finish``."""
         progress.stage("finish", "writing it to the disk")
+        directory = staging.final
+        rootfs = made.files.rootfs if made.registered else directory / made.files.rootfs.name
         for file in (made.files.rootfs, made.files.work_seed):
             await asyncio.to_thread(sync_file, file)
-        directory = staging.final
         image = Image(
             id=directory.name,
             name=name,
             kernel_id=made.kernel_id,
             artifact_dir=str(directory),
-            rootfs_path=str(directory / made.files.rootfs.name),
+            rootfs_path=str(rootfs),
             work_seed_path=str(directory / made.files.work_seed.name),
             init=made.init,
             size_bytes=await asyncio.to_thread(allocated_bytes, staging.path),
@@ -167,6 +184,7 @@ class ImageService:
             config=made.config,
             source=made.source,
             digest=made.digest,
+            registered=made.registered,
         )
         record = msgspec.json.format(msgspec.json.encode(image))
         (staging.path / "image.json").write_bytes(record)
@@ -190,11 +208,28 @@ class ImageService:
                 await make_larger_copy(seed, sized, size_mib)
         return sized
 
+    @asynccontextmanager
+    async def alone(self, image: Image) -> AsyncIterator[Image]:
+        """The image, unused and to remain so until the block ends. Conflict while a VM or a
+        snapshot uses it."""
+        async with self.locks.hold(image.id):
+            image = await self.again(image)
+            await self._check_unused(image)
+            yield image
+
+    async def adopt(self, image: Image, rootfs: Path) -> Image:
+        """From now on a registered image is this file in its directory. The caller has it alone."""
+        await asyncio.to_thread(sync_file, rootfs)
+        size = await asyncio.to_thread(allocated_bytes, rootfs.parent)
+        image = msgspec.structs.replace(
+            image, rootfs_path=str(rootfs), registered="", size_bytes=size
+        )
+        await self._store.update_image(image)
+        return image
+
     async def delete(self, name: str) -> Image:
         """Delete an image; Conflict while a VM or a snapshot uses it."""
-        image = await self.get(name)
-        async with self.locks.hold(image.id):
-            await self._check_unused(image)
+        async with self.alone(await self.get(name)) as image:
             with OperationLog("image.delete", **image_attributes(image)):
                 await artifacts.delete(
                     Path(image.artifact_dir), partial(self._store.delete_image, image.id)
@@ -217,8 +252,19 @@ class ImageService:
 
     async def remove_leftovers(self) -> None:
         """At start-up: what interrupted builds and deletions left."""
-        known = {image.id for image in await self._store.images()}
-        await remove_leftovers(self._paths.images_dir, known)
+        images = await self._store.images()
+        await remove_leftovers(self._paths.images_dir, {image.id for image in images})
+        for image in images:
+            if not image.managed:  # a copy that was to be its own was not finished
+                for left in (COPYING, ROOTFS):
+                    (Path(image.artifact_dir) / left).unlink(missing_ok=True)
+
+
+def _exists(name: str) -> Conflict:
+    return Conflict(
+        f'image "{name}" already exists',
+        hint=f"take another name, or to renew it: banger image delete {name}",
+    )
 
 
 def _size_of(path: Path) -> int:

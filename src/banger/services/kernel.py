@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from banger.base.errors import NotFound, PreconditionFailed
-from banger.base.model import Kernel, now
+from banger.base.model import Kernel, check_artifact_name, now
 from banger.base.paths import Paths
 from banger.guest.binary import agent_binary
 from banger.images.initramfs import build_initramfs
@@ -39,6 +39,13 @@ class KernelService:
         kernel = await self._store.get_kernel(kernel_id)
         if kernel is None:
             raise NotFound(f'kernel "{kernel_id}" not found')
+        return kernel
+
+    async def named(self, name: str) -> Kernel:
+        """The kernel of this name, or NotFound."""
+        kernel = await self._store.kernel_named(check_artifact_name(name))
+        if kernel is None:
+            raise NotFound(f'kernel "{name}" not found', hint="see: banger kernel list")
         return kernel
 
     async def ensure(self, progress: Progress) -> Kernel:

@@ -13,11 +13,13 @@ from banger.base.errors import BangerError, PreconditionFailed
 from banger.base.model import Image, Kernel
 from banger.base.units import format_size
 from banger.drivers.base import Check, Level
-from banger.images.ext4 import check_ext4
+from banger.images.ext4 import check_ext4, file_identity
 from banger.images.kernel import check_vmlinux
 
 #: Below this a guest's first writes could already fail; its disks grow as it writes.
 FREE_DISK_MIN_BYTES = 512 << 20
+
+REGISTER_ANEW = "register it anew: banger image delete {name}, then banger image register"
 
 _FileCheck = Callable[[Path], None]
 
@@ -56,11 +58,30 @@ def check_room_for_memory(directory: Path, memory_mib: int) -> Check:
 def check_artifacts(image: Image, kernel: Kernel) -> list[Check]:
     """Whether the image's and the kernel's files are there and are what they should be."""
     return [
+        _registered(image),
         _artifact(f'image "{image.name}"', check_ext4, image.rootfs_path),
         _artifact(f'work seed of image "{image.name}"', check_ext4, image.work_seed_path),
         _artifact(f'kernel "{kernel.name}"', check_vmlinux, kernel.vmlinux_path),
         _artifact(f'modules of kernel "{kernel.name}"', check_ext4, kernel.modules_path),
     ]
+
+
+def changed(image: Image) -> str:
+    """What is wrong with the file of a registered image, empty for nothing: written to since, it
+    is not what the disks over it were made for."""
+    try:
+        if image.managed or file_identity(Path(image.rootfs_path)) == image.registered:
+            return ""
+    except OSError as error:
+        return f"{image.rootfs_path}: {error.strerror}"
+    return f"{image.rootfs_path} has changed since it was registered"
+
+
+def _registered(image: Image) -> Check:
+    name, problem = f'image "{image.name}"', changed(image)
+    if problem:
+        return Check(name, Level.FAIL, problem, REGISTER_ANEW.format(name=image.name))
+    return Check(name, Level.OK, image.rootfs_path)
 
 
 def _artifact(name: str, check: _FileCheck, path: str) -> Check:

@@ -33,6 +33,7 @@ from banger.base.usage import (
     HostUsage,
     ListedVm,
     Sample,
+    ShownVm,
     UsagePoint,
     VmStats,
 )
@@ -133,6 +134,11 @@ class StatsService:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def shown(self, vm: Vm) -> ShownVm:
+        """A VM with what its disks take now, whether it runs or not."""
+        disk_bytes = await asyncio.to_thread(self._disk_bytes, vm)
+        return ShownVm(**msgspec.structs.asdict(vm), disk_bytes=disk_bytes)
 
     async def listed(self) -> list[ListedVm]:
         """Every VM, by name, with its last recent sample. Looks at nothing."""
@@ -248,13 +254,17 @@ class StatsService:
             return None
         network = (procfs.usage(each.pid, each.start_ticks) for each in handles.network)
         processes = [machine, *filter(None, network)]
-        disks = (vm.runtime.system_overlay, vm.runtime.work_disk)
         return _HostReading(
             moment_s=time.monotonic(),
             cpu_s=sum(each.cpu_s for each in processes),
             memory_bytes=sum(each.resident_bytes for each in processes),
-            disk_bytes=sum(self._storage.allocated_bytes(Path(disk)) for disk in disks if disk),
+            disk_bytes=self._disk_bytes(vm),
         )
+
+    def _disk_bytes(self, vm: Vm) -> int:
+        """Of the host's disk; not of the image below, which all its VMs share."""
+        disks = (vm.runtime.system_overlay, vm.runtime.work_disk)
+        return sum(self._storage.allocated_bytes(Path(disk)) for disk in disks if disk)
 
     async def _ask_bounded(self, vm: Vm, track: _Track) -> _GuestReading | None:
         """The guest's answer, if it comes in time.

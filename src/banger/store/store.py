@@ -134,6 +134,15 @@ class Store:
 
         await self._run(work)
 
+    async def update_image(self, image: Image) -> None:
+        """Replace the record of an image that is there."""
+
+        def work(db: sqlite3.Connection) -> None:
+            with db:
+                db.execute("UPDATE images SET record = ? WHERE id = ?", (_json(image), image.id))
+
+        await self._run(work)
+
     async def delete_image(self, image_id: str) -> None:
         await self._delete("images", image_id)
 
