@@ -58,7 +58,7 @@ def check_room_for_memory(directory: Path, memory_mib: int) -> Check:
 def check_artifacts(image: Image, kernel: Kernel) -> list[Check]:
     """Whether the image's and the kernel's files are there and are what they should be."""
     return [
-        _registered(image),
+        *([] if image.managed else [_unchanged(image)]),
         _artifact(f'image "{image.name}"', check_ext4, image.rootfs_path),
         _artifact(f'work seed of image "{image.name}"', check_ext4, image.work_seed_path),
         _artifact(f'kernel "{kernel.name}"', check_vmlinux, kernel.vmlinux_path),
@@ -77,7 +77,7 @@ def changed(image: Image) -> str:
     return f"{image.rootfs_path} has changed since it was registered"
 
 
-def _registered(image: Image) -> Check:
+def _unchanged(image: Image) -> Check:
     name, problem = f'image "{image.name}"', changed(image)
     if problem:
         return Check(name, Level.FAIL, problem, REGISTER_ANEW.format(name=image.name))
