@@ -152,7 +152,7 @@ class TreeWriter:
             raise ArchiveError(f"the size of {_shown(place)} is negative")
         pieces: Iterable[tuple[int, int]] = [(0, member.size)]
         if (sparse := getattr(member, "sparse", None)) is not None:
-            pieces = sparse
+            pieces = [piece for piece in sparse if piece[1]]  # unused places of a map are 0
         self._take_room(member.size)
         descriptor = os.open(_at(place), os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:

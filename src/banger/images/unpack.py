@@ -7,6 +7,7 @@ root directory. Rootless or not, what comes of it is the same.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -91,6 +92,12 @@ class Unpacked(msgspec.Struct, frozen=True):
     digests: tuple[str, ...] = ()
 
 
+def _interpreter() -> dict[str, str]:
+    """What this interpreter needs to be started once more."""
+    names = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
 class BadArchive(PreconditionFailed):
     """The archive cannot be unpacked; `layer` is its number."""
 
@@ -127,11 +134,11 @@ async def unpack(
         if advance is not None and number.isdecimal() and read_bytes.isdecimal():
             advance(int(number), int(read_bytes))
 
-    program = [sys.executable, "-I", "-X", "utf8", "-m", "banger.images.unpacker"]
+    program = [sys.executable, "-P", "-X", "utf8", "-m", "banger.images.unpacker"]
     done = await proc.run(
         contained([*program, json.dumps(job)]),
         timeout_s=_TIMEOUT_S,
-        env=build_environment(tree.parent),
+        env=build_environment(tree.parent) | _interpreter(),
         pass_fds=[layer.descriptor for layer in layers],
         on_stderr_line=hear,
     )
