@@ -19,7 +19,17 @@ _MOUNT = """mount -o ro,loop,noload "$1" /mnt && exec "$2" "$3" --mounted /mnt""
 
 def tree_of(file: Path) -> dict[str, dict[str, Any]]:
     """Path to everything that is to be known of it, of an ext4 (as root)."""
-    argv = ["unshare", "--mount", "sh", "-c", _MOUNT, "sh", file, sys.executable, __file__]
+    argv: list[str | Path] = [
+        "unshare",
+        "--mount",
+        "sh",
+        "-c",
+        _MOUNT,
+        "sh",
+        file,
+        sys.executable,
+        __file__,
+    ]
     done = subprocess.run(argv, capture_output=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, Any]] = json.loads(done.stdout)

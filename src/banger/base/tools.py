@@ -17,6 +17,7 @@ _PACKAGES = {
     "newgidmap": "uidmap",
     "tar": "tar",
     "git": "git",
+    "skopeo": "skopeo",
 }
 
 

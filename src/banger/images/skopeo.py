@@ -30,7 +30,7 @@ from banger.images.oci import Descriptor, Manifest, Reference, decode_manifest, 
 _ASK_TIMEOUT_S = 120
 _COPY_TIMEOUT_S = 24 * 3600
 #: How long a registry may send nothing.
-_STALL_S = 60.0
+_STALL_S = 30.0
 _POLL_S = 0.2
 _RETRIES = 2
 
