@@ -19,6 +19,7 @@ from pathlib import Path
 from product import until
 
 USER, PASSWORD = "ann", "open sesame"
+_PASSWORD_BCRYPT = "$2y$05$e/a/Uq8FF64HCFM7wkRV0OYHODk4aZmiM0wBkzxf4ZUg461FsTuXq"
 
 
 @dataclass(frozen=True)
@@ -71,10 +72,7 @@ def _secured(directory: Path) -> str:
          "-keyout", directory / "key.pem", "-out", directory / "ca.crt"],
         check=True, capture_output=True,
     )  # fmt: skip
-    passwords = subprocess.run(
-        ["htpasswd", "-Bbn", USER, PASSWORD], check=True, capture_output=True
-    ).stdout
-    (directory / "htpasswd").write_bytes(passwords)
+    (directory / "htpasswd").write_text(f"{USER}:{_PASSWORD_BCRYPT}\n")
     return f"""
   tls: {{certificate: {directory}/ca.crt, key: {directory}/key.pem}}
 auth:

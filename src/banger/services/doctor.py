@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from banger.base import proc
 from banger.base.errors import BangerError
 from banger.base.paths import Paths
 from banger.drivers.base import Check, Level
@@ -31,6 +32,7 @@ class Doctor:
             *await drivers.network.checks(),
             *await self._image_checks(),
             await _git_check(),
+            _skopeo_check(),
             check_free_disk(self._paths.vms_dir),
             check_free_disk(self._paths.images_dir, needed_bytes=2 << 30),
         ]
@@ -40,6 +42,14 @@ class Doctor:
             Check(each.name, Level.FAIL if each.problem else Level.OK, each.problem, each.hint)
             for each in await requirements()
         ]
+
+
+def _skopeo_check() -> Check:
+    """Only `image pull` needs it."""
+    if (found := proc.which("skopeo")) is not None:
+        return Check("skopeo", Level.OK, found)
+    error = proc.missing_tool("skopeo")
+    return Check("skopeo", Level.WARN, error.message, error.hint)
 
 
 async def _git_check() -> Check:
