@@ -20,7 +20,7 @@ from banger.base.model import ImageConfig
 
 #: Transports of skopeo that banger takes, and whether what follows is a path.
 _TRANSPORTS = {"docker": False, "oci": True, "oci-archive": True, "docker-archive": True}
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")
+_NAME = re.compile(r"(?!.*:/)[A-Za-z0-9][A-Za-z0-9._:/@-]{0,511}")
 _DIGEST = r"sha256:[0-9a-f]{64}"
 
 #: What Go, and so OCI, calls the processors.

@@ -162,7 +162,7 @@ _SIGNS: Sequence[tuple[str, type[BangerError], str, str]] = (
      "it is not made for this machine's processor", ""),
     (r"no space left", PreconditionFailed, "the disk is full",
      "free some space: banger image cache prune; or point XDG_CACHE_HOME at a larger disk"),
-    (r"digest|does not match|unexpected EOF|EOF|corrupt|invalid", Unavailable,
+    (r"[Dd]igest|does not match|unexpected EOF|EOF|corrupt|invalid", Unavailable,
      "what was sent is not what was announced", "try again; layers that are whole are kept"),
     (r"no such host|connection refused|timeout|timed out|unreachable|reset|dial tcp|\b50\d\b",
      Unavailable, "it cannot be reached", "check the network, and the name of the registry"),
