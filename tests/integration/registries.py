@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -127,12 +127,11 @@ class Mirror:
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
-                upstream = http.client.HTTPConnection(registry.address)
-                upstream.request(self.command, self.path, headers={
-                    name: value for name, value in self.headers.items() if name == "Accept"
-                })  # fmt: skip
-                answer = upstream.getresponse()
-                body = answer.read()
+                accept = ", ".join(self.headers.get_all("Accept", []))
+                with closing(http.client.HTTPConnection(registry.address)) as upstream:
+                    upstream.request(self.command, self.path, headers={"Accept": accept})
+                    answer = upstream.getresponse()
+                    body = answer.read()
                 self.send_response(answer.status)
                 for name, value in answer.getheaders():
                     if name.lower() not in ("transfer-encoding", "connection"):
@@ -150,7 +149,7 @@ class Mirror:
                         time.sleep(0.1)
                     self.close_connection = True
                     return
-                while mirror.harm == "wait":
+                while harm and mirror.harm == "wait":
                     time.sleep(0.1)
                 self.wfile.write(body)
 

@@ -165,7 +165,8 @@ def test_what_no_program_can_be_run_with(config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("said", "kind", "hint"),
     [
-        ("pinging registry h:1: http: server gave HTTP response to HTTPS client", Unavailable, "--insecure"),
+        ("pinging registry h:1: http: server gave HTTP response to HTTPS client", Unavailable,
+         "--insecure"),
         ("pinging registry h:1: x509: certificate signed by unknown authority", Unavailable,
          "certs.d"),
         ("reading manifest 1 in h:1/a: unauthorized: authentication required", PermissionDenied,
