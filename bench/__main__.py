@@ -17,6 +17,7 @@ from bench import (
     exec_latency,
     first_command,
     forks,
+    images,
     reconcile,
     rpc,
     stages,
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, Callable[[Home], list[Figure]]] = {
     "first_command": first_command.measure,
     "forks": forks.measure,
     "workspaces": workspaces.measure,
+    "images": images.measure,
     "stages": stages.measure,
 }
 
