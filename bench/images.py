@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Self
 
 from bench.home import Home
 from bench.measure import Figure, Target, timed
@@ -37,16 +38,14 @@ class Peak:
     most disk that was taken, while it is entered: bytes."""
 
     def __init__(self, home: Home) -> None:
-        self._roots = {
-            os.getpid(),
-            int(json.loads(home.banger("daemon", "status", "--json"))["pid"]),
-        }
+        status = json.loads(home.banger("daemon", "status", "--json"))
+        self._roots = {os.getpid(), int(status["pid"])}
         self._directory = home.directory
         self._own = {pid: _resident(pid) for pid in self._roots}
         self._ended = threading.Event()
         self.memory_bytes = self.disk_bytes = 0
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> Self:
         self._free = shutil.disk_usage(self._directory).free
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
@@ -117,7 +116,9 @@ def _pull(home: Home, layout: Path) -> Figure:
             shutil.rmtree(home.directory / name)
         (home.directory / "theirs.ext4").unlink()
 
-    samples, floors, peaks = [], [], []
+    samples: list[float] = []
+    floors: list[float] = []
+    peaks: list[Peak] = []
     for _ in range(_ROUNDS):
         for work, anew, into in ((theirs, theirs_anew, floors), (ours, ours_anew, samples)):
             with Peak(home) as peak:

@@ -1,4 +1,4 @@
-"""Images from files of this machine, on real guests: copied, used where they lie, made one's own."""
+"""Images from files of this machine, on real guests: copied, registered, promoted."""
 
 from __future__ import annotations
 

@@ -93,7 +93,8 @@ def _requests(
         directory, _, name = place.rpartition("/")
         requests += [
             f'cd "/{directory}"',
-            f'mknod "{name}" {node.kind} {node.major} {node.minor}',
+            f'mknod "{name}" {node.kind} 0 0',
+            *(f'set_inode_field "{name}" {field}' for field in _device_fields(node)),
             f'set_inode_field "{name}" mode 0{_KINDS[node.kind] | node.mode:o}',
             *_owned(f'"{name}"', node.uid, node.gid),
             *(f'set_inode_field "{name}" {each}time @{node.mtime_s}' for each in "amc"),
@@ -106,6 +107,15 @@ def _requests(
 
 def _place(of: Node | Owner) -> bytes:
     return bytes.fromhex(of.place)
+
+
+def _device_fields(node: Node) -> tuple[str, str]:
+    """The numbers as ext4 keeps them, in one word or another (fs/ext4/ext4.h of the kernel, from
+    linux/kdev_t.h). debugfs itself takes only the smaller ones."""
+    if node.major < 256 and node.minor < 256:
+        return f"block[0] {node.major << 8 | node.minor}", "block[1] 0"
+    number = node.minor & 0xFF | node.major << 8 | (node.minor & ~0xFF) << 12
+    return "block[0] 0", f"block[1] {number}"
 
 
 def _owned(what: str, uid: int, gid: int) -> list[str]:
