@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+#: Of Debian's busybox-static: a whole system in one file.
+BUSYBOX = Path("/bin/busybox")
+
 _LAYER = "application/vnd.oci.image.layer.v1.tar"
 _MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 _INDEX = "application/vnd.oci.image.index.v1+json"
@@ -60,6 +63,34 @@ def tar(*members: Member) -> bytes:
             }
             writer.addfile(info, io.BytesIO(member.data))
     return archive.getvalue()
+
+
+def everything() -> bytes:
+    """A small system, with everything in it that a tar can hold."""
+    capability = bytes.fromhex("0100000200040000000000000000000000000000")
+    tools = ("sh", "cat", "ls", "id", "sync", "true", "stat")
+    return tar(
+        directory("./", 0o755),
+        directory("bin"),
+        Member("bin/busybox", BUSYBOX.read_bytes(), mode=0o755,
+               xattrs={"security.capability": capability}),
+        *(symlink(f"bin/{name}", "busybox") for name in tools),
+        directory("etc"),
+        Member("etc/passwd", b"root:x:0:0::/root:/bin/sh\nann:x:1000:1000::/home/ann:/bin/sh\n"),
+        directory("home"),
+        directory("home/ann", 0o700, 1000, 1000),
+        Member("home/ann/setuid", b"x", mode=0o6711, uid=1000, gid=1000,
+               xattrs={"user.binary": b"\xff\0="}),
+        hard_link("home/ann/same", "home/ann/setuid"),
+        Member("far", b"x", uid=200_000, gid=4_000_000_000),
+        Member("pipe", kind=tarfile.FIFOTYPE, mode=0o620),
+        directory("dev"),
+        Member("dev/null", kind=tarfile.CHRTYPE, device=(1, 3), mode=0o666, gid=5),
+        Member("dev/disk", kind=tarfile.BLKTYPE, device=(254, 70_000), mode=0o660),
+        Member("caf\udce9 \"quoted\"", b"name"),
+        directory("root", 0o750),
+        Member("root/kept", b"at home", mtime=0),
+    )  # fmt: skip
 
 
 @dataclass

@@ -14,13 +14,12 @@ import pytest
 
 from ext4_trees import tree_of
 from homes import Home
-from oci_layouts import Layout, Member, directory, hard_link, symlink, tar
+from oci_layouts import BUSYBOX, Layout, Member, directory, hard_link, symlink, tar
 from product import IMAGE, Banger, finish, read_until, until
 from registries import Mirror, Registry, serving
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
-BUSYBOX = Path("/bin/busybox")
 STAGES = ("resolve", "fetch", "unpack", "filesystem", "finish")
 
 

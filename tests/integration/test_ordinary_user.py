@@ -21,6 +21,8 @@ from pathlib import Path
 import pytest
 
 import banger as package
+from ext4_trees import tree_of
+from oci_layouts import Layout, Member, everything, tar
 from product import IMAGE, Banger
 
 pytestmark = [
@@ -176,3 +178,26 @@ def test_the_machine_and_its_network_are_processes_of_the_user(built: OtherUser)
         assert any(name.startswith(b"passt") for name in names), names
     finally:
         built.ok("vm", "delete", "--force", "mine")
+
+
+def test_root_or_not_the_same_image_comes_of_it(
+    built: OtherUser, banger: Banger, image: str, tmp_path: Path
+) -> None:
+    """An archive with all that a tar can hold, and layers with whiteouts, file for file."""
+    home = Path(built.user.pw_dir)
+    archive = home / "everything.tar"
+    archive.write_bytes(everything())
+    layout = Layout(home / "layout")
+    layout.image([everything(), tar(Member("home/ann/.wh.same"), Member("home/.wh..wh..opq"))])
+    subprocess.run(["chown", "-R", f"{built.user.pw_name}:", archive, layout.folder], check=True)
+    for number, words in enumerate((("import", str(archive)), ("pull", f"oci:{layout.folder}"))):
+        name = f"everything-{number}"
+        trees = []
+        for command in (built, banger):
+            command.ok("image", words[0], "-q", words[1], "--name", name)
+            shown = command.json("image", "show", name)
+            trees.append([tree_of(Path(shown[key])) for key in ("rootfs_path", "work_seed_path")])
+            command.ok("image", "delete", name)
+        theirs, ours = trees
+        assert "/dev/null" in ours[0]
+        assert theirs == ours
