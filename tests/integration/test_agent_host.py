@@ -18,6 +18,7 @@ import sys
 import tarfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -51,13 +52,24 @@ from banger.guest.requests import (
     Unpack,
     Write,
 )
+from static_busybox import static_busybox
 
 _ROOT = Path(__file__).parents[2]
 _SOURCES = _ROOT / "src/banger/guest/agent"
 _FUZZ = _ROOT / "tests/fuzz"
 _TIMEOUT_S = 30.0
 #: What the harness replaces or does not need: processes, sockets, and everything of a machine.
-_NOT_FUZZED = {"main", "exec", "init", "connect", "setup", "services", "network", "power"}
+_NOT_FUZZED = {
+    "main",
+    "exec",
+    "account",
+    "init",
+    "connect",
+    "setup",
+    "services",
+    "network",
+    "power",
+}
 
 
 @pytest.fixture(scope="session")
@@ -83,11 +95,11 @@ class HostAgent:
     channel does, as a daemon that died has.
     """
 
-    def __init__(self, binary: Path, directory: Path) -> None:
+    def __init__(self, argv: Sequence[str | Path], directory: Path) -> None:
         self.path = directory / "agent.sock"
         self.socket, theirs = socket.socketpair()
         self.process = subprocess.Popen(
-            [binary, "--serve-fd", str(theirs.fileno())], pass_fds=[theirs.fileno()]
+            [*argv, "--serve-fd", str(theirs.fileno())], pass_fds=[theirs.fileno()]
         )
         theirs.close()
         self._listener = socket.socket(socket.AF_UNIX)
@@ -121,7 +133,7 @@ class HostAgent:
 
 @pytest.fixture
 def host_agent(agent: Path, tmp_path: Path) -> Iterator[HostAgent]:
-    host = HostAgent(agent, tmp_path)
+    host = HostAgent([agent], tmp_path)
     yield host
     host.end()
 
@@ -399,6 +411,130 @@ async def test_a_detached_program_outlives_its_client(
 async def test_a_detached_program_that_cannot_start_says_so(channel: AgentChannel) -> None:
     result = await call(channel, Exec(["no-such"], detached=True), timeout_s=_TIMEOUT_S)
     assert (result.exit.status, "no-such" in result.exit.message) == (127, True)
+
+
+# In a root of its own, with one static program and nothing else.
+
+_PASSWD = "root:x:0:0:root:/root:/bin/sh\napp:x:1000:1001::/home/app:\n"
+_GROUP = "root:x:0:\napps:x:1001:\nstaff:x:50:other,app\nwheel:x:60:other\n"
+
+
+@pytest.fixture
+def bare_root(tmp_path: Path) -> Path:
+    if os.geteuid() != 0:
+        pytest.skip("root alone can give an agent a root of its own")
+    root = tmp_path / "root"
+    (root / "bin").mkdir(parents=True)
+    shutil.copy(static_busybox(), root / "bin/busybox")
+    return root
+
+
+@pytest.fixture
+async def bare(agent: Path, bare_root: Path, tmp_path: Path) -> AsyncIterator[AgentChannel]:
+    """An agent in that root."""
+    shutil.copy(agent, bare_root / "agent")
+    host = HostAgent(["chroot", bare_root, "/agent"], tmp_path)
+    made = await host.channel()
+    yield made
+    await made.close()
+    host.end()
+
+
+async def ids(channel: AgentChannel, user: str | None) -> tuple[int, int, set[int]]:
+    """uid, gid and groups of a program that is run as `user`."""
+    found = []
+    for which in ("-u", "-g", "-G"):
+        request = Exec(["busybox", "id", which], user=user)
+        result = await call(channel, request, timeout_s=_TIMEOUT_S)
+        found.append([int(word) for word in result.stdout.split()])
+    (uid,), (gid,), groups = found
+    return uid, gid, set(groups)
+
+
+@pytest.mark.parametrize(
+    ("user", "uid", "gid", "groups"),
+    [
+        (None, 0, 0, {0}),
+        ("root", 0, 0, {0}),
+        ("app", 1000, 1001, {1001, 50}),
+        ("app:", 1000, 1001, {1001, 50}),
+        ("1000", 1000, 1001, {1001, 50}),
+        ("app:wheel", 1000, 60, {60}),
+        ("app:60", 1000, 60, {60}),
+        ("1000:4321", 1000, 4321, {4321}),
+        ("4321", 4321, 0, {0}),
+        ("4321:wheel", 4321, 60, {60}),
+        (":staff", 0, 50, {50}),
+    ],
+)
+async def test_a_user_and_a_group_are_names_or_numbers(
+    bare: AgentChannel, bare_root: Path, user: str | None, uid: int, gid: int, groups: set[int]
+) -> None:
+    (bare_root / "etc").mkdir()
+    (bare_root / "etc/passwd").write_text(_PASSWD)
+    (bare_root / "etc/group").write_text(_GROUP)
+    assert await ids(bare, user) == (uid, gid, groups)
+
+
+@pytest.mark.parametrize(
+    ("user", "uid", "gid"), [(None, 0, 0), ("root", 0, 0), ("7", 7, 0), ("7:8", 7, 8)]
+)
+async def test_numbers_need_no_passwd(
+    bare: AgentChannel, user: str | None, uid: int, gid: int
+) -> None:
+    assert await ids(bare, user) == (uid, gid, {gid})
+
+
+@pytest.mark.parametrize(
+    ("user", "error"),
+    [
+        ("eve", NotFound),
+        ("root:none", NotFound),
+        ("4294967295", BadRequest),
+        ("1:4294967295", BadRequest),
+        ("99999999999999999999999", BadRequest),
+    ],
+)
+async def test_a_user_or_group_that_is_none_is_refused(
+    bare: AgentChannel, user: str, error: type[BangerError]
+) -> None:
+    with pytest.raises(error):
+        await call(bare, Exec(["busybox", "true"], user=user), timeout_s=_TIMEOUT_S)
+
+
+async def test_a_working_directory_is_made_only_when_that_is_asked_for(
+    bare: AgentChannel, bare_root: Path
+) -> None:
+    request = Exec(["busybox", "pwd"], directory="/made/for it", user="7:8")
+    with pytest.raises(NotFound):
+        await call(bare, request, timeout_s=_TIMEOUT_S)
+    assert not (bare_root / "made").exists()
+    for _ in range(2):
+        made = replace(request, make_directory=True)
+        assert (await call(bare, made, timeout_s=_TIMEOUT_S)).stdout == b"/made/for it\n"
+    info = (bare_root / "made/for it").stat()
+    assert (info.st_uid, info.st_gid, stat.S_IMODE(info.st_mode)) == (0, 0, 0o755)
+
+
+async def test_programs_are_searched_in_the_requests_path(bare: AgentChannel) -> None:
+    for path, status in (("/opt:/bin", 0), ("/opt", 127)):
+        request = Exec(["busybox", "true"], {"PATH": path})
+        assert (await call(bare, request, timeout_s=_TIMEOUT_S)).exit.status == status
+
+
+async def test_what_a_program_lacks_is_said(bare: AgentChannel, bare_root: Path) -> None:
+    script = bare_root / "bin/script"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o755)
+    for request, said in (
+        (Exec(["script"]), b"script: the interpreter or loader that it needs is not in the guest"),
+        (Exec(["/bin/script"]), b"/bin/script: the interpreter or loader that it needs is not"),
+        (Exec(login=True), b"/bin/sh: there is no such shell in the guest"),
+        (Exec(["sh"]), b"sh: command not found"),
+    ):
+        result = await call(bare, request, timeout_s=_TIMEOUT_S)
+        assert result.exit.status == 127
+        assert result.stderr.startswith(said)
 
 
 async def test_files_are_written_whole_or_not_at_all(channel: AgentChannel, tmp_path: Path) -> None:

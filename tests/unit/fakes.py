@@ -141,6 +141,8 @@ class Agent:
         self.opened: list[int] = []
         #: The fields of each SETUP, by tag.
         self.setups: list[dict[int, bytes]] = []
+        #: The payload of each EXEC.
+        self.programs: list[bytes] = []
         #: kind -> payload of the EXIT; None never answers. Others are answered with EXIT 0.
         self.exits: dict[int, bytes | None] = {}
         self.stdout: dict[int, bytes] = {}
@@ -219,6 +221,8 @@ class Agent:
             self.opened.append(payload[0])
             if payload[0] == requests.Setup.KIND:
                 self.setups.append(parse_fields(payload[1:]))
+            if payload[0] == requests.Exec.KIND:
+                self.programs.append(payload)
             if out := self.stdout.get(payload[0]):
                 writer.write(encode(FrameType.DATA, stream, out))
             exit_ = self.exits.get(payload[0], EXIT_0)

@@ -139,7 +139,8 @@ def test_the_status_is_the_commands_own(
         ["vm", "run", "-d", "-i", "--", "true"],
         ["vm", "run", "-d", "-t", "--", "true"],
         ["vm", "run", "-d", "-t"],
-        ["vm", "run", "-d", "-e", "A=1"],
+        ["vm", "run", "-d", "-e", "A=1", "."],
+        ["vm", "run", "-d", "-u", "nobody", "."],
         ["vm", "run", "--memory", "much", "--", "true"],
         ["vm", "run", "--vcpu", "0", "--", "true"],
         ["vm", "run", "--name", "Bad Name", "--", "true"],
@@ -350,9 +351,32 @@ def test_a_detached_run_prints_the_name(daemon: Daemon, capfd: Captured) -> None
     assert run(["run", "-d"]) == 0
     assert run(["run", "-d", "-q", "--", "sleep", "9"]) == 0
     first, second = (params["command"] for _, params in daemon.calls)
-    assert first is None
+    assert (first["argv"], first["detach"]) == ([], True)  # the image's own, if it has any
     assert second["detach"] is True
     assert capfd.readouterr().out == "box\nbox\n"
+
+
+def test_what_is_for_a_command_is_not_lost_unseen(daemon: Daemon, capfd: Captured) -> None:
+    daemon.answers["vm.run"] = lambda _: {"vm": running(), "started": False}
+    assert run(["run", "-d", "-q", "-e", "A=1"]) == 0
+    warning = "warning: nothing was started: there is no command, and the image names none\n"
+    assert capfd.readouterr() == ("box\n", warning)
+    assert run(["run", "-d", "-q"]) == 0
+    assert capfd.readouterr() == ("box\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "entrypoint"), [([], None), (["--entrypoint", ""], ""), (["--entrypoint=x"], "x")]
+)
+def test_a_run_says_what_its_words_are_given_to(
+    daemon: Daemon, options: list[str], entrypoint: str | None
+) -> None:
+    daemon.answers["vm.run"] = lambda _: {"vm": running()}
+    daemon.sessions["vm.run"] = ending(Exit(exit_code=0))
+    assert run(["run", "-q", "-u", "1:2", *options, "--", "true"]) == 0
+    ((_, params),) = daemon.calls
+    assert params["entrypoint"] == entrypoint
+    assert (params["command"]["argv"], params["command"]["user"]) == (["true"], "1:2")
 
 
 # Listings

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from errno import EACCES, ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from banger import __version__
 from banger.base.errors import BadRequest, BangerError, Conflict, NotFound, UnknownMethod
-from banger.base.model import Operation, OperationState, Vm, VmState
+from banger.base.model import ImageConfig, Operation, OperationState, Vm, VmState
 from banger.base.opid import is_op_id
 from banger.daemon.dispatch import Dispatch, Services
 from banger.guest import requests
@@ -21,6 +22,7 @@ from banger.rpc.protocol import Exit, FrameType, decode_exit, encode_json, frame
 from banger.rpc.server import Server
 from banger.services.doctor import Doctor
 from fakes import failing
+from test_requests import fields_of
 from world import World, ended, made_world
 
 _TIMEOUT_S = 20.0
@@ -320,8 +322,95 @@ async def test_a_detached_command_is_answered_without_a_session(daemon: Daemon) 
     params = {"create": CREATE, "command": COMMAND | {"detach": True}}
     assert (await daemon.call("vm.run", params))["vm"]["name"] == "box"
     daemon.world.agent.exits[requests.Exec.KIND] = b"\2\0\0\0\x02no such program"
-    with pytest.raises(NotFound, match="no such program"):
+    with pytest.raises(NotFound, match="no such program") as caught:
         await daemon.call("vm.run", {**params, "create": CREATE | {"name": "two"}})
+    assert caught.value.hint == "the VM runs: banger vm delete --force two"
+    await daemon.world.configure_image(CONFIG)
+    with pytest.raises(NotFound) as caught:
+        await daemon.call("vm.run", {**params, "create": CREATE | {"name": "three"}})
+    assert "as another user: -u root" in caught.value.hint
+
+
+CONFIG = ImageConfig(
+    env=("A=image", "B=image", "broken"), user="app", working_dir="/srv",
+    entrypoint=("serve",), cmd=("80",),
+)  # fmt: skip
+
+
+def programs(daemon: Daemon) -> list[list[bytes]]:
+    """The arguments of what was run."""
+    return [
+        [value for tag, value in fields_of(each) if tag == 1]
+        for each in daemon.world.agent.programs
+    ]
+
+
+@pytest.mark.parametrize(
+    ("params", "argv"),
+    [
+        ({"command": COMMAND}, [b"serve", b"true"]),
+        ({"command": {}}, [b"serve", b"80"]),
+        ({"command": {"detach": True}}, [b"serve", b"80"]),
+        ({"command": COMMAND, "entrypoint": ""}, [b"true"]),
+        ({"command": COMMAND, "entrypoint": "sh"}, [b"sh", b"true"]),
+        ({"command": {}, "entrypoint": ""}, []),
+    ],
+)
+async def test_a_run_gives_its_words_to_the_images_entrypoint(
+    daemon: Daemon, params: dict[str, Any], argv: list[bytes]
+) -> None:
+    await daemon.world.configure_image(CONFIG)
+    if params["command"].get("detach"):
+        assert "started" not in await daemon.call("vm.run", {"create": CREATE} | params)
+    else:
+        await daemon.use(run_to_the_end("vm.run", {"create": CREATE} | params))
+    assert programs(daemon) == [argv]
+
+
+async def test_detached_without_any_command_nothing_is_started(daemon: Daemon) -> None:
+    for name, entrypoint in (("one", None), ("two", "")):
+        params = {"create": CREATE | {"name": name}, "command": {"detach": True}}
+        made = await daemon.call("vm.run", params | {"entrypoint": entrypoint})
+        assert (made["vm"]["name"], made["started"]) == (name, False)
+        await daemon.world.configure_image(CONFIG)
+    assert programs(daemon) == []
+
+
+async def test_every_command_has_what_the_image_says_under_what_it_says_itself(
+    daemon: Daemon,
+) -> None:
+    await daemon.world.configure_image(CONFIG)
+    await daemon.world.create("box")
+    asked = {"argv": ["ls"], "env": ["B=mine"], "cwd": "/tmp", "user": "root"}
+    for command in ({"argv": ["ls"]}, {}, asked):
+        await daemon.use(run_to_the_end("vm.exec", {"vm": "box", "command": command}))
+    image = [(2, b"A=image"), (2, b"B=image"), (3, b"/srv"), (4, b"app")]
+    assert [fields_of(each) for each in daemon.world.agent.programs] == [
+        [(5, b"\0\0\0\x08"), *image, (1, b"ls")],
+        [(5, b"\0\0\0\x0a"), *image],  # a shell, not the entrypoint
+        [(5, bytes(4)), (2, b"A=image"), (2, b"B=mine"), (3, b"/tmp"), (4, b"root"), (1, b"ls")],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "error", "hint"),
+    [
+        ({}, ENOENT, 'its image runs programs as "app"; as another user: -u root'),
+        ({}, EACCES, 'its image runs programs as "app"; as another user: -u root'),
+        ({"user": "eve"}, ENOENT, ""),
+        ({"cwd": "/nowhere"}, ENOENT, ""),
+    ],
+)
+async def test_a_user_whom_only_the_image_knows_is_told_of(
+    daemon: Daemon, command: dict[str, Any], error: int, hint: str
+) -> None:
+    await daemon.world.configure_image(CONFIG)
+    await daemon.world.create("box")
+    daemon.world.agent.exits[requests.Exec.KIND] = bytes((2, 0, 0, 0, error)) + b"no"
+    ran = await daemon.use(run_to_the_end("vm.exec", {"vm": "box", "command": COMMAND | command}))
+    told = exit_of(ran).error
+    assert told is not None
+    assert (told.message, told.hint) == ("no", hint)
 
 
 async def test_a_run_that_cannot_create_tells_why_and_leaves_nothing(daemon: Daemon) -> None:

@@ -11,13 +11,14 @@ import msgspec
 import pytest
 
 from banger.base.errors import Conflict, Unavailable
-from banger.base.model import ForkState, OperationState, Results
+from banger.base.model import ForkState, ImageConfig, OperationState, Results
 from banger.base.opid import current_op_id, new_op_id
 from banger.guest.requests import Exec
 from banger.services.fork_run import Trial
 from banger.services.operations import Progress, raise_failure
 from banger.services.results import log_of
 from banger.services.vm_spec import CreateRequest
+from test_requests import fields_of
 from world import World, ended, made_world
 
 
@@ -61,6 +62,20 @@ async def test_what_became_of_each_is_kept(world: World) -> None:
     await world.fork_runs.delete(results)
     assert await names(world) == []
     assert await world.results.all() == []
+
+
+async def test_each_command_has_what_the_image_says_of_its_programs(world: World) -> None:
+    config = ImageConfig(env=("A=1",), user="app", working_dir="/srv", entrypoint=("env",))
+    await world.configure_image(config)
+    assert (await run(world)).command == ("true",)
+    forks = sorted(map(fields_of, world.agent.programs))
+    assert forks == [
+        [
+            (5, b"\0\0\0\x08"), (2, b"A=1"), (2, b"BANGER_FORK=%d" % number),
+            (3, b"/srv"), (4, b"app"), (1, b"env"), (1, b"true"),
+        ]
+        for number in range(3)
+    ]  # fmt: skip
 
 
 async def test_a_second_run_of_that_name_has_its_own_folder(world: World) -> None:

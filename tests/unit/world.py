@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from banger.base.config import load_config
 from banger.base.log import OperationLog
-from banger.base.model import Image, Kernel, Operation, Vm
+from banger.base.model import Image, ImageConfig, Kernel, Operation, Vm
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.daemon.parts import Parts
@@ -123,6 +124,12 @@ class World(Parts):
         assert done.error is None, done.error
         assert done.vm is not None
         return done.vm
+
+    async def configure_image(self, config: ImageConfig) -> None:
+        """Let the image say that of its programs."""
+        image = await self.images.get("base")
+        await self.store.delete_image(image.id)
+        await self.store.insert_image(msgspec.structs.replace(image, config=config))
 
     def files(self) -> list[str]:
         """What lies in the directories of VMs."""

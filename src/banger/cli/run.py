@@ -28,6 +28,8 @@ class VmResult(msgspec.Struct):
     #: Of a detached command that could not be started: as a shell gives it, and why.
     exit_code: int = 0
     message: str = ""
+    #: False when there was no command to be started, detached.
+    started: bool = True
 
 
 def check_assignment(ctx: click.Context, param: click.Parameter, values: Any) -> Any:  # noqa: ARG001
@@ -47,6 +49,10 @@ def check_assignment(ctx: click.Context, param: click.Parameter, values: Any) ->
 env_option = click.option(
     "-e", "--env", multiple=True, callback=check_assignment, metavar="K=V",
     help="Set a variable for the command; K alone passes yours on.",
+)  # fmt: skip
+user_option = click.option(
+    "-u", "--user", default="", metavar="USER[:GROUP]",
+    help="User to run as, by names or numbers (default: the image's, or root).",
 )  # fmt: skip
 stdin_option = click.option(
     "-i", "--interactive", is_flag=True, help="Pass stdin on even when it is a terminal."
@@ -89,6 +95,12 @@ def _check_repository_path(
 @machine_options
 @click.option("--rm", "remove", is_flag=True, help="Delete it when the command or shell ends.")
 @click.option("-d", "--detach", is_flag=True, help="Leave the command running; print the name.")
+@click.option(
+    "--entrypoint",
+    metavar="WORD",
+    help="Give the command's words to this program, not to the image's entrypoint; empty: to none.",
+)
+@user_option
 @env_option
 @stdin_option
 @tty_option
@@ -106,6 +118,8 @@ def run(
     remove: bool,
     detach: bool,
     quiet: bool,
+    entrypoint: str | None,
+    user: str,
     env: tuple[str, ...],
     interactive: bool,
     tty: bool,
@@ -113,8 +127,9 @@ def run(
 ) -> int:
     """Run a command, or a shell, in a fresh machine; with PATH in a copy of its git repository.
 
-    The exit status is the command's own; 125 when banger itself failed. Without --rm the machine
-    keeps running afterwards.
+    Without a command and PATH it is the image's own program, if the image names one. The exit
+    status is the command's own; 125 when banger itself failed. Without --rm the machine keeps
+    running afterwards.
     """
     words = guest_command()
     if words == ():
@@ -123,8 +138,8 @@ def run(
         raise click.UsageError("--rm and --detach exclude each other")
     if detach and (interactive or tty):
         raise click.UsageError("a detached command has neither stdin nor terminal: no -i, no -t")
-    if detach and words is None and env:
-        raise click.UsageError("-e is for a command: give one after --")
+    if detach and words is None and entrypoint is None and path is not None and (env or user):
+        raise click.UsageError("-e and -u are for a command: give one after --")
     _check_tty(tty)
     repository = _repository(
         path,
@@ -139,26 +154,25 @@ def run(
         return 0
     create = machine_request(machine) | {"ephemeral": remove}
     if forks is not None:
+        if words is None:
+            raise click.UsageError("--fork runs a command: give it after --")
         return _run_forks(
             forks,
             create,
-            words,
-            env,
+            {"command": _command(words, env, tty=False, user=user), "entrypoint": entrypoint},
             repository,
             refused=(detach, interactive, tty, patch),
             quiet=quiet,
         )
-    if words is None:
+    if words is None and not detach:
         tty = tty or (sys.stdin.isatty() and sys.stdout.isatty())
-    command = None
-    if not (detach and words is None):
-        command = _command(words or (), env, tty=tty, detach=detach)
+    command = _command(words or (), env, tty=tty, detach=detach, user=user)
     with connect() as client:
         # Not resolved: a link to a file is replaced itself.
         export = "" if patch is None else os.path.abspath(patch)  # noqa: PTH100
         params = {
-            "create": create, "command": command, "workspace": repository, "export": export,
-            "umask": umask(),
+            "create": create, "command": command, "entrypoint": entrypoint,
+            "workspace": repository, "export": export, "umask": umask(),
         }  # fmt: skip
         result = watched_call(client, "vm.run", params, VmResult, title="vm", quiet=quiet)
         made = result.vm
@@ -169,6 +183,8 @@ def run(
             status = result.exit_code
             if result.message:
                 note(f"error: {printable(result.message)}")
+            if not result.started and (env or user):
+                note("warning: nothing was started: there is no command, and the image names none")
         else:
             stdin = words is None or interactive or tty or not sys.stdin.isatty()
             status = run_session(client.session(), terminal=tty, stdin=stdin)
@@ -184,16 +200,13 @@ def run(
 def _run_forks(
     count: int,
     create: dict[str, Any],
-    words: tuple[str, ...] | None,
-    env: tuple[str, ...],
+    program: dict[str, Any],
     repository: dict[str, Any] | None,
     *,
     refused: tuple[object, ...],
     quiet: bool,
 ) -> int:
     """`run --fork`: all at once, and waited for."""
-    if words is None:
-        raise click.UsageError("--fork runs a command: give it after --")
     if any(refused):
         raise click.UsageError(
             "forks have no terminal and no stdin, and are waited for: no -d, -i, -t, and no"
@@ -202,8 +215,8 @@ def _run_forks(
     from banger.cli.results import run_forks  # draws, and is for this alone
 
     params = {
+        **program,
         "create": {**create, "ephemeral": False},
-        "command": _command(words, env, tty=False),
         "count": count,
         "workspace": repository,
         "remove": create["ephemeral"],
@@ -266,8 +279,14 @@ def _check_tty(tty: bool) -> None:
 
 @click.command("exec", cls=AfterDashes, needs_command=True)
 @vm_argument
-@click.option("-w", "--workdir", default="", help="Directory to run in (default: /root).")
-@click.option("-u", "--user", default="", help="User to run as (default: root).")
+@click.option(
+    "-w",
+    "--workdir",
+    default="",
+    metavar="DIR",
+    help="Directory to run in (default: the image's, or the user's home).",
+)
+@user_option
 @env_option
 @stdin_option
 @tty_option
@@ -288,7 +307,7 @@ def exec_(
 
 @click.command()
 @vm_argument
-@click.option("-u", "--user", default="", help="User to log in as (default: root).")
+@user_option
 @env_option
 def shell(*, vm_ref: str, user: str, env: tuple[str, ...]) -> int:
     """A login shell in a running machine: needs no network and no sshd."""

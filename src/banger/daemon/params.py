@@ -127,12 +127,14 @@ Dimension = Annotated[int, Meta(ge=0, le=65535)]
 
 
 class Command(Params, frozen=True):
-    """A process in a guest. No arguments: the user's login shell."""
+    """A process in a guest. No arguments: the user's login shell. What is not given is as the image
+    says."""
 
     argv: tuple[str, ...] = ()
     #: ``K=V``
     env: tuple[str, ...] = ()
     cwd: str = ""
+    #: ``USER[:GROUP]``, names or numbers.
     user: str = ""
     tty: bool = False
     rows: Dimension = 24
@@ -150,10 +152,14 @@ Umask = Annotated[int, Meta(ge=0, le=0o777)]
 
 
 class Run(Params, frozen=True):
-    """Make a VM and run a command in it. Without a command, detached: just make the VM."""
+    """Make a VM and run a command in it. Without one it is just made. The command has the image's
+    entrypoint before it; one without arguments is the image's own, if it has any and there is no
+    repository."""
 
     create: CreateRequest
     command: Command | None = None
+    #: In place of the image's entrypoint and arguments; empty: none.
+    entrypoint: str | None = None
     #: A repository for it: the command runs there.
     workspace: PrepareRequest | None = None
     #: A file of the host's for the guest's patch, written when the command has ended, however.
@@ -167,6 +173,8 @@ class RunForks(Params, frozen=True):
     create: CreateRequest
     command: Command
     count: Annotated[int, Meta(ge=1, le=FORKS_MAX)]
+    #: As of `Run`.
+    entrypoint: str | None = None
     workspace: PrepareRequest | None = None
     #: Delete the forks when their commands have ended.
     remove: bool = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from banger.base.errors import (
     from_wire,
 )
 from banger.base.log import OperationLog, vm_attributes
-from banger.base.model import OperationState, Vm
+from banger.base.model import ImageConfig, OperationState, Vm
 from banger.daemon.params import Command, Console, CopyIn, CopyOut, Exec, FileKind, GuestPath, Run
 from banger.daemon.relay import follow_file, relay
 from banger.guest import requests
 from banger.guest.channel import AgentStream
 from banger.rpc.protocol import Exit
 from banger.rpc.server import Connection, error_info
+from banger.services.command import in_image, program
 from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Operations, Progress, raise_failure
 from banger.services.vm import VmService
@@ -42,6 +44,23 @@ from banger.services.workspace import ExportRequest, Order, WorkspaceService
 _KINDS = {"f": "file", "d": "directory", "l": "link", "o": "other"}
 
 Row = tuple[type[Any], Callable[[Any, Connection], Awaitable[None]]]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What `vm run` was told to run."""
+
+    command: Command
+    entrypoint: str | None
+    #: Whether the image has a say in which program that is.
+    of_image: bool
+
+    def request(self, config: ImageConfig) -> requests.Exec:
+        command = self.command
+        if self.of_image:
+            argv = program(config, command.argv, self.entrypoint)
+            command = msgspec.structs.replace(command, argv=argv)
+        return in_image(config, exec_request(command))
 
 
 class Sessions:
@@ -74,8 +93,11 @@ class Sessions:
     async def _exec(self, params: Exec, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
         async with self._session("vm.exec", vm):
-            stream = await self._vms.open_stream(vm, exec_request(params.command))
-            await self._serve(connection, stream, vm)
+            request = in_image(await self._vms.image_config(vm), exec_request(params.command))
+            stream = await self._vms.open_stream(vm, request)
+            await connection.switch({"vm": vm})
+            exit_ = await self._relay(connection, stream, vm)
+            await connection.send_exit(_explained(exit_, params.command, request))
 
     async def _copy_out(self, params: CopyOut, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
@@ -148,18 +170,21 @@ class Sessions:
             await connection.result({"vm": vm})
             return
         command = params.command
+        # With a repository it is a shell unless somebody says otherwise, not the image's program.
+        own = order is None or bool(command.argv) or params.entrypoint is not None
         if order is not None and not command.cwd:
             command = msgspec.structs.replace(command, cwd=order.directory)
+        launch = Launch(command, params.entrypoint, of_image=own)
         async with self._session("vm.run", vm):
             if command.detach:
-                await self._detach(vm, command, connection)
+                await self._detach(vm, launch, connection)
                 return
             keep = not params.create.ephemeral
             exit_ = Exit()
             try:
                 if params.export:  # should this daemon die, nobody has saved what is in it
                     await self._vms.keep(vm)
-                exit_, lost = await self._run_command(vm, command, connection)
+                exit_, lost = await self._run_command(vm, launch, connection)
                 if lost and not keep and await self._vms.runs_on(vm):
                     # A guest that hangs is kept, to be looked into.
                     await self._vms.keep(vm)
@@ -244,23 +269,36 @@ class Sessions:
             await self._end_session(state.vm)
 
     async def _run_command(
-        self, vm: Vm, command: Command, connection: Connection
+        self, vm: Vm, launch: Launch, connection: Connection
     ) -> tuple[Exit, bool]:
         """How the command ended, and whether the guest was lost by it.
 
         A failure of ours is an Exit, too: --rm comes after it.
         """
         try:
-            stream = await self._vms.open_stream(vm, exec_request(command))
+            request = launch.request(await self._vms.image_config(vm))
+            stream = await self._vms.open_stream(vm, request)
             await connection.switch({"vm": vm})
-            return await self._relay(connection, stream, vm), False
+            exit_ = await self._relay(connection, stream, vm)
+            return _explained(exit_, launch.command, request), False
         except BangerError as error:
             lost = error.code in (ErrorCode.TIMEOUT, ErrorCode.UNAVAILABLE)
             return Exit(error=error_info(error)), lost
 
-    async def _detach(self, vm: Vm, command: Command, connection: Connection) -> None:
-        """Start the command and leave it. One that cannot be started has a shell's status."""
-        exit_ = await self._vms.call(vm, exec_request(command))
+    async def _detach(self, vm: Vm, launch: Launch, connection: Connection) -> None:
+        """Start the command, if there is one, and leave it. One that cannot be started has a
+        shell's status."""
+        request = launch.request(await self._vms.image_config(vm))
+        if request.login:  # of no use to anybody
+            await connection.result({"vm": vm, "started": False})
+            return
+        try:
+            exit_ = await self._vms.call(vm, request)
+        except BangerError as error:
+            why = _of_its_user(error.code, launch.command, request)
+            runs = f"the VM runs: banger vm delete --force {vm.name}"
+            error.hint = error.hint or "; ".join(filter(None, (why, runs)))
+            raise
         result = {"vm": vm, "exit_code": exit_.value, "message": exit_.message}
         await connection.result(result)
 
@@ -268,6 +306,25 @@ class Sessions:
         with suppress(NotFound), OperationLog("vm.delete", **vm_attributes(vm)) as log:
             # Somebody may have deleted it meanwhile.
             await self._lifecycle.delete(vm.id, log, force=True)
+
+
+def _explained(exit_: Exit, asked: Command, request: requests.Exec) -> Exit:
+    error = exit_.error
+    if error is None or error.hint:
+        return exit_
+    hint = _of_its_user(error.code, asked, request)
+    return msgspec.structs.replace(exit_, error=msgspec.structs.replace(error, hint=hint))
+
+
+def _of_its_user(code: str, asked: Command, request: requests.Exec) -> str:
+    """What to do when it is the image's user who is not known in the guest, or may not go there;
+    empty when it is not."""
+    if asked.user or request.user is None:
+        return ""
+    unknown = code == ErrorCode.NOT_FOUND and not asked.cwd
+    if not unknown and code != ErrorCode.PERMISSION_DENIED:
+        return ""
+    return f'its image runs programs as "{request.user}"; as another user: -u root'
 
 
 def _kept(exit_: Exit, vm: Vm) -> Exit:

@@ -50,7 +50,8 @@ class Trials:
         if not command.argv or command.tty or command.detach:
             raise BadRequest("forks run a command, without a terminal, and are waited for")
         order = await self._workspaces.look(params.workspace) if params.workspace else None
-        trial = Trial(params.create, order, exec_request(command), params.count, params.remove)
+        request = exec_request(command)
+        trial = Trial(params.create, order, request, params.count, params.remove, params.entrypoint)
         await operate(
             self._operations,
             connection,

@@ -36,6 +36,7 @@ class ExecFlag(IntFlag):
     PTY = 1
     LOGIN = 2
     DETACHED = 4
+    MAKE_DIRECTORY = 8
 
 
 def _payload(kind: int, *fields: bytes) -> bytes:
@@ -73,8 +74,9 @@ def _u64(tag: int, value: int | None) -> bytes:
 class Exec:
     """Run a program. No arguments and `login`: the user's login shell.
 
-    ``rows`` and ``columns`` are of the PTY. Detached: it lives on when the client goes, its output
-    goes to the console, and the stream ends as soon as it runs.
+    ``user`` is ``USER[:GROUP]``, names or numbers. With ``make_directory`` the working directory is
+    made when it is missing. ``rows`` and ``columns`` are of the PTY. Detached: it lives on when the
+    client goes, its output goes to the console, and the stream ends as soon as it runs.
     """
 
     arguments: Sequence[str] = ()
@@ -84,6 +86,7 @@ class Exec:
     pty: bool = False
     login: bool = False
     detached: bool = False
+    make_directory: bool = False
     rows: int = 24
     columns: int = 80
     KIND: ClassVar[int] = 1
@@ -94,6 +97,7 @@ class Exec:
             (self.pty, ExecFlag.PTY),
             (self.login, ExecFlag.LOGIN),
             (self.detached, ExecFlag.DETACHED),
+            (self.make_directory, ExecFlag.MAKE_DIRECTORY),
         ):
             flags |= flag if wanted else ExecFlag(0)
         environment = [f"{key}={value}" for key, value in (self.environment or {}).items()]

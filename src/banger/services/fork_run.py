@@ -20,6 +20,7 @@ from banger.git.shipment import shown
 from banger.guest.channel import AgentStream, Data, ExitKind, Stderr
 from banger.guest.channel import Exit as GuestExit
 from banger.guest.requests import Exec
+from banger.services.command import in_image, program
 from banger.services.forks import ForkService
 from banger.services.lifecycle import Lifecycle
 from banger.services.operations import Progress
@@ -45,6 +46,8 @@ class Trial:
     count: int
     #: Delete the forks when their commands have ended.
     remove: bool
+    #: As for `command.program`.
+    entrypoint: str | None = None
 
 
 class ForkRuns:
@@ -153,12 +156,14 @@ class ForkRuns:
         directory = trial.command.directory
         if directory is None and trial.order is not None:
             directory = trial.order.directory
-        request = Exec(
-            arguments=trial.command.arguments,
+        config = await self._vms.image_config(vm)
+        asked = Exec(
+            arguments=program(config, trial.command.arguments, trial.entrypoint),
             environment=environment,
             directory=directory,
             user=trial.command.user,
         )
+        request = in_image(config, asked)
         async with self._vms.in_use(vm), await self._vms.open_stream(vm, request) as stream:
             await stream.send_eof()
             with log.open("wb") as out:

@@ -153,7 +153,8 @@ class ImageImports:
         progress.stage("unpack", str(path), 0)
         async with temporary_tree(dest / "scratch") as scratch:
             tree = scratch / "tree"
-            tree.mkdir(mode=0o755)
+            tree.mkdir()
+            tree.chmod(0o755)  # as container engines have a root that no layer mentions
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 layer = Layer(str(path), descriptor)

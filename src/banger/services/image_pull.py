@@ -194,7 +194,8 @@ class ImagePulls:
         progress.stage("unpack", f"{len(layers)} layers", 0)
         async with temporary_tree(dest / "scratch") as scratch:
             tree = scratch / "tree"
-            tree.mkdir(mode=0o755)
+            tree.mkdir()
+            tree.chmod(0o755)  # as container engines have a root that no layer mentions
             with ExitStack() as open_files:
                 opened = []
                 for number, layer in enumerate(layers, start=1):

@@ -19,7 +19,7 @@ from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, Conflict, NotFound, NotRunning
 from banger.base.files import sync_directory
 from banger.base.log import get_logger, vm_attributes
-from banger.base.model import Vm, VmState, now
+from banger.base.model import ImageConfig, Vm, VmState, now
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.guest.channel import AgentStream, Exit, call
@@ -181,6 +181,11 @@ class VmService:
         """A request that ends by itself and says nothing; how it ended."""
         channel = await self._agents.channel(vm)
         return (await call(channel, request, timeout_s=_CALL_TIMEOUT_S)).exit
+
+    async def image_config(self, vm: Vm) -> ImageConfig:
+        """What the VM's image says of the programs in it; nothing when its record is gone."""
+        image = await self._store.get_image(vm.image_id)
+        return ImageConfig() if image is None else image.config
 
     def has_machine(self, vm: Vm) -> bool:
         """Whether a machine of it runs now: also while it is being started."""

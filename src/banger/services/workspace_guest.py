@@ -66,6 +66,8 @@ _MEANINGS: dict[int, tuple[type[BangerError], str, str]] = {
     83: (NotFound, "there is no git repository any more", "bring files out with: banger vm cp"),
     84: (NotFound, "no commits were made in the guest", "changes: banger vm workspace export"),
 }
+#: A shell's, of a program that is not there; also of the shell itself.
+_NOT_FOUND = 127
 
 
 def script(name: str, *arguments: str) -> Exec:
@@ -232,5 +234,11 @@ def failure(status: int, said: bytes, what: str) -> BangerError:
         kind, message, hint = _MEANINGS[status]
         return kind(f"{what}: {message}", hint=hint)
     text = said.decode(errors="backslashreplace").strip()
+    if status == _NOT_FOUND:
+        return PreconditionFailed(
+            f"{what}: the guest lacks a program that repositories need there"
+            + (f": {text}" if text else ""),
+            hint="use an image with a shell, the usual commands beside it, and git",
+        )
     why = f"status {status}" + (f": {text}" if text else "")
     return Unavailable(f"{what}: the guest failed ({why})")

@@ -2,9 +2,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
-#include <grp.h>
 #include <limits.h>
-#include <pwd.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "account.h"
 #include "files.h"
 #include "launch.h"
 #include "setup.h"
@@ -141,36 +140,6 @@ static void fresh_process(bool pty) {
         ioctl(STDIN_FILENO, TIOCSCTTY, 0);
 }
 
-struct account {
-    uid_t uid;
-    gid_t gid;
-    const char *name, *home, *shell;
-};
-
-/* The user to run as. uid 0 needs no /etc/passwd: an image may have none. */
-static struct account find_account(const char *wanted) {
-    struct account account = {geteuid(), getegid(), "root", "/root", "/bin/sh"};
-    bool is_number = wanted && wanted[0] && wanted[strspn(wanted, "0123456789")] == 0;
-    unsigned long number = is_number ? strtoul(wanted, NULL, 10) : account.uid;
-    if (is_number && number >= UINT_MAX)
-        fail(EINVAL, "%s is not a user id", wanted);
-    struct passwd *entry =
-        wanted && !is_number ? getpwnam(wanted) : getpwuid((uid_t)number);
-    if (entry != NULL) {
-        account = (struct account){entry->pw_uid, entry->pw_gid, entry->pw_name, entry->pw_dir,
-                                   entry->pw_shell};
-        if (account.shell == NULL || account.shell[0] == 0)
-            account.shell = "/bin/sh";
-        if (account.home == NULL || account.home[0] == 0)
-            account.home = "/";
-    } else if (is_number && number != account.uid) {
-        account = (struct account){(uid_t)number, (gid_t)number, wanted, "/", "/bin/sh"};
-    } else if (wanted && !is_number && strcmp(wanted, "root") != 0) {
-        fail(ENOENT, "there is no user %s in the guest", wanted);
-    }
-    return account;
-}
-
 /* Programs open their own streams by path as well (`> /dev/stderr`): the user must be allowed to.
  * A terminal is as login(1) leaves it, for write(1) and its like. */
 static void give_streams(const struct plan *plan, const struct account *account) {
@@ -182,14 +151,6 @@ static void give_streams(const struct plan *plan, const struct account *account)
             fail_errno("standard streams");
     if (plan->pty && fchmod(STDIN_FILENO, 0620) < 0)
         fail_errno("terminal");
-}
-
-static void become(const struct account *account) {
-    if (account->uid == geteuid() && geteuid() != 0)
-        return;
-    if (initgroups(account->name, account->gid) < 0 || setgid(account->gid) < 0 ||
-        setuid(account->uid) < 0)
-        fail_errno("cannot become the user");
 }
 
 static void set_environment(const struct request *request, const struct account *account,
@@ -208,6 +169,15 @@ static void set_environment(const struct request *request, const struct account 
             out_of_memory();
 }
 
+/* What the image says its programs run in is made when it is missing, by root. */
+static void make_directory(const struct request *request) {
+    const char *wanted = request->text[EXEC_DIRECTORY];
+    if (wanted == NULL || !(request->number[EXEC_FLAGS] & EXEC_MAKE_DIRECTORY))
+        return;
+    if (!make_parents(wanted) || (mkdir(wanted, 0755) < 0 && errno != EEXIST))
+        fail_errno(wanted);
+}
+
 static void enter_directory(const char *wanted, const struct account *account) {
     if (wanted == NULL) {
         if (chdir(account->home) < 0 && chdir("/") < 0)
@@ -218,11 +188,18 @@ static void enter_directory(const char *wanted, const struct account *account) {
     }
 }
 
-/* One try; returns the errno. A file without #! is given to the shell, as a shell does. */
-static int try_exec(const char *path, char **arguments) {
+/* One try; returns the errno, but ELIBACC for a program that is there and of which the kernel does
+ * not find what is to run it: the interpreter of a script, or the loader of a dynamic program. */
+static int run_file(const char *path, char **arguments) {
     execve(path, arguments, environ);
-    if (errno != ENOEXEC)
-        return errno;
+    return errno == ENOENT && access(path, F_OK) == 0 ? ELIBACC : errno;
+}
+
+/* The same; but a file without #! is given to the shell, as a shell does. */
+static int try_exec(const char *path, char **arguments) {
+    int error = run_file(path, arguments);
+    if (error != ENOEXEC)
+        return error;
     size_t count = 0;
     while (arguments[count])
         count++;
@@ -254,30 +231,38 @@ static int search_exec(char **arguments) {
     return error;
 }
 
+/* Never returns when the shell runs; its errno. */
+static int run_login(const struct account *account) {
+    const char *slash = strrchr(account->shell, '/');
+    char login[PATH_MAX];
+    char *arguments[] = {login, NULL};
+    snprintf(login, sizeof login, "-%s", slash ? slash + 1 : account->shell);
+    return run_file(account->shell, arguments);
+}
+
+static const char *reason(int error, bool is_login, const char *name) {
+    if (error == ELIBACC)
+        return "the interpreter or loader that it needs is not in the guest";
+    if (error == ENOENT && is_login)
+        return "there is no such shell in the guest";
+    return error == ENOENT && strchr(name, '/') == NULL ? "command not found" : strerror(error);
+}
+
 static _Noreturn void run_program(const struct plan *plan) {
     const struct request *request = plan->request;
-    struct account account = find_account(request->text[EXEC_USER]);
-    char login[PATH_MAX];
-    char *login_arguments[] = {login, NULL};
-    char **arguments = request->arguments.items;
+    struct account account = account_find(request->text[EXEC_USER]);
+    bool is_login = request->arguments.count == 0;
     give_streams(plan, &account);
-    become(&account);
+    make_directory(request);
+    account_become(&account);
     set_environment(request, &account, plan->pty);
     enter_directory(request->text[EXEC_DIRECTORY], &account);
-    int error;
-    if (request->arguments.count == 0) {
-        const char *slash = strrchr(account.shell, '/');
-        snprintf(login, sizeof login, "-%s", slash ? slash + 1 : account.shell);
-        arguments = login_arguments;
-        error = (execve(account.shell, arguments, environ), errno);
-    } else {
-        error = search_exec(arguments);
-    }
-    const char *name = request->arguments.count ? arguments[0] : account.shell;
-    uint32_t status = error == ENOENT || error == ENOTDIR ? 127 : 126;
+    int error = is_login ? run_login(&account) : search_exec(request->arguments.items);
+    const char *name = is_login ? account.shell : request->arguments.items[0];
+    bool is_missing = error == ENOENT || error == ENOTDIR || error == ELIBACC;
+    uint32_t status = is_missing ? 127 : 126;
     char message[480];
-    snprintf(message, sizeof message, "%s: %s", name,
-             error == ENOENT && strchr(name, '/') == NULL ? "command not found" : strerror(error));
+    snprintf(message, sizeof message, "%s: %s", name, reason(error, is_login, name));
     if (plan->detached)
         fail_exit(EXIT_EXITED, status, message);
     dprintf(STDERR_FILENO, "%s\n", message);
@@ -331,7 +316,7 @@ static bool check(const struct request *request, bool in_guest, struct failure *
         return true;
     uint64_t flags = request->number[EXEC_FLAGS];
     bool login = flags & EXEC_LOGIN;
-    if (flags > (EXEC_PTY | EXEC_LOGIN | EXEC_DETACHED) ||
+    if (flags > (EXEC_PTY | EXEC_LOGIN | EXEC_DETACHED | EXEC_MAKE_DIRECTORY) ||
         ((flags & EXEC_PTY) && (flags & EXEC_DETACHED)) ||
         login != (request->arguments.count == 0) ||
         (!login && request->arguments.items[0][0] == 0)) {

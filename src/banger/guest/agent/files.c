@@ -61,8 +61,19 @@ char *must_copy(const char *text) {
     return copy;
 }
 
+/* An image may have a FIFO or a device where a file is expected: that must not block. */
+static int open_regular(const char *path) {
+    struct stat info;
+    int fd = open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+    if (fd >= 0 && (fstat(fd, &info) < 0 || !S_ISREG(info.st_mode))) {
+        close(fd);
+        return -1;
+    }
+    return fd;
+}
+
 char *read_small(const char *path, size_t limit) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open_regular(path);
     char *text = fd < 0 ? NULL : malloc(limit + 1);
     if (text != NULL) {
         ssize_t got = read_full(fd, text, limit);
@@ -75,7 +86,7 @@ char *read_small(const char *path, size_t limit) {
 
 bool read_line(const char *path, char *line, size_t size) {
     line[0] = 0;
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open_regular(path);
     if (fd < 0)
         return false;
     ssize_t got = read_full(fd, line, size - 1);
@@ -138,16 +149,35 @@ static bool has_text(const char *path, const char *text) {
     return same;
 }
 
+/* A directory at `path` goes: what is in it, aside. */
+static bool take_place(const char *beside, const char *path) {
+    char aside[256];
+    if (rename(beside, path) == 0)
+        return true;
+    if (errno != EISDIR)
+        return false;
+    snprintf(aside, sizeof aside, "%s.banger-old", path);
+    return (rmdir(path) == 0 || rename(path, aside) == 0) && rename(beside, path) == 0;
+}
+
 bool replace_text(const char *path, const char *text, mode_t mode) {
     if (has_text(path, text))
         return true; /* a machine that waited for its name has the rest already */
     char beside[256];
     snprintf(beside, sizeof beside, "%s.banger-new", path);
     unlink(beside);
-    if (write_file(beside, O_CREAT | O_EXCL, text, mode) && rename(beside, path) == 0)
+    if (write_file(beside, O_CREAT | O_EXCL, text, mode) && take_place(beside, path))
         return true;
     unlink(beside);
-    return write_file(path, O_CREAT | O_TRUNC, text, mode);
+    return write_file(path, O_CREAT | O_TRUNC | O_NOFOLLOW | O_NONBLOCK, text, mode);
+}
+
+bool provide_directory(const char *path, bool may_be_link) {
+    struct stat info;
+    int found = may_be_link ? stat(path, &info) : lstat(path, &info);
+    if (found == 0 && S_ISDIR(info.st_mode))
+        return true;
+    return (unlink(path) == 0 || errno == ENOENT) && mkdir(path, 0755) == 0;
 }
 
 bool make_parents(const char *path) {

@@ -23,8 +23,12 @@ bool read_line(const char *path, char *line, size_t size);
 /* All of a small file with a NUL after it, for the caller to free; NULL when it cannot be read. */
 char *read_small(const char *path, size_t limit);
 bool write_text(const char *path, const char *text);
-/* Write beside and rename; in place where a rename is refused (a bind mount). */
+/* Write beside and rename; in place where a rename is refused (a bind mount). A link is replaced,
+ * and so is a directory. */
 bool replace_text(const char *path, const char *text, mode_t mode);
+/* A directory that the guest needs, in place of whatever the image has there that is none: a file, a
+ * link that leads nowhere, or any link where that may not be. False with errno. */
+bool provide_directory(const char *path, bool may_be_link);
 /* mkdir -p of the directory part of a path. */
 bool make_parents(const char *path);
 

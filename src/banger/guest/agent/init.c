@@ -165,8 +165,8 @@ static void switch_root(void) {
     for (size_t i = 0; i < sizeof moved / sizeof moved[0]; i++) {
         char target[32];
         snprintf(target, sizeof target, NEW_ROOT "%s", moved[i]);
-        mkdir(target, 0755);
-        if (mount(moved[i], target, NULL, MS_MOVE, NULL) < 0)
+        /* A link would lead out of the image as long as we have not switched. */
+        if (!provide_directory(target, false) || mount(moved[i], target, NULL, MS_MOVE, NULL) < 0)
             init_fatal("cannot move %s to the root: %s", moved[i], strerror(errno));
     }
     unlink("/init"); /* the memory of its pages stays ours while we run */
@@ -175,18 +175,34 @@ static void switch_root(void) {
         init_fatal("cannot switch to the root: %s", strerror(errno));
 }
 
-/* The work disk, and modules for an image that has none for this kernel. */
-static void mount_others(void) {
+static void mount_work(void) {
+    char device[64];
+    if (!find_disk("work", "vdb", device, sizeof device))
+        return;
+    provide_directory("/root", false);
+    mount_disk(device, "/root", 0);
+}
+
+/* For an image that has none for this kernel. Most programs need none: it is only told of when that
+ * cannot be. */
+static void mount_modules(void) {
     char device[64], path[128];
     struct utsname kernel;
-    if (find_disk("work", "vdb", device, sizeof device))
-        mount_disk(device, "/root", 0);
     uname(&kernel);
     snprintf(path, sizeof path, "/lib/modules/%s", kernel.release);
-    if (access(path, F_OK) < 0 && find_disk("modules", "vdc", device, sizeof device)) {
-        mkdir("/lib", 0755);
-        mount_disk(device, "/lib/modules", MS_RDONLY);
-    }
+    if (access(path, F_OK) == 0 || !find_disk("modules", "vdc", device, sizeof device))
+        return;
+    if (!provide_directory("/lib", true) || !provide_directory("/lib/modules", true) ||
+        mount(device, "/lib/modules", "ext4", MS_RDONLY, NULL) < 0)
+        dprintf(STDERR_FILENO, "banger: cannot mount %s at /lib/modules: %s\n", device,
+                strerror(errno));
+}
+
+/* Where a link leads is the image's own affair. */
+static void provide_tmp(void) {
+    struct stat info;
+    if (provide_directory("/tmp", true) && lstat("/tmp", &info) == 0 && S_ISDIR(info.st_mode))
+        chmod("/tmp", 01777);
 }
 
 static void mount_minimal(void) {
@@ -200,8 +216,7 @@ static void mount_minimal(void) {
                                            {"/proc/self/fd/2", "/dev/stderr"}};
     for (size_t i = 0; i < sizeof links / sizeof links[0]; i++)
         (void)!symlink(links[i][0], links[i][1]);
-    mkdir("/tmp", 01777);
-    chmod("/tmp", 01777);
+    provide_tmp();
     network_up("lo");
 }
 
@@ -260,7 +275,8 @@ void init_boot(void) {
     mount_root(uevents);
     close(uevents);
     switch_root();
-    mount_others();
+    mount_work();
+    mount_modules();
     if (wants_systemd())
         hand_over();
     else

@@ -46,7 +46,7 @@ enum open_kind {
 
 enum exit_kind { EXIT_EXITED = 0, EXIT_KILLED = 1, EXIT_FAILED = 2 };
 
-enum { EXEC_PTY = 1, EXEC_LOGIN = 2, EXEC_DETACHED = 4 };
+enum { EXEC_PTY = 1, EXEC_LOGIN = 2, EXEC_DETACHED = 4, EXEC_MAKE_DIRECTORY = 8 };
 enum { SHUTDOWN_REBOOT = 1 };
 
 /* Tags of the fields of each kind. */

@@ -166,6 +166,7 @@ void job_setup(const struct request *request) {
         seed_random(request->bytes, request->byte_count);
     if (request->has[SETUP_TIME])
         set_clock(request->number[SETUP_TIME]);
+    must(provide_directory("/etc", true), "/etc");
     if (request->text[SETUP_MACHINE_ID])
         set_machine_id(request->text[SETUP_MACHINE_ID]);
     if (request->text[SETUP_HOSTNAME])
