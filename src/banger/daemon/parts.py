@@ -58,7 +58,7 @@ class Parts:
         self.agents = Agents()
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.network, self.handles)
-        self.kernels = KernelService(paths, store)
+        self.kernels = KernelService(paths, store, self.operations, config.catalog_url)
         self.images = ImageService(paths, store, self.operations, self.kernels)
         self.image_cache = ImageCache(paths, config.image_cache_limit)
         self.image_pulls = ImagePulls(
