@@ -161,6 +161,8 @@ def test_ctrl_c_takes_a_pull_back_and_keeps_what_has_come(home: Home, server: Ba
     pulling = home.banger.start("kernel", "pull", "mine")
     assert pulling.stderr is not None
     read_until(pulling.stderr, b"download")
+    said = home.banger.fails("image", "cache", "prune", status=1)
+    assert "the cache is in use" in said
     pulling.send_signal(signal.SIGINT)
     assert finish(pulling)[0] == 130
     check_nothing_is_left(home, "debian")

@@ -437,7 +437,7 @@ async def exported(world: World, tmp_path: Path) -> Path:
 
 def service(world: World, tmp_path: Path) -> KernelService:
     catalog = str(tmp_path / "catalog.toml")
-    return KernelService(world.paths, world.store, world.operations, catalog)
+    return KernelService(world.paths, world.store, world.operations, world.image_cache, catalog)
 
 
 async def test_a_kernel_that_was_exported_can_be_pulled(world: World, tmp_path: Path) -> None:

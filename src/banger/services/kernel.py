@@ -32,6 +32,7 @@ from banger.images.kernel_import import KernelFiles, import_kernel
 from banger.images.progress import Progress as Tell
 from banger.services import artifacts
 from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
+from banger.services.image_cache import ImageCache
 from banger.services.locks import Locks, Rank
 from banger.services.operations import Operations, Progress
 from banger.services.single_flight import SingleFlight
@@ -43,11 +44,17 @@ DEBIAN_KERNEL = "debian"
 
 class KernelService:
     def __init__(
-        self, paths: Paths, store: Store, operations: Operations, catalog_url: str
+        self,
+        paths: Paths,
+        store: Store,
+        operations: Operations,
+        cache: ImageCache,
+        catalog_url: str,
     ) -> None:
         self._paths = paths
         self._store = store
         self._operations = operations
+        self._cache = cache
         self._catalog_url = catalog_url
         self._builds = SingleFlight(operations, "kernel.build")
         self._imports = SingleFlight(operations, "kernel.import")
@@ -165,7 +172,10 @@ class KernelService:
         async def make(dest: Path) -> KernelBuild:
             return await unpack_kernel_bundle(bundle, dest, entry.architecture, progress.stage)
 
-        async with fetched(entry.download, self._paths.downloads_dir, progress.stage) as bundle:
+        async with (
+            self._cache.pulling(),
+            fetched(entry.download, self._paths.downloads_dir, progress.stage) as bundle,
+        ):
             await self._make(name, f"pulled from {shown(entry.url)}", make, progress)
 
     async def _make(
