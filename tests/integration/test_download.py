@@ -357,6 +357,27 @@ async def test_who_waits_for_another_can_be_cancelled(server: BadServer, place: 
     assert await place.content(server.url) == CONTENT
 
 
+async def test_a_lock_whose_file_is_gone_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who had it before removes it, maybe after we have opened it."""
+    lock = tmp_path / "lock"
+    flock = fcntl.flock
+
+    def late(descriptor: int, how: int) -> None:
+        monkeypatch.undo()
+        lock.unlink()
+        lock.touch()  # and the next one has made its own
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    assert download._try_lock(lock) is None
+    descriptor = download._try_lock(lock)
+    assert descriptor is not None
+    assert download._try_lock(lock) is None
+    os.close(descriptor)
+
+
 async def test_a_link_in_the_directory_leads_nowhere(
     server: BadServer, place: Place, tmp_path: Path
 ) -> None:

@@ -457,4 +457,4 @@ async def test_unpacking_ends_when_nobody_wants_it_any_more(tmp_path: Path) -> N
     before = tree(dest)
     await asyncio.sleep(0.1)
     assert tree(dest) == before
-    assert before.keys() < tree(tmp_path / "source").keys() | {"boot-modules"}
+    assert sum(map(len, before.values())) < 64 << 20

@@ -9,6 +9,7 @@ import os
 import platform
 import sqlite3
 import struct
+import tempfile
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import msgspec
 import pytest
 
 from banger.base.errors import BadRequest, BangerError, Conflict, NotFound, PreconditionFailed
+from banger.base.files import move_into_place
 from banger.base.model import Kernel, Operation, OperationState
 from banger.base.opid import current_op_id, new_op_id
 from banger.images import kernel_import
@@ -215,8 +217,12 @@ async def test_lists_that_lead_elsewhere_or_in_circles_are_refused(
 async def test_a_module_that_lies_elsewhere_is_not_one(
     tmp_path: Path, image: Path, modules: Path
 ) -> None:
-    (modules / "modules.dep").write_text("../virtio.ko:\n/virtio.ko:\n")
-    assert "has no module" in await refused(tmp_path, KernelFiles(image, modules))
+    (tmp_path / "virtio_blk.ko").write_bytes(module())
+    listed = (modules / "modules.dep").read_text()
+    elsewhere = listed.replace("kernel/drivers/virtio_blk", f"{tmp_path}/virtio_blk")
+    (modules / "modules.dep").write_text(elsewhere)
+    said = await refused(tmp_path, KernelFiles(image, modules))
+    assert said.endswith("has no module virtio_blk")
 
 
 @pytest.mark.parametrize("name", ["link", "fifo", "device", "deep", "unprintable"])
@@ -536,3 +542,22 @@ async def test_the_users_of_a_kernel_are_named(tmp_path: Path) -> None:
         assert await store.users_of_kernel("none") == []
     finally:
         await store.close()
+
+
+def test_a_file_is_moved_from_one_disk_to_another(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
+        other = Path(name)
+        if other.stat().st_dev == tmp_path.stat().st_dev:
+            pytest.skip("/dev/shm is not a file system of its own")
+        (other / "file").write_text("old")
+        source = tmp_path / "source"
+        source.write_text("new")
+        move_into_place(source, other / "file", 0o640)
+        assert [(each.name, each.read_text()) for each in other.iterdir()] == [("file", "new")]
+        assert (other / "file").stat().st_mode & 0o777 == 0o640
+        assert not source.exists()
+        source.write_text("newer")
+        (other / "directory").mkdir()
+        with pytest.raises(OSError, match="directory"):
+            move_into_place(source, other / "directory", 0o640)
+        assert sorted(each.name for each in other.iterdir()) == ["directory", "file"]
