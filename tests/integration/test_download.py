@@ -301,6 +301,18 @@ async def test_redirects_lead_to_the_web_only(server: BadServer, place: Place, t
     assert isinstance(await place.failure(server.url), PermissionDenied)
 
 
+async def test_loopback_is_reached_without_the_users_proxy(
+    server: BadServer, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with BadServer(b"of the proxy") as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url)
+        assert await place.content(server.url) == CONTENT
+        assert proxy.requests == []
+        elsewhere = "http://elsewhere.invalid/file"
+        await place.failure(elsewhere)
+        assert [asked.path for asked in proxy.requests] == [elsewhere]
+
+
 async def test_redirects_end(server: BadServer, place: Place) -> None:
     server.deeds = [say(302, Location="/file")] * 50
     assert "redirects for ever" in (await place.failure(server.url)).message

@@ -53,27 +53,28 @@ def check_redirect(source: str, target: str) -> None:
         raise PermissionDenied(f"{shown(source)} leads from https to http: {shown(target)}")
 
 
-def check_authentic(url: str) -> None:
-    """Raise unless what comes from this web address is what its owner sends.
-
-    That is so by https, and by http from this machine's own loopback addresses.
-    """
-    parts = check_web_url(url)
-    if parts.scheme == "http" and not _is_loopback(parts.hostname or ""):
-        raise PermissionDenied(
-            f"refusing the catalog {shown(url)}: by http, anybody on the way to it could put other"
-            " checksums into it",
-            hint="use https, a file, or http on a loopback address",
-        )
-
-
-def _is_loopback(host: str) -> bool:
+def is_loopback(url: str) -> bool:
+    """Whether a URL leads to this machine's own loopback: no proxy is asked for it."""
+    host = split_url(url).hostname or ""
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def check_authentic(url: str) -> None:
+    """Raise unless what comes from this web address is what its owner sends.
+
+    That is so by https, and by http from this machine's own loopback addresses.
+    """
+    if check_web_url(url).scheme == "http" and not is_loopback(url):
+        raise PermissionDenied(
+            f"refusing the catalog {shown(url)}: by http, anybody on the way to it could put other"
+            " checksums into it",
+            hint="use https, a file, or http on a loopback address",
+        )
 
 
 def check_catalog_location(text: str) -> str:

@@ -32,7 +32,7 @@ from banger.base.cancellation import in_thread
 from banger.base.errors import BadRequest, BangerError, NotFound, PreconditionFailed, Unavailable
 from banger.base.files import open_regular, write_atomically
 from banger.base.units import format_size
-from banger.base.url import check_redirect, check_web_url, file_path, shown
+from banger.base.url import check_redirect, check_web_url, file_path, is_loopback, shown
 from banger.images.progress import UNKNOWN, Progress, Steps
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ async def fetch_small(url: str, limit_bytes: int, check_url: Callable[[str], obj
     try:
         async with (
             asyncio.timeout(_CONNECT_S + _STALL_S),
-            _client() as client,
+            _client(url) as client,
             _get(client, url, {}, check_url) as response,
         ):
             if response.status_code != 200:
@@ -213,7 +213,7 @@ async def _download(what: Download, directory: Path, progress: Progress) -> None
     check_web_url(what.url)
     part = directory / f"{what.sha256}.part"
     furthest, failures, anew = _size_of(part), 0, False
-    async with _client() as client:
+    async with _client(what.url) as client:
         while True:
             resumed = _size_of(part) > 0
             try:
@@ -330,13 +330,15 @@ async def _get(
     raise Unavailable(f"{shown(url)}: the server redirects for ever")
 
 
-def _client() -> httpx.AsyncClient:
+def _client(url: str) -> httpx.AsyncClient:
     import httpx
 
     return httpx.AsyncClient(
         # The certificates that the system trusts: people add their own there.
         verify=ssl.create_default_context(),
         timeout=httpx.Timeout(_STALL_S, connect=_CONNECT_S),
+        # By the user's proxies, which cannot reach our loopback, and have no business there.
+        trust_env=not is_loopback(url),
         # As it lies there: ranges and digests are of that, and nothing is unpacked on the way.
         headers={"Accept-Encoding": "identity", "User-Agent": "banger"},
     )
