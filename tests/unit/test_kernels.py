@@ -75,6 +75,7 @@ def without_tools(monkeypatch: pytest.MonkeyPatch) -> None:
     """Making file systems takes a tool; here an empty one will do."""
 
     async def make(source: Path, image: Path, shape: Shape) -> None:
+        assert {path.stat().st_mode & 0o777 for path in source.rglob("*")} <= {0o755, 0o644}
         write_ext4(image)
 
     monkeypatch.setattr(kernel_import, "make_ext4", make)
@@ -116,7 +117,11 @@ def quiet(stage: str, detail: str, percent: float) -> None:
 async def imported(tmp_path: Path, files: KernelFiles) -> Path:
     dest = tmp_path / "dest"
     dest.mkdir()
-    await import_kernel(files, dest, progress=quiet)
+    mask = os.umask(0o077)
+    try:
+        await import_kernel(files, dest, progress=quiet)
+    finally:
+        os.umask(mask)
     return dest
 
 

@@ -86,6 +86,7 @@ async def build_kernel(dest: Path, *, progress: Progress) -> KernelBuild:
             contained(["chroot", tree, "depmod", built.version]),
             timeout_s=300,
             env=build_environment(scratch),
+            umask=0o022,  # what it makes is for everybody in a guest
         )
         shape = await asyncio.to_thread(fitting_shape, modules.parent, "banger-modules")
         await make_ext4(modules.parent, built.modules, shape)

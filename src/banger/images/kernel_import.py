@@ -99,7 +99,7 @@ async def import_kernel(files: KernelFiles, dest: Path, *, progress: Progress) -
     progress("modules", version, UNKNOWN)
     async with temporary_tree(dest / "scratch") as scratch:
         modules = scratch / "lib" / "modules" / version
-        await asyncio.to_thread(partial(modules.mkdir, parents=True))
+        await asyncio.to_thread(_make_directories, modules)
         if files.modules is not None:
             await in_thread(partial(_copy_modules, files.modules, modules))
             await _ensure_dependencies(files.modules, modules, scratch)
@@ -181,7 +181,14 @@ async def _ensure_dependencies(given: Path, modules: Path, base: Path) -> None:
             f"{given} has no modules.dep, and there is no depmod to make it",
             hint="install it with: apt-get install kmod",
         )
-    await proc.run(contained(["depmod", "--basedir", base, modules.name]), timeout_s=300)
+    argv = contained(["depmod", "--basedir", base, modules.name])
+    await proc.run(argv, timeout_s=300, umask=0o022)
+
+
+def _make_directories(modules: Path) -> None:
+    modules.mkdir(parents=True)
+    for directory in (modules, modules.parent):
+        directory.chmod(0o755)
 
 
 def _copy_modules(source: Path, target: Path, check: Callable[[], None]) -> None:
@@ -207,7 +214,8 @@ def _copy_modules(source: Path, target: Path, check: Callable[[], None]) -> None
             if not entry.name.isprintable():
                 raise PreconditionFailed(f"{old} has a file whose name cannot be printed")
             if stat.S_ISDIR(info.st_mode):
-                copy.mkdir(mode=0o755)
+                copy.mkdir()
+                copy.chmod(0o755)  # whatever our umask: everybody in a guest may read them
                 waiting.append((Path(entry.path), copy, depth + 1))
             elif stat.S_ISREG(info.st_mode):
                 size += _copy_file(Path(entry.path), copy, check)
@@ -226,6 +234,7 @@ def _copy_modules(source: Path, target: Path, check: Callable[[], None]) -> None
 def _copy_file(source: Path, target: Path, check: Callable[[], None]) -> int:
     done = 0
     with open_regular(source) as old, target.open("xb") as new:
+        os.fchmod(new.fileno(), 0o644)
         while piece := old.read(_PIECE):
             check()
             done += new.write(piece)
