@@ -275,6 +275,7 @@ BUILDS = (
             Stage("kernel download"),
             Stage("kernel install"),
             Stage("kernel kernel"),
+            Stage("kernel finish"),
             Stage("download"),
             Stage("install"),
             Stage("filesystem"),

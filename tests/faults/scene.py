@@ -31,7 +31,9 @@ _STATE |= {"snapshots"}
 _TEMPLATE = {"system.qcow2", "work.qcow2", "memory", "machine-state"}
 _TEMPLATE |= {"hypervisor.log", "console.log"}
 _IMAGE = re.compile(r"rootfs\.ext4|work-seed(-\d+)?\.ext4|image\.json")
-_KERNEL = re.compile(r"vmlinux|config|modules\.ext4|boot-modules|initramfs-[0-9a-f]{12}\.cpio")
+_KERNEL = re.compile(
+    r"vmlinux|config|kernel\.json|modules\.ext4|boot-modules|initramfs-[0-9a-f]{12}\.cpio"
+)
 
 #: A network ends when its machine has: that takes a moment.
 _SETTLES_S = 5.0

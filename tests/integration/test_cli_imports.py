@@ -19,6 +19,7 @@ MODULES = sorted(
 #: Slow to import (asyncio 86 ms, rich.console 76, structlog 201, sqlite3 22), or the daemon's side.
 NOT_IN_THE_CLI = {
     "asyncio",
+    "httpx",
     "qemu",
     "rich",
     "sqlite3",
@@ -58,6 +59,10 @@ def imported_by(module: str) -> set[str]:
 @pytest.mark.parametrize("module", MODULES)
 def test_importing_the_cli_imports_nothing_slow(module: str) -> None:
     assert imported_by(module) & NOT_IN_THE_CLI <= ALLOWED.get(module, set())
+
+
+def test_a_daemon_does_not_import_at_its_start_what_only_pulls_need() -> None:
+    assert "httpx" not in imported_by("banger.daemon.main")
 
 
 def test_the_look_sees_what_is_imported() -> None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
 import secrets
 import select
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -102,8 +104,8 @@ def user() -> Iterator[OtherUser]:
         other.ok("daemon", "stop")
         left = [pid for pid in other.processes() if not _ends(pid)]
         assert left == []
-        assert list((home / ".local/state/banger/vms").iterdir()) == []
-        assert sorted(path.name for path in (other.runtime / "vms").iterdir()) == []
+        assert list((home / ".local/state/banger/vms").glob("*")) == []
+        assert sorted(path.name for path in (other.runtime / "vms").glob("*")) == []
     finally:
         for pid in other.processes():
             with suppress(ProcessLookupError):
@@ -201,3 +203,23 @@ def test_root_or_not_the_same_image_comes_of_it(
         theirs, ours = trees
         assert "/dev/null" in ours[0]
         assert theirs == ours
+
+
+def test_a_user_imports_a_kernel_with_modules_of_roots(built: OtherUser) -> None:
+    (kernel,) = built.json("kernel", "list")
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        modules = Path(name)
+        modules.chmod(0o755)
+        request = f"rdump /{kernel['version']} {modules}"
+        subprocess.run(["debugfs", "-R", request, kernel["modules_path"]], check=True)
+        tree = modules / str(kernel["version"])
+        built.ok(*("kernel", "import", kernel["vmlinux_path"], "--name", "mine", "--modules", tree))
+    mine = built.json("kernel", "show", "mine")
+    request = f"stat /{kernel['version']}/modules.dep"
+    said = subprocess.run(
+        ["debugfs", "-R", request, mine["modules_path"]], capture_output=True, text=True, check=True
+    )
+    assert re.search(r"User: +0 +Group: +0 ", said.stdout), said.stdout
+    built.ok("kernel", "export", "mine", "mine.tar.zst")
+    assert (Path(built.user.pw_dir) / "mine.tar.zst").stat().st_uid == built.user.pw_uid
+    built.ok("kernel", "delete", "mine")

@@ -103,7 +103,7 @@ def an_image(name: str, **fields: Any) -> Image:
     return Image(**values | fields)
 
 
-def a_kernel(name: str = "debian-cloud", **fields: Any) -> Kernel:
+def a_kernel(name: str = "debian", **fields: Any) -> Kernel:
     values: dict[str, Any] = {
         "id": "kernel",
         "name": name,

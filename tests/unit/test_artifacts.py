@@ -226,7 +226,7 @@ async def test_an_image_that_was_built_is_recorded_with_its_files(
     assert Path(made.rootfs_path).read_text() == NAME
     assert Path(made.rootfs_path).parent == world.paths.image_dir(made.id)
     assert made.packages == ("git 1",)
-    assert (await world.kernels.get(made.kernel_id)).name == "debian-cloud"
+    assert (await world.kernels.get(made.kernel_id)).name == "debian"
 
 
 async def test_two_requests_for_one_image_share_one_build(world: World, builder: Builder) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+import threading
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -42,3 +43,31 @@ async def past_recall(work: Coroutine[Any, Any, T]) -> T:
         with suppress(asyncio.CancelledError):
             await asyncio.wait({task})
     return await task
+
+
+class Unwanted(Exception):
+    """Raised inside a thread whose work nobody wants any more; see `in_thread`."""
+
+
+async def in_thread(work: Callable[[Callable[[], None]], T]) -> T:
+    """Run `work` in a thread. It calls what it is given between its pieces (of milliseconds).
+
+    A thread cannot be cancelled. When we are, that call raises `Unwanted` in it, and we wait for
+    its end: whoever cleans up then has the files to itself.
+    """
+    unwanted = threading.Event()
+
+    def check() -> None:
+        if unwanted.is_set():
+            raise Unwanted
+
+    task = asyncio.ensure_future(asyncio.to_thread(work, check))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        unwanted.set()
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        task.exception()  # looked at: nobody else will
+        raise

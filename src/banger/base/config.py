@@ -17,6 +17,7 @@ from typing import Any
 from banger.base.errors import BadRequest, BangerError
 from banger.base.model import InitMode, check_artifact_name
 from banger.base.units import parse_duration_s, parse_size_mib
+from banger.base.url import check_catalog_location
 
 LOG_LEVELS = {"": "info", "info": "info", "debug": "debug", "warn": "warning",
               "warning": "warning", "error": "error"}  # fmt: skip
@@ -88,6 +89,7 @@ class Config:
     storage: str
     network: str
     default_image_name: str
+    catalog_url: str
     auto_stop_stale_after: float
     stats_poll_interval: float
     template_limit: int
@@ -126,6 +128,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("network", _choice("auto", "user"), "auto", "how VMs reach the network"),
     Setting("default_image_name", lambda value: check_artifact_name(_text(value)),
             "debian-bookworm", "the image of a VM that names none"),
+    Setting("catalog_url", lambda value: check_catalog_location(_text(value)), "",
+            "where `image pull` and `kernel pull` find what they know by name: a https or file URL,"
+            " or a path"),
     Setting("auto_stop_stale_after", _duration(1), "0",
             "stop VMs that nobody has used for so long (24h, 2h30m; 0: never)"),
     Setting("stats_poll_interval", _duration(0.5), "10s",
@@ -195,7 +200,7 @@ def effective(file: Path, environment: Mapping[str, str] = os.environ) -> list[E
 def markdown() -> str:
     """docs/config.md: every setting, by the table."""
     rows = "".join(
-        f"| `{setting.key}` | `{setting.default}` | {setting.help} |\n" for setting in SETTINGS
+        f"| `{setting.key}` | {_default_cell(setting)} | {setting.help} |\n" for setting in SETTINGS
     )
     return f"""# Configuration
 
@@ -211,6 +216,10 @@ from; `BANGER_LOG_LEVEL` in the environment wins over `log_level`.
 {rows}
 This page is made from the table in `src/banger/base/config.py` by `make docs`.
 """
+
+
+def _default_cell(setting: Setting) -> str:
+    return "none" if setting.default == "" else f"`{setting.default}`"
 
 
 def _given(file: Path) -> dict[str, object]:

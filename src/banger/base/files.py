@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
+import shutil
+import stat
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
+
+from banger.base.errors import NotFound, PreconditionFailed
 
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
@@ -44,3 +50,42 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """`path` for reading. PreconditionFailed unless it is a file (not a pipe, that could block)."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise NotFound(f"{path} is not there") from None
+    except OSError as error:
+        raise PreconditionFailed(f"cannot read {path}: {error.strerror}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise PreconditionFailed(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def move_into_place(source: Path, target: Path, mode: int) -> None:
+    """Make or replace `target` by the file `source`, which goes; it may be on another disk.
+
+    Atomic, and durable when it returns.
+    """
+    source.chmod(mode)
+    beside = source
+    try:
+        try:
+            sync_file(source)
+            source.replace(target)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            beside = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+            shutil.copy(source, beside)
+            sync_file(beside)
+            beside.replace(target)
+            source.unlink()
+    except BaseException:
+        if beside != source:
+            beside.unlink(missing_ok=True)
+        raise

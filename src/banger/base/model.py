@@ -260,7 +260,10 @@ class Image(Record, frozen=True):
 
 
 class Kernel(Record, frozen=True):
-    """An uncompressed ELF kernel and its modules: all as an ext4 disk, those to boot as files."""
+    """An uncompressed ELF kernel and its modules: all as an ext4 disk, those to boot as files.
+
+    ``config_path`` is empty where its configuration is not known.
+    """
 
     id: str
     name: str
@@ -273,6 +276,8 @@ class Kernel(Record, frozen=True):
     config_path: str
     size_bytes: int
     created_at: datetime
+    #: Where it is from, in words for people.
+    source: str = ""
 
 
 class Template(Record, frozen=True):

@@ -16,6 +16,7 @@ _PACKAGES = {
     "newuidmap": "uidmap",
     "newgidmap": "uidmap",
     "tar": "tar",
+    "depmod": "kmod",
     "git": "git",
     "skopeo": "skopeo",
 }

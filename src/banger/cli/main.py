@@ -21,7 +21,7 @@ _COMMANDS = {
     "run": ("banger.cli.run:run", "Short for `banger vm run`."),
     "ps": ("banger.cli.vm:list_vms", "Short for `banger vm list`."),
     "image": ("banger.cli.image:image", "Build and manage images."),
-    "kernel": ("banger.cli.kernel:kernel", "See the kernels that boot images."),
+    "kernel": ("banger.cli.kernel:kernel", "Build and manage the kernels that boot images."),
     "snapshot": ("banger.cli.snapshot:snapshot", "See and remove snapshots of machines."),
     "template": ("banger.cli.template:template", "See and remove what machines start from."),
     "operations": ("banger.cli.host:operations", "See long work in progress."),

@@ -113,6 +113,19 @@ class PruneCache(Params, frozen=True):
     dry_run: bool = False
 
 
+class KernelReference(Params, frozen=True):
+    kernel: str
+
+
+class ImportKernel(Params, frozen=True):
+    """Files of the host, by absolute paths; empty: there is none."""
+
+    name: str
+    file: str
+    modules: str = ""
+    config: str = ""
+
+
 class TemplateReference(Params, frozen=True):
     template: str
 
@@ -164,6 +177,13 @@ class Run(Params, frozen=True):
     workspace: PrepareRequest | None = None
     #: A file of the host's for the guest's patch, written when the command has ended, however.
     export: str = ""
+    umask: Umask = 0o077
+
+
+class ExportKernel(Params, frozen=True):
+    kernel: str
+    #: The file of the host that the bundle is written to.
+    file: str
     umask: Umask = 0o077
 
 

@@ -58,9 +58,11 @@ class Parts:
         self.agents = Agents()
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.network, self.handles)
-        self.kernels = KernelService(paths, store)
-        self.images = ImageService(paths, store, self.operations, self.kernels)
         self.image_cache = ImageCache(paths, config.image_cache_limit)
+        self.kernels = KernelService(
+            paths, store, self.operations, self.image_cache, config.catalog_url
+        )
+        self.images = ImageService(paths, store, self.operations, self.kernels)
         self.image_pulls = ImagePulls(
             self.images, self.operations, self.image_cache, size_limit_mib=config.image_size_limit
         )

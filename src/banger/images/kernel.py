@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import shutil
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +26,11 @@ from banger.images.vmlinux import elf_problem, extract_vmlinux
 PACKAGE = "linux-image-cloud-amd64"
 _NEED_BYTES = 700 * MIB
 
+_COMPONENT = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"
+_MODULE_FILE = re.compile(
+    rf"({_COMPONENT}/){{0,16}}[A-Za-z0-9_][A-Za-z0-9_-]{{0,63}}\.ko(\.[a-z0-9]+)?"
+)
+
 #: What a guest needs before it has a root: the transports (MMIO on microvm, PCI on q35), its
 #: disks, its network and the port of the agent. In load order; dependencies are added.
 BOOT_MODULES = (
@@ -32,9 +39,13 @@ BOOT_MODULES = (
 )
 
 
+#: The name of `KernelBuild.boot_modules`.
+BOOT_MODULES_DIR = "boot-modules"
+
+
 @dataclass(frozen=True)
 class KernelBuild:
-    """A finished kernel: the files in its directory.
+    """A finished kernel: the files in its directory. ``config`` is None where it is not known.
 
     ``modules`` is a read-only ext4 to be mounted at /lib/modules: its root has the version's
     directory. ``boot_modules`` is a directory of ``NN-name.ko``, the modules of the initramfs
@@ -43,7 +54,7 @@ class KernelBuild:
 
     version: str
     vmlinux: Path
-    config: Path
+    config: Path | None
     modules: Path
     boot_modules: Path
 
@@ -67,7 +78,7 @@ async def build_kernel(dest: Path, *, progress: Progress) -> KernelBuild:
             vmlinux=dest / "vmlinux",
             config=dest / "config",
             modules=dest / "modules.ext4",
-            boot_modules=dest / "boot-modules",
+            boot_modules=dest / BOOT_MODULES_DIR,
         )
         progress("kernel", f"{built.version}: modules", UNKNOWN)
         # The package's own script does it on installation; kmod comes as a dependency.
@@ -75,14 +86,22 @@ async def build_kernel(dest: Path, *, progress: Progress) -> KernelBuild:
             contained(["chroot", tree, "depmod", built.version]),
             timeout_s=300,
             env=build_environment(scratch),
+            umask=0o022,  # what it makes is for everybody in a guest
         )
         shape = await asyncio.to_thread(fitting_shape, modules.parent, "banger-modules")
         await make_ext4(modules.parent, built.modules, shape)
         progress("kernel", f"{built.version}: boot files", UNKNOWN)
         await asyncio.to_thread(_take_boot_files, tree, modules, built)
-    for file in (built.modules, built.vmlinux, built.config, *built.boot_modules.iterdir()):
-        await asyncio.to_thread(sync_file, file)
+    await asyncio.to_thread(sync_kernel, built)
     return built
+
+
+def sync_kernel(built: KernelBuild) -> None:
+    """Have its files on the disk."""
+    files = (built.vmlinux, built.modules, built.config, *sorted(built.boot_modules.iterdir()))
+    for file in files:
+        if file is not None:
+            sync_file(file)
 
 
 def find_modules(tree: Path) -> Path:
@@ -96,40 +115,78 @@ def find_modules(tree: Path) -> Path:
 def _take_boot_files(tree: Path, modules: Path, built: KernelBuild) -> None:
     image = tree / "boot" / f"vmlinuz-{built.version}"
     built.vmlinux.write_bytes(extract_vmlinux(image.read_bytes()))
+    assert built.config is not None  # the package has one
     shutil.copyfile(tree / "boot" / f"config-{built.version}", built.config)
-    built.boot_modules.mkdir()
-    for position, module in enumerate(boot_module_order(modules)):
-        name = f"{position:02}-{module_name(module)}.ko"
-        shutil.copyfile(modules / module, built.boot_modules / name)
+    take_boot_modules(modules, boot_module_order(modules), built.boot_modules)
 
 
-def boot_module_order(modules: Path) -> list[str]:
+def take_boot_modules(modules: Path, order: list[str], dest: Path) -> None:
+    """Copy the files `order`, of `boot_module_order`, to the new directory `dest`."""
+    dest.mkdir(mode=0o700)
+    for position, module in enumerate(order):
+        shutil.copyfile(modules / module, dest / f"{position:02}-{module_name(module)}.ko")
+
+
+def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -> list[str]:
     """The files of `BOOT_MODULES` and all they depend on, relative to `modules`, in load order.
 
-    What is built into the kernel is left out. Raises PreconditionFailed for one that the kernel
-    does not have, or has compressed: the agent loads plain files.
+    What is built into the kernel, by ``modules.builtin`` or `built_in`, is left out. Raises
+    PreconditionFailed for one that the kernel does not have, or has compressed (the agent loads
+    plain files), and for lists that cannot be depmod's.
     """
-    lines = (modules / "modules.dep").read_text().splitlines()
-    needs = {file: rest.split() for file, _, rest in (line.partition(":") for line in lines)}
+    needs = _dependencies(modules)
     by_name = {module_name(file): file for file in needs}
-    built_in = {module_name(line) for line in (modules / "modules.builtin").read_text().split()}
+    built_in = built_in | built_in_modules(modules)
     order: dict[str, None] = {}
+    waiting: set[str] = set()
 
     def add(file: str) -> None:
-        if file not in order:
-            for needed in reversed(needs[file]):  # depmod lists the nearest first
-                add(needed)
-            order[file] = None
+        if file in order:
+            return
+        if file in waiting or file not in needs:
+            raise PreconditionFailed(
+                f"modules.dep of kernel {modules.name} is damaged at {file}",
+                hint="remove it to have it made anew, by depmod",
+            )
+        waiting.add(file)
+        for needed in reversed(needs[file]):  # depmod lists the nearest first
+            add(needed)
+        order[file] = None
 
     for name in BOOT_MODULES:
         if name in by_name:
             add(by_name[name])
         elif name not in built_in:
-            raise PreconditionFailed(f"kernel {modules.name} has no module {name}")
+            raise PreconditionFailed(
+                f"kernel {modules.name} has no module {name}",
+                hint="guests reach their disks, network and agent by virtio",
+            )
     compressed = [file for file in order if not file.endswith(".ko")]
     if compressed:
         raise PreconditionFailed(f"kernel {modules.name} has compressed modules: {compressed[0]}")
     return list(order)
+
+
+def built_in_modules(modules: Path) -> frozenset[str]:
+    """Names of what the build of the kernel has listed as part of it."""
+    try:
+        text = (modules / "modules.builtin").read_text(errors="replace")
+    except FileNotFoundError:
+        return frozenset()
+    return frozenset(map(module_name, text.split()))
+
+
+def _dependencies(modules: Path) -> dict[str, list[str]]:
+    """What each file of ``modules.dep`` (modules.dep(5)) needs; none when there is no such list."""
+    try:
+        text = (modules / "modules.dep").read_text(errors="replace")
+    except FileNotFoundError:
+        return {}
+    needs = {
+        file: rest.split() for file, _, rest in (each.partition(":") for each in text.split("\n"))
+    }
+    # From outside, too: nothing but files below `modules`, with names as files of ours have.
+    return {file: rest for file, rest in needs.items() if _MODULE_FILE.fullmatch(file)}
 
 
 def module_name(file: str) -> str:

@@ -10,6 +10,8 @@ from __future__ import annotations
 import io
 import itertools
 import lzma
+import mmap
+import re
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -35,6 +37,14 @@ _ELF_64_LITTLE_ENDIAN = b"\x02\x01"
 _MACHINE_X86_64 = 62
 _PROGRAM_HEADER_BYTES = 56
 _PT_LOAD = 1
+_PT_NOTE = 4
+_NOTES_MAX_BYTES = 1 << 20
+#: The note in which a kernel says where PVH begins (include/xen/interface/elfnote.h).
+_PVH_NOTE = struct.pack("<III", 4, 8, 18) + b"Xen\0"
+
+_VERSION = re.compile(rb"Linux version ([0-9][0-9A-Za-z._+~-]{0,63}) \(")
+_CONFIG = b"IKCFG_ST"
+_CONFIG_MAX_BYTES = 4 << 20
 
 _LZ4_LEGACY_BLOCK = 8 << 20
 _LZ4_LEGACY_COMPRESSED_MAX = _LZ4_LEGACY_BLOCK + _LZ4_LEGACY_BLOCK // 255 + 16
@@ -197,3 +207,36 @@ def elf_problem(file: io.BufferedIOBase, length: int) -> str:
             return "it is cut off"
         loadable += kind == _PT_LOAD
     return "" if loadable else "nothing in it can be loaded"
+
+
+def linux_version(elf: bytes | mmap.mmap) -> str:
+    """The release that an uncompressed kernel says it is, as uname gives it; empty for none."""
+    found = _VERSION.search(elf)
+    return found[1].decode("ascii") if found else ""
+
+
+def embedded_config(elf: bytes) -> bytes | None:
+    """The configuration that a kernel holds when it was built with CONFIG_IKCONFIG."""
+    start = elf.find(_CONFIG + b"\x1f\x8b")
+    if start < 0:
+        return None
+    decompressor = zlib.decompressobj(wbits=31)
+    try:
+        packed = memoryview(elf)[start + len(_CONFIG) :]
+        config = decompressor.decompress(packed, _CONFIG_MAX_BYTES)
+    except zlib.error:
+        return None
+    return config if decompressor.eof else None
+
+
+def has_pvh_entry(elf: bytes) -> bool:
+    """Whether a kernel (of which `elf_problem` finds none) can be started without a boot sector:
+    the only way that QEMU has to start an ELF."""
+    (table,) = struct.unpack_from("<Q", elf, 32)
+    (count,) = struct.unpack_from("<H", elf, 56)
+    for offset in range(table, table + count * _PROGRAM_HEADER_BYTES, _PROGRAM_HEADER_BYTES):
+        (kind,) = struct.unpack_from("<I", elf, offset)
+        start, _, _, size = struct.unpack_from("<QQQQ", elf, offset + 8)
+        if kind == _PT_NOTE and _PVH_NOTE in elf[start : start + min(size, _NOTES_MAX_BYTES)]:
+            return True
+    return False

@@ -26,6 +26,8 @@ class Rank(IntEnum):
     WORKSPACE = 3
     #: The one channel to a VM's agent while it is made or dropped.
     CHANNEL = 4
+    #: What a kernel's users are, and whether it may go: for as long as it takes to record one.
+    KERNEL = 5
 
 
 class LockOrderError(RuntimeError):

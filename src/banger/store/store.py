@@ -197,16 +197,37 @@ class Store:
         return await self._all("snapshots", Snapshot)
 
     async def insert_kernel(self, kernel: Kernel) -> None:
-        """Add a kernel; its name must be free."""
+        """Add a kernel. Raises Conflict when the name is taken."""
 
         def work(db: sqlite3.Connection) -> None:
-            with db:
-                db.execute(
-                    "INSERT INTO kernels (id, name, record) VALUES (?, ?, ?)",
-                    (kernel.id, kernel.name, _json(kernel)),
-                )
+            try:
+                with db:
+                    db.execute(
+                        "INSERT INTO kernels (id, name, record) VALUES (?, ?, ?)",
+                        (kernel.id, kernel.name, _json(kernel)),
+                    )
+            except sqlite3.IntegrityError as error:
+                raise kernel_exists(kernel.name) from error
 
         await self._run(work)
+
+    async def delete_kernel(self, kernel_id: str) -> None:
+        await self._delete("kernels", kernel_id)
+
+    async def users_of_kernel(self, kernel_id: str) -> list[str]:
+        """What needs this kernel: ``image NAME``, ``vm NAME``, ``snapshot NAME``."""
+
+        def work(db: sqlite3.Connection) -> list[str]:
+            rows = db.execute(
+                "SELECT 'image ' || name FROM images WHERE kernel_id = :id"
+                " UNION SELECT 'vm ' || name FROM vms WHERE kernel_id = :id"
+                " UNION SELECT 'snapshot ' || name FROM snapshots"
+                " WHERE json_extract(record, '$.kernel_id') = :id ORDER BY 1",
+                {"id": kernel_id},
+            )
+            return [str(row[0]) for row in rows]
+
+        return await self._run(work)
 
     async def kernel_named(self, name: str) -> Kernel | None:
         return await self._get("kernels", "name", name, Kernel)
@@ -314,6 +335,12 @@ def snapshot_exists(name: str) -> Conflict:
     return Conflict(
         f'snapshot "{name}" already exists',
         hint=f"choose another name, or: banger snapshot delete {name}",
+    )
+
+
+def kernel_exists(name: str) -> Conflict:
+    return Conflict(
+        f'kernel "{name}" already exists', hint=f"to renew it: banger kernel delete {name}"
     )
 
 
