@@ -198,7 +198,8 @@ class ImageMaker:
                         f'vm "{vm.name}" has ended, and with it the build; inspect {log.path}'
                     ) from error
             packages = await asyncio.to_thread(_packages, tree)
-            await asyncio.to_thread(depersonalise, tree)
+            # A thread goes on when its caller is cancelled: not while its tree is removed.
+            await to_its_end(asyncio.to_thread(depersonalise, tree))
             files = await make_root(tree, content, dest, progress=progress.stage)
         return Made(
             files,
