@@ -10,7 +10,7 @@ import pytest
 
 from banger.base.errors import BadRequest
 from banger.base.model import ErrorInfo, Operation, OperationState, now
-from banger.cli import image as image_module
+from banger.cli import image_build
 from banger.cli.main import run
 from cli_daemon import Daemon
 from records import an_image
@@ -90,7 +90,7 @@ def test_a_wrong_build_is_2_and_calls_nobody(
     said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(image_module, "_SCRIPT_MAX_BYTES", 10)
+    monkeypatch.setattr(image_build, "_SCRIPT_MAX_BYTES", 10)
     Path("SCRIPT").write_text("true")
     Path("LARGE").write_text("x" * 11)
     assert run(["image", "build", "mine", *arguments]) == 2

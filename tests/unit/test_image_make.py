@@ -84,7 +84,7 @@ async def world(
 async def begin(world: World, wanted: MakeRequest) -> Progress:
     token = current_op_id.set(new_op_id())
     try:
-        return await world.maker.begin(wanted)
+        return await world.image_maker.begin(wanted)
     finally:
         current_op_id.reset(token)
 
@@ -123,7 +123,7 @@ async def test_what_is_wrong_is_refused_at_once(
     world: World, fields: dict[str, Any], said: str
 ) -> None:
     with pytest.raises(BadRequest, match=said):
-        await world.maker.begin(
+        await world.image_maker.begin(
             MakeRequest(**({"name": "mine", "source": "base", "packages": ("tree",)} | fields))
         )
     assert world.operations.all() == []
@@ -208,7 +208,7 @@ async def test_what_fails_in_the_guest_is_told_with_the_end_of_its_output(world:
         progress = await begin(world, wanted)
         done = await ended(progress)
         assert done.error is not None
-        log = world.maker.log_of(progress)
+        log = world.image_maker.log_of(progress)
         assert said in done.error.message
         assert "(status 7)" in done.error.message
         assert "last words" in done.error.message

@@ -124,6 +124,7 @@ class Parts:
             vms=self.vms,
             creator=self.creator,
             lifecycle=self.lifecycle,
+            size_limit_mib=config.image_size_limit,
         )
         self.forks = ForkService(self.vms, self.snapshots, self.creator, self.lifecycle)
         self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents)

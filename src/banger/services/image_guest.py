@@ -28,8 +28,6 @@ from banger.services.workspace_guest import answer, check
 #: Below /run, which is memory: nothing of it becomes part of the image.
 _SCRIPTS = "/run/banger/build"
 _SETTLE_TIMEOUT_S = 120.0
-#: The files of an image together, sparse ones with all of their length.
-_LIMITS = Limits(content_bytes=256 << 30)
 #: See `guest/packages.sh`.
 _NO_MANAGER = 90
 
@@ -90,7 +88,7 @@ class BuildGuest:
         except TimeoutError:
             raise self._failure("the processes of the guest do not end") from None
 
-    async def take_files(self, tree: Path, came: Callable[[int], None]) -> Unpacked:
+    async def take_files(self, tree: Path, limits: Limits, came: Callable[[int], None]) -> Unpacked:
         """Put the guest's files into the empty directory `tree`: those of its root file system,
         and those of its work disk as ``/root``. `came` hears of each piece how large it is.
 
@@ -106,7 +104,7 @@ class BuildGuest:
             ]
             sockets = [ours for ours, _ in ends]
             unpacking, sending = (
-                asyncio.create_task(unpack(layers, tree, limits=_LIMITS)),
+                asyncio.create_task(unpack(layers, tree, limits=limits)),
                 asyncio.create_task(self._pour_all(requests, sockets, came)),
             )
             try:

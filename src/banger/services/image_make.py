@@ -27,6 +27,7 @@ from banger.base.paths import Paths
 from banger.base.units import format_size
 from banger.images.build import BUILDABLE, depersonalise, installed_packages
 from banger.images.root import make_root
+from banger.images.unpack import Limits
 from banger.images.userns import temporary_tree
 from banger.services.build_log import BuildLog, log_path
 from banger.services.image import ImageService, Made
@@ -118,12 +119,14 @@ class ImageMaker:
         vms: VmService,
         creator: VmCreator,
         lifecycle: Lifecycle,
+        size_limit_mib: int,
     ) -> None:
         self._paths = paths
         self._images = images
         self._vms = vms
         self._creator = creator
         self._lifecycle = lifecycle
+        self._limits = Limits(content_bytes=size_limit_mib << 20)
         self._builds = SingleFlight(operations, "image.build")
         #: The last build of each name, and what it was asked for.
         self._last: dict[str, tuple[str, Progress]] = {}
@@ -142,10 +145,8 @@ class ImageMaker:
             partial(self._is_there, request),
         )
         if build is None:
-            raise Conflict(
-                f'image "{request.name}" already exists',
-                hint=f"to renew it: banger image delete {request.name}",
-            )
+            await self._images.ensure_free(request.name)  # it is not: this says so
+            raise Conflict(f'image "{request.name}" was there, and is gone', hint="try again")
         self._last = {
             name: (key, other) for name, (key, other) in self._last.items() if not other.record.done
         } | {request.name: (request.key, build)}
@@ -157,17 +158,15 @@ class ImageMaker:
 
     async def _is_there(self, request: MakeRequest) -> bool:
         """Whether the image is there. Conflict when it is about to be, from another request."""
-        try:
-            await self._images.get(request.name)
-        except NotFound:
-            key, build = self._last.get(request.name, (request.key, None))
-            if key != request.key and build is not None and not build.record.done:
-                raise Conflict(
-                    f'image "{request.name}" is being built in another way',
-                    hint="wait for that, or interrupt it: banger operations list",
-                ) from None
-            return False
-        return True
+        if await self._images.find(request.name) is not None:
+            return True
+        key, build = self._last.get(request.name, (request.key, None))
+        if key != request.key and build is not None and not build.record.done:
+            raise Conflict(
+                f'image "{request.name}" is being built in another way',
+                hint="wait for that, or interrupt it: banger operations list",
+            )
+        return False
 
     async def _make(self, request: MakeRequest, progress: Progress) -> None:
         path = log_path(self._paths, request.name, progress.record.id)
@@ -190,7 +189,7 @@ class ImageMaker:
                     await self._change(request, source, guest, progress)
                     progress.stage("pack", "waiting for what still runs")
                     await guest.settle()
-                    content = await guest.take_files(tree, _Came(progress).add)
+                    content = await guest.take_files(tree, self._limits, _Came(progress).add)
                 except Unavailable as error:
                     if await self._vms.runs_on(vm):
                         raise
