@@ -74,13 +74,14 @@ cat odd*
 cat 0*/*/file
 cat /root/in-home ended
 ls -A /mnt /tmp | grep rubbish
-ls /etc/ssh /run/rubbish /var/log/rubbish.log /var/lib/apt/lists/*Packages 2>/dev/null
+ls -A /etc/ssh
+ls /run/rubbish /var/log/rubbish.log /var/lib/apt/lists/*Packages 2>/dev/null
 test -e /usr/sbin/policy-rc.d || echo done
 """
 _SEEN = r"""tree
 . 1750 worker worker
 setuid 4755 worker worker
-/home/worker 700 worker worker
+/home/worker 755 worker worker
 /root/.private 700 worker root
 /root 700 root root
 able cap_net_raw=ep

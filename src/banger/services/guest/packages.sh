@@ -13,7 +13,7 @@ if command -v apt-get >/dev/null; then
         chmod 755 "$policy"
     fi
     apt-get -q update
-    apt-get -q install -y --no-install-recommends -- "$@"
+    apt-get -q -o Dpkg::Use-Pty=0 install -y --no-install-recommends -- "$@"
     apt-get -q clean
     rm -rf /var/lib/apt/lists/*
 elif command -v apk >/dev/null; then
