@@ -49,9 +49,14 @@ class Host:
         (tree / "etc/machine-id").write_text("of the build")
         return _CONTENT
 
+    async def depersonalised(self, tree: Path) -> tuple[str, ...]:
+        (tree / "etc/machine-id").unlink()
+        await asyncio.sleep(0)
+        return ("tree=2.1",)
+
     async def make_root(self, tree: Path, content: Unpacked, dest: Path, **_: object) -> RootFiles:
         assert content is _CONTENT
-        assert (tree / "etc/machine-id").read_text() == ""
+        assert not (tree / "etc/machine-id").exists()
         await asyncio.sleep(0)
         files = RootFiles(dest / "rootfs.ext4", dest / "work-seed.ext4")
         for file in (files.rootfs, files.work_seed):
@@ -68,6 +73,7 @@ def _read(descriptor: int) -> bytes:
 def host(monkeypatch: pytest.MonkeyPatch) -> Host:
     made = Host()
     monkeypatch.setattr(image_guest, "unpack", made.unpack)
+    monkeypatch.setattr(image_make, "depersonalised", made.depersonalised)
     monkeypatch.setattr(image_make, "make_root", made.make_root)
     return made
 
@@ -144,6 +150,7 @@ async def test_the_image_is_what_the_guest_sent(world: World, host: Host) -> Non
     assert host.came == [b"files", b"files"]
     base = await world.images.get("base")
     assert (done.image.kernel_id, done.image.source) == (base.kernel_id, "built from base")
+    assert done.image.packages == ("tree=2.1",)
     assert await world.images.get("mine") == done.image
     assert world.agent.opened.count(Write.KIND) == 1
     assert world.agent.opened.count(Exec.KIND) == 3  # packages, the script, settling

@@ -8,7 +8,6 @@ written: the files come as an archive, and the image is made of them anew.
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 import secrets
@@ -25,7 +24,8 @@ from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Image, InitMode, Vm, check_artifact_name
 from banger.base.paths import Paths
 from banger.base.units import format_size
-from banger.images.build import BUILDABLE, depersonalise, installed_packages
+from banger.images.build import BUILDABLE
+from banger.images.depersonaliser import depersonalised
 from banger.images.root import make_root
 from banger.images.unpack import Limits
 from banger.images.userns import temporary_tree
@@ -45,8 +45,6 @@ _PACKAGES_MAX = 1000
 #: A name for any of the package managers, with a version where it takes one (``tree=2.1.0-1``).
 #: Nothing that is an option, a file, or (apt's ``tree-``) a wish to remove.
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._:=~@-]{0,254}(?<!-)")
-#: How long the list of dpkg may be that is read.
-_PACKAGES_MAX_BYTES = 64 << 20
 
 #: In the environment of the scripts: the name of the image that they make.
 NAME_VARIABLE = "BANGER_IMAGE"
@@ -196,9 +194,7 @@ class ImageMaker:
                     raise Unavailable(
                         f'vm "{vm.name}" has ended, and with it the build; inspect {log.path}'
                     ) from error
-            packages = await asyncio.to_thread(_packages, tree)
-            # A thread goes on when its caller is cancelled: not while its tree is removed.
-            await to_its_end(asyncio.to_thread(depersonalise, tree))
+            packages = await depersonalised(tree)
             files = await make_root(tree, content, dest, progress=progress.stage)
         return Made(
             files,
@@ -273,14 +269,3 @@ class _Came:
 def _tell(progress: Progress, line: str) -> None:
     if progress.record.stage in ("packages", "script"):
         progress.stage(progress.record.stage, line)
-
-
-def _packages(tree: Path) -> tuple[str, ...]:
-    """What dpkg has installed in `tree`, whose links may lead anywhere; nothing without dpkg."""
-    status = tree / "var/lib/dpkg/status"
-    inside = status.parent.resolve().is_relative_to(tree.resolve())
-    if not inside or status.is_symlink() or not status.is_file():
-        return ()
-    if status.stat().st_size > _PACKAGES_MAX_BYTES:
-        return ()
-    return installed_packages(tree)
