@@ -175,7 +175,7 @@ def test_nobody_shares_an_identity(make_vm: Callable[..., str], banger: Banger) 
     )
     debugfs = ["debugfs", "-f", "-", rootfs]
     found = subprocess.run(debugfs, input=requests.encode(), capture_output=True, check=True)
-    assert found.stdout.count(b"Size: 0") == 2
+    assert found.stdout.count(b"Size: 0\nFile ACL") == 2
     assert b"/etc/ssh/ssh_host_fake_key: File not found" in found.stderr
 
 
@@ -204,7 +204,7 @@ def test_a_script_that_fails_is_told_with_its_end_and_leaves_its_log_alone(
     home: Home, tmp_path: Path
 ) -> None:
     script = _script(tmp_path, "#!/bin/sh\necho first\necho last >&2\nexit 7\n")
-    build = ("image", "build", "mine", "--from", IMAGE, "-q", "--run", script)
+    build = ("image", "build", "own", "--from", IMAGE, "-q", "--run", script)
     said = home.banger.fails(*build, status=1)
     assert 'script "script" failed (status 7)\nthe end of what was printed:\nfirst\nlast\n' in said
     (log,) = (home.state / "builds").iterdir()
@@ -222,11 +222,11 @@ def test_a_script_that_fails_is_told_with_its_end_and_leaves_its_log_alone(
 def test_ctrl_c_in_a_script_takes_it_back(home: Home, tmp_path: Path) -> None:
     script = _script(tmp_path, "echo begun; exec sleep 1000")
     build = home.banger.start(
-        *("image", "build", "mine", "--from", IMAGE, "-v", "--run", script), process_group=0
+        *("image", "build", "own", "--from", IMAGE, "-v", "--run", script), process_group=0
     )
     assert build.stderr is not None
     read_until(build.stderr, b"begun\n", timeout_s=120)
-    assert [vm["name"][:11] for vm in home.banger.json("vm", "list")] == ["build-mine-"]
+    assert [vm["name"][:10] for vm in home.banger.json("vm", "list")] == ["build-own-"]
     build.send_signal(signal.SIGINT)
     status, out, said = finish(build)
     assert (status, out) == (130, b"")
@@ -238,15 +238,15 @@ def test_a_daemon_that_is_killed_leaves_nothing_and_the_next_try_works(
     home: Home, tmp_path: Path
 ) -> None:
     script = _script(tmp_path, "echo done >/opt/done")
-    build = ("image", "build", "mine", "--from", IMAGE, "-q", "--run", script)
+    build = ("image", "build", "own", "--from", IMAGE, "-q", "--run", script)
     for stage in ("script", "pack", "filesystem", "finish"):
         home.banger.ok("daemon", "stop")
         faulty = Banger(home.banger.environment | {"BANGER_FAULT": f"SIGKILL@image.build:{stage}"})
         said = faulty.fails(*build, status=1)
         assert "connection to bangerd was lost" in said
-        assert [image["name"] for image in home.banger.json("image", "list")] == [IMAGE]
+        assert "own" not in [image["name"] for image in home.banger.json("image", "list")]
         until(lambda: _left(home) == [], f"nothing is left of {stage}")
         assert len(home.processes()) == 1, home.processes()
-    assert home.banger.ok(*build).startswith("mine (")
-    assert home.banger.ok("vm", "run", "-q", "--rm", "--image", "mine", "--", "cat",
+    assert home.banger.ok(*build).startswith("own (")
+    assert home.banger.ok("vm", "run", "-q", "--rm", "--image", "own", "--", "cat",
                           "/opt/done") == "done\n"  # fmt: skip
