@@ -129,8 +129,10 @@ class BuildGuest:
                 # Why nobody reads any more, he says himself.
                 with suppress(ConnectionError):
                     await self._pour(request, writer, came)
-            finally:
-                writer.close()
+            except BaseException:
+                writer.transport.abort()
+                raise
+            writer.close()
 
     async def _pour(
         self, request: Request, writer: asyncio.StreamWriter, came: Callable[[int], None]
