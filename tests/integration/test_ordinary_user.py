@@ -171,16 +171,17 @@ for place in /var/log /var/tmp /opt; do
 done
 mknod -m 620 /opt/node c 1 3
 cp /bin/true /opt/able
-perl -e 'syscall(188, "/opt/able", "security.capability", pack("V5", 0x02000001, 0x2000), 20, 0)
-    and die $!'
+perl -e '($file, $name, $value) = (@ARGV, pack("V5", 0x02000001, 0x2000, 0, 0, 0));
+    syscall(188, $file, $name, $value, 20, 0) and die $!' /opt/able security.capability
 """
 _LOOK = r"""
 cd /opt
 stat -c '%n %a %u' worker worker/file
 stat -c '%n %F %a %t %T' node
 ls /var/log/worker /var/tmp
-perl -e '$value = "\0" x 30; $size = syscall(191, "able", "security.capability", $value, 30);
-    print unpack("H*", substr($value, 0, $size)), "\n"'
+perl -e '($file, $name, $value) = (@ARGV, "\0" x 30);
+    $size = syscall(191, $file, $name, $value, 30);
+    print unpack("H*", substr($value, 0, $size)), "\n"' able security.capability
 """
 
 

@@ -16,6 +16,7 @@ from banger.base import proc
 from banger.base.errors import BangerError, PreconditionFailed
 from banger.images.bootstrap import build_environment
 from banger.images.build import depersonalise, installed_packages
+from banger.images.unpack import interpreter
 from banger.images.userns import contained
 
 _TIMEOUT_S = 600
@@ -27,12 +28,12 @@ _PACKAGES_MAX_BYTES = 1 << 20
 
 async def depersonalised(tree: Path) -> tuple[str, ...]:
     """`build.depersonalise` for a tree of unknown origin; its packages, where dpkg has a list."""
-    program = [sys.executable, "-I", "-X", "utf8", "-m", "banger.images.depersonaliser"]
+    program = [sys.executable, "-P", "-X", "utf8", "-m", "banger.images.depersonaliser"]
     try:
         done = await proc.run(
             contained([*program, str(tree)]),
             timeout_s=_TIMEOUT_S,
-            env=build_environment(tree.parent),
+            env=build_environment(tree.parent) | interpreter(),
         )
     except proc.ProcessFailed as error:
         raise PreconditionFailed(
@@ -50,6 +51,7 @@ def _packages() -> tuple[str, ...]:
 
 
 def main() -> None:
+    sys.meta_path.clear()  # a module imported from here on would be one of the tree's
     os.chroot(sys.argv[1])
     os.chdir("/")
     os.umask(0o022)
