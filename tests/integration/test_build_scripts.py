@@ -32,7 +32,7 @@ def _fake(tools: Path, name: str, status: int = 0) -> None:
     ("manager", "calls"),
     [
         ("apk", ["apk add --no-cache -- a b"]),
-        ("dnf", ["dnf install -y --setopt=install_weak_deps=False -- a b", "dnf clean all"]),
+        ("dnf", ["dnf install -y --setopt=install_weak_deps=False a b", "dnf clean all"]),
         (
             "zypper",
             ["zypper --non-interactive install --no-recommends -- a b", "zypper clean --all"],

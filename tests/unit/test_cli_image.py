@@ -78,7 +78,8 @@ def test_a_build_is_asked_for_with_the_content_of_its_scripts(
         (["--from", "../x"], "not a valid"),
         (["--from", "base", "--run", "no-such"], "No such file"),
         (["--from", "base", "--run", "."], "directory"),
-        (["--from", "base", "--run", "LARGE"], "larger than"),
+        (["--from", "base", "--run", "LARGE"], "too large"),
+        (["--from", "base", "--run", "SCRIPT", "--run", "SCRIPT", "--run", "SCRIPT"], "together"),
     ],
 )
 def test_a_wrong_build_is_2_and_calls_nobody(
@@ -90,7 +91,7 @@ def test_a_wrong_build_is_2_and_calls_nobody(
     said: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(image_build, "_SCRIPT_MAX_BYTES", 10)
+    monkeypatch.setattr(image_build, "_SCRIPTS_MAX_BYTES", 10)
     Path("SCRIPT").write_text("true")
     Path("LARGE").write_text("x" * 11)
     assert run(["image", "build", "mine", *arguments]) == 2

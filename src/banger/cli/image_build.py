@@ -13,7 +13,7 @@ from banger.cli.machine import disk_size_option, memory_option, quiet_option, vc
 from banger.cli.making import make, tell_image
 
 #: What the daemon takes of all scripts together.
-_SCRIPT_MAX_BYTES = 512 << 10
+_SCRIPTS_MAX_BYTES = 512 << 10
 
 
 def _package_names(
@@ -31,15 +31,17 @@ def _read_scripts(
 ) -> list[dict[str, Any]]:
     """What the daemon is sent of scripts: it need not be able to read them."""
     scripts = []
+    left = _SCRIPTS_MAX_BYTES
     for value in values:
         try:
             with Path(value).open("rb") as file:
-                content = file.read(_SCRIPT_MAX_BYTES + 1)
+                content = file.read(left + 1)
         except OSError as error:
             raise click.BadParameter(f"{value}: {error.strerror}", ctx=ctx, param=param) from error
-        if len(content) > _SCRIPT_MAX_BYTES:
-            problem = f"{value} is larger than {format_size(_SCRIPT_MAX_BYTES)}"
-            raise click.BadParameter(problem, ctx=ctx, param=param)
+        left -= len(content)
+        if left < 0:
+            problem = f"{value} is too large: scripts may have {format_size(_SCRIPTS_MAX_BYTES)}"
+            raise click.BadParameter(f"{problem} together", ctx=ctx, param=param)
         scripts.append({"name": Path(value).name, "content": content})
     return scripts
 

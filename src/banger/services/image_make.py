@@ -42,6 +42,7 @@ from banger.services.vm_spec import CreateRequest
 #: All scripts of a build together: they come in one request, whose limit is 1 MiB.
 SCRIPTS_MAX_BYTES = 512 << 10
 _PACKAGES_MAX = 1000
+_DETAIL_LENGTH = 80
 #: A name for any of the package managers, with a version where it takes one (``tree=2.1.0-1``).
 #: Nothing that is an option, a file, or (apt's ``tree-``) a wish to remove.
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._:=~@-]{0,254}(?<!-)")
@@ -209,7 +210,7 @@ class ImageMaker:
         self, request: MakeRequest, source: Image, guest: BuildGuest, progress: Progress
     ) -> None:
         if request.packages:
-            progress.stage("packages", ", ".join(request.packages))
+            progress.stage("packages", ", ".join(request.packages)[:_DETAIL_LENGTH])
             await guest.install(request.packages)
         pairs = (each.partition("=") for each in source.config.env)
         environment = {name: value for name, _, value in pairs} | {NAME_VARIABLE: request.name}

@@ -19,7 +19,7 @@ if command -v apt-get >/dev/null; then
 elif command -v apk >/dev/null; then
     apk add --no-cache -- "$@"
 elif command -v dnf >/dev/null; then
-    dnf install -y --setopt=install_weak_deps=False -- "$@"
+    dnf install -y --setopt=install_weak_deps=False "$@" # dnf 5 takes no --
     dnf clean all
 elif command -v zypper >/dev/null; then
     zypper --non-interactive install --no-recommends -- "$@"
