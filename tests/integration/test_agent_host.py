@@ -13,6 +13,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
@@ -41,6 +42,7 @@ from banger.guest.requests import (
     Exec,
     FileStat,
     Pack,
+    PackFlag,
     Ping,
     Read,
     Request,
@@ -648,6 +650,105 @@ def describe(top: Path) -> dict[bytes, object]:
         key = os.fsencode(path.relative_to(top))
         found[key] = (info.st_mode, info.st_uid, int(info.st_mtime), links, content)
     return found
+
+
+#: Capabilities of a file, as the kernel keeps them (linux/capability.h): version 2, cap_net_raw.
+_CAPABILITY = bytes.fromhex("0100000200200000000000000000000000000000")
+#: An access control list (linux/posix_acl_xattr.h): version 2; of each tag, permissions and id.
+_ACL = struct.pack(
+    "<I" + "HHI" * 5, 2, 1, 6, 2**32 - 1, 2, 4, 1000, 4, 4, 2**32 - 1, 16, 4, 2**32 - 1,
+    32, 4, 2**32 - 1,
+)  # fmt: skip
+
+
+def set_attributes(top: Path) -> dict[bytes, dict[str, bytes]]:
+    """Give what `make_tree` made extended attributes; what they are, by path."""
+    given: dict[bytes, dict[str, bytes]] = {
+        b".": {"user.top": b"top"},
+        b"closed": {"user.bytes": bytes(range(256)), "system.posix_acl_default": _ACL},
+        b"empty": {"user.none": b"", "user.of 999": b"x" * 955, "system.posix_acl_access": _ACL},
+        b"sparse": {"user.sparse": b"\n12 path=elsewhere\n"},
+        b"script": {"security.capability": _CAPABILITY} if os.geteuid() == 0 else {},
+    }
+    for path, attributes in given.items():
+        for name, value in attributes.items():
+            os.setxattr(top / os.fsdecode(path), name, value)
+    given[b"hard"] = given[b"script"]
+    return {path: attributes for path, attributes in given.items() if attributes}
+
+
+def attributes_of(top: Path) -> dict[bytes, dict[str, bytes]]:
+    found = {}
+    for path in [top, *top.rglob("*")]:
+        names = os.listxattr(path, follow_symlinks=False)
+        if names:
+            key = os.fsencode(path.relative_to(top))
+            found[key] = {name: os.getxattr(path, name, follow_symlinks=False) for name in names}
+    return found
+
+
+async def test_extended_attributes_go_out_as_they_are_when_they_are_asked_for(
+    channel: AgentChannel, tmp_path: Path
+) -> None:
+    make_tree(tmp_path / "tree")
+    given = set_attributes(tmp_path / "tree")
+    for flags, expected in ((PackFlag.XATTRS, given), (None, {})):
+        request = Pack(str(tmp_path / "tree"), name=".", flags=flags)
+        packed = await call(channel, request, timeout_s=_TIMEOUT_S, limit_bytes=4 << 20)
+        assert packed.exit.status == 0
+        (tmp_path / "packed.tar").write_bytes(packed.stdout)
+        target = tmp_path / f"out-{flags}"
+        target.mkdir()
+        attributes = ["--xattrs", "--xattrs-include=*"]
+        unpack: list[str | Path] = ["tar", *attributes, "-C", target, "-xpf"]
+        subprocess.run([*unpack, tmp_path / "packed.tar"], check=True)
+        assert attributes_of(target) == expected
+        if not flags:  # an ACL is in the mode of its file, too
+            continue
+        assert describe(target) == describe(tmp_path / "tree")
+        # Ours reads past what it has no use for.
+        ours = tmp_path / "ours"
+        await call(channel, Unpack(str(ours)), stdin=packed.stdout, timeout_s=_TIMEOUT_S)
+        assert describe(ours).keys() == describe(tmp_path / "tree").keys()
+
+
+async def test_flags_that_are_unknown_are_refused(channel: AgentChannel, tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="unknown flags"):
+        await call(channel, Pack(str(tmp_path), flags=PackFlag(4)), timeout_s=_TIMEOUT_S)
+
+
+async def test_what_is_mounted_in_a_tree_is_left_out_when_that_is_asked_for(
+    agent: Path, tmp_path: Path
+) -> None:
+    tree = tmp_path / "tree"
+    (tree / "below").mkdir(parents=True)
+    (tree / "below/hidden").touch()
+    (tree / "below").chmod(0o2710)
+    (tree / "file").write_text("below")
+    (tree / "other").write_text("other")
+    # The mounts are the agent's alone.
+    wrapped = tmp_path / "wrapped"
+    become = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    wrapped.write_text(
+        f"#!/bin/sh\nmount -t tmpfs -o mode=700 none {tree}/below && touch {tree}/below/over &&\n"
+        f'mount --bind {tree}/below/over {tree}/file && exec {agent} "$@"\n'
+    )
+    wrapped.chmod(0o755)
+    host = HostAgent(["unshare", *become, "--mount", "--", wrapped], tmp_path)
+    try:
+        channel = await host.channel()
+        for flags in (PackFlag.ONE_FILE_SYSTEM, None):
+            packed = await call(channel, Pack(str(tree), flags=flags), timeout_s=_TIMEOUT_S)
+            with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as archive:
+                modes = {member.name: member.mode for member in archive}
+            if flags:
+                assert modes == {"tree": 0o755, "tree/below": 0o2710, "tree/other": 0o644}
+                assert b"tree/file" in packed.stderr
+            else:
+                assert modes.keys() > {"tree/below/over", "tree/file"}
+        await channel.close()
+    finally:
+        host.end()
 
 
 async def test_a_tree_goes_out_and_in_unchanged(channel: AgentChannel, tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Daemon:
                     drivers=world.drivers,
                     operations=world.operations,
                     images=world.images,
+                    image_maker=world.image_maker,
                     image_pulls=world.image_pulls,
                     image_imports=world.image_imports,
                     image_cache=world.image_cache,

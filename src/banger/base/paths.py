@@ -195,6 +195,11 @@ class Paths:
         return self.state_dir / "results"
 
     @property
+    def builds_dir(self) -> Path:
+        """What the builds of images of one's own printed."""
+        return self.state_dir / "builds"
+
+    @property
     def scratch_dir(self) -> Path:
         """What is made on the way of a repository into a guest or out of it; nothing else."""
         return self.state_dir / "scratch"

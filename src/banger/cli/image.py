@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from banger.base.model import Image, ImageConfig, Operation
+from banger.base.model import Image, ImageConfig
 from banger.base.units import format_age, format_size
 from banger.base.usage import DiskUse, ShownImage
 from banger.cli.app import (
@@ -18,10 +18,10 @@ from banger.cli.app import (
     complete_kernel,
     connect,
     json_option,
-    note,
 )
+from banger.cli.image_build import build
 from banger.cli.machine import quiet_option
-from banger.cli.making import make
+from banger.cli.making import make, tell_image
 from banger.cli.render import print_json, print_table, seconds_since
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -51,15 +51,7 @@ def image() -> None:
     """Build, pull, import and manage images."""
 
 
-@image.command()
-@click.argument("name", metavar="NAME", type=ARTIFACT_NAME)
-@quiet_option
-def build(*, name: str, quiet: bool) -> None:
-    """Build debian-bookworm or debian-bookworm-minimal from Debian's packages.
-
-    Interrupted, the build is taken back, unless others wait for it; nothing half-made is left.
-    """
-    _done(make("image.build.begin", {"image": name}, title=f"image {name}", quiet=quiet))
+image.add_command(build)
 
 
 @image.command()
@@ -89,7 +81,7 @@ def pull(*, reference: str, name: str | None, kernel: str, insecure: bool, quiet
         "kernel": kernel,
         "insecure": insecure,
     }
-    _done(make("image.pull.begin", params, title=f"image {name or reference}", quiet=quiet))
+    tell_image(make("image.pull.begin", params, title=f"image {name or reference}", quiet=quiet))
 
 
 def _absolute_reference(reference: str) -> str:
@@ -134,7 +126,7 @@ def _from_file(method: str, file: str, name: str | None, kernel: str, *, quiet: 
     path = os.path.abspath(file)  # noqa: PTH100 - a link stays one
     name = name or _name_of(path)
     params = {"path": path, "name": name, "kernel": kernel}
-    _done(make(method, params, title=f"image {name}", quiet=quiet))
+    tell_image(make(method, params, title=f"image {name}", quiet=quiet))
 
 
 def _name_of(path: str) -> str:
@@ -155,14 +147,7 @@ def _name_of(path: str) -> str:
 @quiet_option
 def promote(*, name: str, quiet: bool) -> None:
     """Copy the file of a registered image, so that it is banger's own."""
-    _done(make("image.promote.begin", {"image": name}, title=f"image {name}", quiet=quiet))
-
-
-def _done(operation: Operation) -> None:
-    for each in operation.notes:
-        note(each)
-    if operation.image is not None:
-        click.echo(f"{operation.image.name} ({format_size(operation.image.size_bytes)})")
+    tell_image(make("image.promote.begin", {"image": name}, title=f"image {name}", quiet=quiet))
 
 
 @image.command("list")

@@ -48,6 +48,7 @@ from banger.services.health import Health
 from banger.services.image import ImageService
 from banger.services.image_cache import ImageCache
 from banger.services.image_import import ImageImports
+from banger.services.image_make import ImageMaker
 from banger.services.image_pull import ImagePulls
 from banger.services.kernel import KernelService
 from banger.services.lifecycle import Lifecycle
@@ -77,6 +78,7 @@ class Services:
     drivers: Drivers
     operations: Operations
     images: ImageService
+    image_maker: ImageMaker
     image_pulls: ImagePulls
     image_imports: ImageImports
     image_cache: ImageCache
@@ -171,6 +173,7 @@ class Dispatch:
                     *(sessions, verbs, workspaces, trials, observation),
                     Images(
                         services.images,
+                        services.image_maker,
                         services.image_pulls,
                         services.image_imports,
                         services.image_cache,

@@ -13,6 +13,7 @@ from banger.rpc.server import Connection
 from banger.services.image import ImageService
 from banger.services.image_cache import ImageCache
 from banger.services.image_import import ImageImports, ImportRequest
+from banger.services.image_make import ImageMaker, MakeRequest
 from banger.services.image_pull import ImagePulls, PullRequest
 from banger.services.operations import Progress
 from banger.services.standby import Standbys
@@ -27,6 +28,7 @@ class Images:
     def __init__(
         self,
         images: ImageService,
+        maker: ImageMaker,
         pulls: ImagePulls,
         imports: ImageImports,
         cache: ImageCache,
@@ -36,6 +38,7 @@ class Images:
         standbys: Standbys,
     ) -> None:
         self._images = images
+        self._maker = maker
         self._pulls = pulls
         self._imports = imports
         self._cache = cache
@@ -47,6 +50,7 @@ class Images:
     def methods(self) -> Mapping[str, Row]:
         return {
             "image.build.begin": (ImageReference, self._build),
+            "image.make.begin": (MakeRequest, self._make),
             "image.pull.begin": (PullRequest, self._pull),
             "image.import.begin": (ImportRequest, self._import),
             "image.register.begin": (ImportRequest, self._register),
@@ -59,6 +63,11 @@ class Images:
 
     async def _build(self, params: ImageReference, connection: Connection) -> None:
         await _begun(await self._images.begin_build(params.image), connection)
+
+    async def _make(self, params: MakeRequest, connection: Connection) -> None:
+        progress = await self._maker.begin(params)
+        log = str(self._maker.log_of(progress))
+        await connection.result({"operation_id": progress.record.id, "log": log})
 
     async def _pull(self, params: PullRequest, connection: Connection) -> None:
         await _begun(await self._pulls.begin(params), connection)

@@ -23,6 +23,7 @@ from banger.services.identity import Identity
 from banger.services.image import ImageService
 from banger.services.image_cache import ImageCache
 from banger.services.image_import import ImageImports
+from banger.services.image_make import ImageMaker
 from banger.services.image_pull import ImagePulls
 from banger.services.kernel import KernelService
 from banger.services.layers import DiskLayers
@@ -118,6 +119,15 @@ class Parts:
             paths, drivers.hypervisor, self.vms, self.liveness, self.snapshots
         )
         self._put_lives_together()
+        self.image_maker = ImageMaker(
+            paths=paths,
+            operations=self.operations,
+            images=self.images,
+            vms=self.vms,
+            creator=self.creator,
+            lifecycle=self.lifecycle,
+            size_limit_mib=config.image_size_limit,
+        )
         self.forks = ForkService(self.vms, self.snapshots, self.creator, self.lifecycle)
         self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents)
         self.prune = Prune(self.vms, self.lifecycle, drivers.storage)

@@ -39,6 +39,13 @@ class ExecFlag(IntFlag):
     MAKE_DIRECTORY = 8
 
 
+class PackFlag(IntFlag):
+    """Unknown to agents of older daemons: only a machine started by this one has them."""
+
+    XATTRS = 1
+    ONE_FILE_SYSTEM = 2
+
+
 def _payload(kind: int, *fields: bytes) -> bytes:
     # Outside any operation there is a text too: a number at the end could be cut off unseen.
     op_id = current_op_id.get() or NO_OP_ID
@@ -141,14 +148,24 @@ class Write:
 
 @dataclass(frozen=True)
 class Pack:
-    """A tar of a file or tree, whose first component is `name` (default: its own)."""
+    """A tar of a file or tree, whose first component is `name` (default: its own).
+
+    With flags also its extended attributes, or without what is mounted in it: a mount point is an
+    empty directory then, as it is below what is mounted.
+    """
 
     path: str
     name: str | None = None
+    flags: PackFlag | None = None
     KIND: ClassVar[int] = 4
 
     def encode(self) -> bytes:
-        return _payload(self.KIND, _optional(2, self.name), _text(1, self.path))
+        return _payload(
+            self.KIND,
+            _u32(3, self.flags),
+            _optional(2, self.name),
+            _text(1, self.path),
+        )
 
 
 @dataclass(frozen=True)

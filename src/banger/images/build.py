@@ -96,7 +96,8 @@ def installed_packages(tree: Path) -> tuple[str, ...]:
     found = []
     for paragraph in text.split("\n\n"):
         fields = dict(re.findall(r"^(Package|Version|Status): (.*)$", paragraph, re.MULTILINE))
-        if fields.get("Status", "").endswith(" installed"):
+        known = fields.keys() >= {"Package", "Version"}
+        if known and fields.get("Status", "").endswith(" installed"):
             found.append(f"{fields['Package']}={fields['Version']}")
     return tuple(sorted(found))
 

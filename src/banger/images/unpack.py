@@ -92,7 +92,7 @@ class Unpacked(msgspec.Struct, frozen=True):
     digests: tuple[str, ...] = ()
 
 
-def _interpreter() -> dict[str, str]:
+def interpreter() -> dict[str, str]:
     """What this interpreter needs to be started once more."""
     names = ("PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH")
     return {name: os.environ[name] for name in names if name in os.environ}
@@ -138,7 +138,7 @@ async def unpack(
     done = await proc.run(
         contained([*program, json.dumps(job)]),
         timeout_s=_TIMEOUT_S,
-        env=build_environment(tree.parent) | _interpreter(),
+        env=build_environment(tree.parent) | interpreter(),
         pass_fds=[layer.descriptor for layer in layers],
         on_stderr_line=hear,
     )

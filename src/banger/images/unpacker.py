@@ -94,6 +94,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
     sys.setrecursionlimit(_DEPTH)
     os.umask(0)
+    sys.meta_path.clear()  # a module imported from here on would be one of the archive's
     os.chroot(job["tree"])
     os.chdir("/")
     try:

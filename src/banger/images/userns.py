@@ -17,6 +17,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from banger.base import proc
+from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, PreconditionFailed
 
 _REMOVE_TIMEOUT_S = 600
@@ -103,7 +104,7 @@ async def temporary_tree(path: Path) -> AsyncIterator[Path]:
     try:
         yield path
     finally:
-        await asyncio.shield(remove_tree(path))
+        await to_its_end(remove_tree(path))
 
 
 async def namespaces_problem() -> str:

@@ -17,7 +17,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from banger.base.cancellation import past_recall
+from banger.base.cancellation import past_recall, to_its_end
 from banger.base.errors import BangerError
 from banger.base.files import sync_directory
 from banger.base.log import get_logger
@@ -67,7 +67,7 @@ async def staged(final: Path) -> AsyncIterator[Staging]:
         yield staging
     finally:
         if not staging.published:
-            await asyncio.shield(remove_tree(staging.path))
+            await to_its_end(remove_tree(staging.path))
         os.close(marker)
 
 

@@ -287,7 +287,8 @@ static _Noreturn void run_job(const struct request *request) {
                   number_of(request, FILE_UID), number_of(request, FILE_GID));
         break;
     case KIND_PACK:
-        tar_pack(STDOUT_FILENO, request->text[TREE_PATH], request->text[TREE_NAME]);
+        tar_pack(STDOUT_FILENO, request->text[TREE_PATH], request->text[TREE_NAME],
+                 request->number[TREE_FLAGS]);
         break;
     case KIND_UNPACK:
         tar_unpack(STDIN_FILENO, request->text[TREE_PATH], request->text[TREE_NAME]);

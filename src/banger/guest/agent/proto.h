@@ -47,12 +47,13 @@ enum open_kind {
 enum exit_kind { EXIT_EXITED = 0, EXIT_KILLED = 1, EXIT_FAILED = 2 };
 
 enum { EXEC_PTY = 1, EXEC_LOGIN = 2, EXEC_DETACHED = 4, EXEC_MAKE_DIRECTORY = 8 };
+enum { PACK_XATTRS = 1, PACK_ONE_FILE_SYSTEM = 2 };
 enum { SHUTDOWN_REBOOT = 1 };
 
 /* Tags of the fields of each kind. */
 enum { EXEC_ARGUMENT = 1, EXEC_ENVIRONMENT, EXEC_DIRECTORY, EXEC_USER, EXEC_FLAGS, EXEC_SIZE };
 enum { FILE_PATH = 1, FILE_MODE, FILE_UID, FILE_GID };
-enum { TREE_PATH = 1, TREE_NAME };
+enum { TREE_PATH = 1, TREE_NAME, TREE_FLAGS };
 enum { CONNECT_PORT = 1 };
 enum {
     SETUP_HOSTNAME = 1,

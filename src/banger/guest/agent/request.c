@@ -30,6 +30,7 @@ static const struct rule rules[] = {
     {KIND_WRITE, FILE_GID, U32, false},
     {KIND_PACK, TREE_PATH, TEXT, true},
     {KIND_PACK, TREE_NAME, TEXT, false},
+    {KIND_PACK, TREE_FLAGS, U32, false},
     {KIND_UNPACK, TREE_PATH, TEXT, true},
     {KIND_UNPACK, TREE_NAME, TEXT, false},
     {KIND_STAT, FILE_PATH, TEXT, true},

@@ -1,16 +1,29 @@
-/* PACK: a GNU tar of a file or tree. Sparse files become type S, hard links stay links. */
+/* PACK: a GNU tar of a file or tree. Sparse files become type S, hard links stay links, and extended
+ * attributes, where they are asked for, are in pax headers, which GNU tar reads as well. */
 #define _GNU_SOURCE
 #include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include "files.h"
+#include "proto.h"
 #include "tar.h"
+#include "tar_xattr.h"
+
+/* linux/mount.h, since 5.2; C libraries are later. */
+#ifndef SYS_open_tree
+#define SYS_open_tree 428
+#endif
+#ifndef OPEN_TREE_CLONE
+#define OPEN_TREE_CLONE 1
+#endif
 
 enum { LINK_BUCKETS = 4096, COPY_BYTES = 128 << 10 };
 
@@ -23,6 +36,10 @@ struct seen {
 
 struct packer {
     int out;
+    uint64_t flags;
+    dev_t device; /* of the top */
+    int below;    /* its file system without what is mounted over it, or -1 */
+    size_t top_length; /* of the first component of names */
     char name[TAR_PATH_LIMIT]; /* the member's name in the archive */
     size_t name_length;
     struct seen *links[LINK_BUCKETS];
@@ -65,9 +82,11 @@ static void finish_header(struct packer *packer, struct tar_header *header) {
     put(packer, header, sizeof *header);
 }
 
-static void put_long(struct packer *packer, char type, const char *text) {
-    struct tar_header header = {.name = "././@LongLink", .type = type};
-    size_t size = strlen(text) + 1;
+/* Something about the member whose header comes next. */
+static void put_extension(struct packer *packer, char type, const char *name, const char *text,
+                          size_t size) {
+    struct tar_header header = {.type = type};
+    memcpy(header.name, name, strlen(name));
     put_number(header.mode, sizeof header.mode, 0644);
     put_number(header.uid, sizeof header.uid, 0);
     put_number(header.gid, sizeof header.gid, 0);
@@ -76,6 +95,21 @@ static void put_long(struct packer *packer, char type, const char *text) {
     finish_header(packer, &header);
     put(packer, text, size);
     pad(packer, size);
+}
+
+static void put_long(struct packer *packer, char type, const char *text) {
+    put_extension(packer, type, "././@LongLink", text, strlen(text) + 1);
+}
+
+/* Extended attributes of the member whose header comes next. */
+static void put_xattrs(struct packer *packer, int parent, const char *base) {
+    struct pax_records records = {0};
+    if (!(packer->flags & PACK_XATTRS))
+        return;
+    xattr_records(parent, base, packer->name, &records);
+    if (records.size > 0)
+        put_extension(packer, 'x', "././@PaxHeader", records.text, records.size);
+    free(records.text);
 }
 
 /* A header for the current name; long names and links go before it. */
@@ -230,6 +264,39 @@ static void pack_link(struct packer *packer, int parent, const char *base,
     finish_header(packer, &header);
 }
 
+/* The header of a directory, whose name gets its slash; where that is, for what follows. */
+static size_t put_directory(struct packer *packer, const struct stat *info) {
+    size_t length = packer->name_length;
+    if (length + 258 > sizeof packer->name)
+        fail(ENAMETOOLONG, "a path below %.200s is too long", packer->name);
+    packer->name[length] = '/';
+    packer->name[length + 1] = 0;
+    packer->name_length = length + 1;
+    struct tar_header header = start_header(packer, info, '5', NULL);
+    finish_header(packer, &header);
+    return length;
+}
+
+static void leave_directory(struct packer *packer, size_t length) {
+    packer->name[length] = 0;
+    packer->name_length = length;
+}
+
+/* Something is mounted here that is not asked for: the directory below it, empty. */
+static void pack_mount_point(struct packer *packer, int parent, const char *base,
+                             struct stat *info) {
+    const char *path = packer->name + packer->top_length + 1;
+    struct stat below;
+    if (packer->below >= 0 && fstatat(packer->below, path, &below, AT_SYMLINK_NOFOLLOW) == 0 &&
+        S_ISDIR(below.st_mode)) {
+        *info = below;
+        parent = packer->below;
+        base = path;
+    }
+    put_xattrs(packer, parent, base);
+    leave_directory(packer, put_directory(packer, info));
+}
+
 static void pack_entry(struct packer *packer, int parent, const char *base, int depth);
 
 static void pack_directory(struct packer *packer, int parent, const char *base,
@@ -240,14 +307,8 @@ static void pack_directory(struct packer *packer, int parent, const char *base,
         fail_errno(packer->name);
     if (depth >= TAR_DEPTH_LIMIT)
         fail(ELOOP, "directories are nested more than %d deep", TAR_DEPTH_LIMIT);
-    size_t length = packer->name_length;
-    if (length + 258 > sizeof packer->name)
-        fail(ENAMETOOLONG, "a path below %.200s is too long", packer->name);
-    packer->name[length] = '/';
-    packer->name[length + 1] = 0;
-    packer->name_length = length + 1;
-    struct tar_header header = start_header(packer, info, '5', NULL);
-    finish_header(packer, &header);
+    put_xattrs(packer, parent, base);
+    size_t length = put_directory(packer, info);
     struct dirent *entry;
     while (errno = 0, (entry = readdir(directory)) != NULL) {
         if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0)
@@ -258,8 +319,7 @@ static void pack_directory(struct packer *packer, int parent, const char *base,
     }
     if (errno != 0)
         fail_errno(packer->name);
-    packer->name[length] = 0;
-    packer->name_length = length;
+    leave_directory(packer, length);
     closedir(directory);
 }
 
@@ -270,8 +330,16 @@ static void pack_entry(struct packer *packer, int parent, const char *base, int 
             return; /* removed since the directory was read */
         fail_errno(packer->name);
     }
+    bool elsewhere = (packer->flags & PACK_ONE_FILE_SYSTEM) && info.st_dev != packer->device;
     if (S_ISDIR(info.st_mode)) {
-        pack_directory(packer, parent, base, &info, depth);
+        if (elsewhere)
+            pack_mount_point(packer, parent, base, &info);
+        else
+            pack_directory(packer, parent, base, &info, depth);
+        return;
+    }
+    if (elsewhere) {
+        dprintf(STDERR_FILENO, "%s: a file that is mounted here was left out\n", packer->name);
         return;
     }
     if (S_ISSOCK(info.st_mode)) {
@@ -282,7 +350,10 @@ static void pack_entry(struct packer *packer, int parent, const char *base, int 
     if (earlier != NULL) {
         struct tar_header header = start_header(packer, &info, '1', earlier);
         finish_header(packer, &header);
-    } else if (S_ISREG(info.st_mode)) {
+        return;
+    }
+    put_xattrs(packer, parent, base);
+    if (S_ISREG(info.st_mode)) {
         pack_file(packer, parent, base, &info);
     } else if (S_ISLNK(info.st_mode)) {
         pack_link(packer, parent, base, &info);
@@ -293,9 +364,22 @@ static void pack_entry(struct packer *packer, int parent, const char *base, int 
     }
 }
 
-void tar_pack(int out, const char *path, const char *name) {
+/* The file system to stay on. Without the right to look below its mounts nobody does. */
+static void find_file_system(struct packer *packer, const char *path) {
+    struct stat info;
+    packer->below = -1;
+    if (!(packer->flags & PACK_ONE_FILE_SYSTEM))
+        return;
+    if (lstat(path, &info) < 0)
+        fail_errno(path);
+    packer->device = info.st_dev;
+    packer->below = (int)syscall(SYS_open_tree, AT_FDCWD, path, OPEN_TREE_CLONE | O_CLOEXEC);
+}
+
+void tar_pack(int out, const char *path, const char *name, uint64_t flags) {
     struct packer *packer = must_alloc(sizeof *packer);
     packer->out = out;
+    packer->flags = flags;
     if (path[0] != '/')
         fail(EINVAL, "%s: a path in the guest must start with /", path);
     char *copy = must_copy(path);
@@ -304,13 +388,18 @@ void tar_pack(int out, const char *path, const char *name) {
         copy[--end] = 0;
     if (name == NULL)
         name = end > 1 ? strrchr(copy, '/') + 1 : "root";
-    if (strlen(name) > 255 || strchr(name, '/') || !strcmp(name, ".") || !strcmp(name, ".."))
+    if (flags > (PACK_XATTRS | PACK_ONE_FILE_SYSTEM))
+        fail(EINVAL, "unknown flags: %llu", (unsigned long long)flags);
+    if (strlen(name) > 255 || strchr(name, '/') || !strcmp(name, ".."))
         fail(EINVAL, "%.255s cannot be the name of a file", name);
-    packer->name_length = strlen(name);
+    find_file_system(packer, copy);
+    packer->name_length = packer->top_length = strlen(name);
     memcpy(packer->name, name, packer->name_length + 1);
     pack_entry(packer, AT_FDCWD, copy, 0);
     put(packer, zeros, TAR_BLOCK);
     put(packer, zeros, TAR_BLOCK);
+    if (packer->below >= 0)
+        close(packer->below);
     free(copy);
     free(packer);
 }

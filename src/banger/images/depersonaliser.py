@@ -1,0 +1,67 @@
+"""The process that takes out of a tree what belongs to one machine, and says what is installed.
+
+The files were written by a guest: its links may lead anywhere, and its owners are subordinate ids,
+whose directories an ordinary user may not enter. So the work is done by the root of namespaces
+(`userns`), with the tree as its root directory, as `unpacker` does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from banger.base import proc
+from banger.base.errors import BangerError, PreconditionFailed
+from banger.images.bootstrap import build_environment
+from banger.images.build import depersonalise, installed_packages
+from banger.images.unpack import interpreter
+from banger.images.userns import contained
+
+_TIMEOUT_S = 600
+#: How long a list of packages may be that is read, and what is kept of it in the image's record:
+#: several times what any system has.
+_STATUS_MAX_BYTES = 64 << 20
+_PACKAGES_MAX_BYTES = 1 << 20
+
+
+async def depersonalised(tree: Path) -> tuple[str, ...]:
+    """`build.depersonalise` for a tree of unknown origin; its packages, where dpkg has a list."""
+    program = [sys.executable, "-P", "-X", "utf8", "-m", "banger.images.depersonaliser"]
+    try:
+        done = await proc.run(
+            contained([*program, str(tree)]),
+            timeout_s=_TIMEOUT_S,
+            env=build_environment(tree.parent) | interpreter(),
+        )
+    except proc.ProcessFailed as error:
+        raise PreconditionFailed(
+            f"cannot take what belongs to one machine out of the image: {error.message}"
+        ) from error
+    return tuple(str(each) for each in json.loads(done.stdout))
+
+
+def _packages() -> tuple[str, ...]:
+    status = Path("/var/lib/dpkg/status")
+    if not status.is_file() or status.stat().st_size > _STATUS_MAX_BYTES:
+        return ()
+    packages = installed_packages(Path("/"))
+    return packages if sum(map(len, packages)) <= _PACKAGES_MAX_BYTES else ()
+
+
+def main() -> None:
+    sys.meta_path.clear()  # a module imported from here on would be one of the tree's
+    os.chroot(sys.argv[1])
+    os.chdir("/")
+    os.umask(0o022)
+    try:
+        packages = _packages()
+        depersonalise(Path("/"))
+    except (BangerError, OSError) as error:
+        sys.exit(str(error))
+    sys.stdout.write(json.dumps(packages))
+
+
+if __name__ == "__main__":
+    main()
