@@ -43,6 +43,7 @@ class Daemon:
                     operations=world.operations,
                     images=world.images,
                     image_maker=world.image_maker,
+                    image_bundles=world.image_bundles,
                     image_pulls=world.image_pulls,
                     image_imports=world.image_imports,
                     image_cache=world.image_cache,

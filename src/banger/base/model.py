@@ -36,12 +36,16 @@ def check_vm_name(name: str) -> str:
 
 def check_artifact_name(name: str) -> str:
     """`name` when it is a valid image or kernel name; BadRequest otherwise."""
-    if _ARTIFACT_NAME.fullmatch(name) is None:
+    if not is_artifact_name(name):
         raise BadRequest(
             f'"{name}" is not a valid image or kernel name',
             hint="use a-z, 0-9, '.', '_' and '-', starting with a letter or digit",
         )
     return name
+
+
+def is_artifact_name(name: str) -> bool:
+    return _ARTIFACT_NAME.fullmatch(name) is not None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):

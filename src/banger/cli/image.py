@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -23,6 +25,7 @@ from banger.cli.image_build import build
 from banger.cli.machine import quiet_option
 from banger.cli.making import make, tell_image
 from banger.cli.render import print_json, print_table, seconds_since
+from banger.cli.repository import umask
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,6 +74,8 @@ def pull(*, reference: str, name: str | None, kernel: str, insecure: bool, quiet
     banger image pull oci:DIR[:TAG]               a folder in the OCI layout
     banger image pull oci-archive:FILE[:TAG]      the same in a tar
     banger image pull docker-archive:FILE[:NAME]  what docker save writes
+    banger image pull catalog:NAME                a bundle of the catalog (catalog_url); a NAME
+                                                  alone is looked for there first
 
     Credentials are those of skopeo login, or docker login. Layers are kept for further pulls:
     see banger image cache.
@@ -148,6 +153,20 @@ def _name_of(path: str) -> str:
 def promote(*, name: str, quiet: bool) -> None:
     """Copy the file of a registered image, so that it is banger's own."""
     tell_image(make("image.promote.begin", {"image": name}, title=f"image {name}", quiet=quiet))
+
+
+@image.command()
+@image_argument
+@click.argument("file", metavar="FILE", type=click.Path(dir_okay=False))
+@quiet_option
+def export(*, name: str, file: str, quiet: bool) -> None:
+    """Write an image to a file for a catalog; print the entry for it."""
+    from banger.cli.kernel import catalog_entry
+
+    path = Path(file).absolute()
+    params = {"image": name, "file": str(path), "umask": umask()}
+    make("image.export.begin", params, title=f"image {name}", quiet=quiet)
+    click.echo(catalog_entry("images", name, platform.machine(), path), nl=False)
 
 
 @image.command("list")

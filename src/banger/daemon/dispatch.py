@@ -46,6 +46,7 @@ from banger.services.fork_run import ForkRuns
 from banger.services.forks import ForkService
 from banger.services.health import Health
 from banger.services.image import ImageService
+from banger.services.image_bundles import ImageBundles
 from banger.services.image_cache import ImageCache
 from banger.services.image_import import ImageImports
 from banger.services.image_make import ImageMaker
@@ -79,6 +80,7 @@ class Services:
     operations: Operations
     images: ImageService
     image_maker: ImageMaker
+    image_bundles: ImageBundles
     image_pulls: ImagePulls
     image_imports: ImageImports
     image_cache: ImageCache
@@ -174,6 +176,7 @@ class Dispatch:
                     Images(
                         services.images,
                         services.image_maker,
+                        services.image_bundles,
                         services.image_pulls,
                         services.image_imports,
                         services.image_cache,

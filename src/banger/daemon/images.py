@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from banger.base.usage import DiskUse, ShownImage
-from banger.daemon.params import ImageReference, Nothing, PruneCache
+from banger.daemon.params import ExportImage, ImageReference, Nothing, PruneCache
 from banger.rpc.server import Connection
 from banger.services.image import ImageService
+from banger.services.image_bundles import ImageBundles
 from banger.services.image_cache import ImageCache
 from banger.services.image_import import ImageImports, ImportRequest
 from banger.services.image_make import ImageMaker, MakeRequest
@@ -29,6 +31,7 @@ class Images:
         self,
         images: ImageService,
         maker: ImageMaker,
+        bundles: ImageBundles,
         pulls: ImagePulls,
         imports: ImageImports,
         cache: ImageCache,
@@ -39,6 +42,7 @@ class Images:
     ) -> None:
         self._images = images
         self._maker = maker
+        self._bundles = bundles
         self._pulls = pulls
         self._imports = imports
         self._cache = cache
@@ -54,6 +58,7 @@ class Images:
             "image.pull.begin": (PullRequest, self._pull),
             "image.import.begin": (ImportRequest, self._import),
             "image.register.begin": (ImportRequest, self._register),
+            "image.export.begin": (ExportImage, self._export),
             "image.promote.begin": (ImageReference, self._promote),
             "image.list": (Nothing, self._list),
             "image.show": (ImageReference, self._show),
@@ -77,6 +82,10 @@ class Images:
 
     async def _register(self, params: ImportRequest, connection: Connection) -> None:
         await _begun(self._imports.begin_register(params), connection)
+
+    async def _export(self, params: ExportImage, connection: Connection) -> None:
+        begun = self._bundles.begin_export(params.image, Path(params.file), params.umask)
+        await _begun(await begun, connection)
 
     async def _promote(self, params: ImageReference, connection: Connection) -> None:
         """What machines of it were saved refers to the file where it was: it goes first."""

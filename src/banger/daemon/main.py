@@ -162,6 +162,7 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         operations=parts.operations,
         images=parts.images,
         image_maker=parts.image_maker,
+        image_bundles=parts.image_bundles,
         image_pulls=parts.image_pulls,
         image_imports=parts.image_imports,
         image_cache=parts.image_cache,

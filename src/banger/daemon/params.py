@@ -180,6 +180,13 @@ class Run(Params, frozen=True):
     umask: Umask = 0o077
 
 
+class ExportImage(Params, frozen=True):
+    image: str
+    #: The file of the host that the bundle is written to.
+    file: str
+    umask: Umask = 0o077
+
+
 class ExportKernel(Params, frozen=True):
     kernel: str
     #: The file of the host that the bundle is written to.

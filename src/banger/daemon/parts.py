@@ -21,6 +21,7 @@ from banger.services.handles import HandleCache
 from banger.services.health import Health
 from banger.services.identity import Identity
 from banger.services.image import ImageService
+from banger.services.image_bundles import ImageBundles
 from banger.services.image_cache import ImageCache
 from banger.services.image_import import ImageImports
 from banger.services.image_make import ImageMaker
@@ -64,8 +65,15 @@ class Parts:
             paths, store, self.operations, self.image_cache, config.catalog_url
         )
         self.images = ImageService(paths, store, self.operations, self.kernels)
+        self.image_bundles = ImageBundles(
+            paths, self.images, self.operations, self.image_cache, config.catalog_url
+        )
         self.image_pulls = ImagePulls(
-            self.images, self.operations, self.image_cache, size_limit_mib=config.image_size_limit
+            self.images,
+            self.operations,
+            self.image_cache,
+            self.image_bundles,
+            size_limit_mib=config.image_size_limit,
         )
         self.image_imports = ImageImports(
             self.images, self.operations, size_limit_mib=config.image_size_limit

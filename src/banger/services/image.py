@@ -153,6 +153,17 @@ class ImageService:
         if await self._is_there(name):
             raise _exists(name)
 
+    def up_to_date(self, there: Image, digest: str, progress: Progress) -> None:
+        """Somebody wants to pull what has the name of an image: that is all if it is the same.
+        Conflict otherwise."""
+        if there.digest != digest:
+            raise Conflict(
+                f'image "{there.name}" already exists, and is another',
+                hint=f"pull it under another --name, or first: banger image delete {there.name}",
+            )
+        progress.note(f"image {there.name} is up to date")
+        progress.result(image=there)
+
     @asynccontextmanager
     async def making(self, name: str) -> AsyncIterator[Staging]:
         """A directory for the files of a new image; they are removed unless it is published.
@@ -166,7 +177,7 @@ class ImageService:
     async def publish(self, staging: Staging, name: str, made: Made, progress: Progress) -> Image:
         """Make the files in a staging directory an image; stage ``finish``."""
         progress.stage("finish", "writing it to the disk")
-        directory = staging.final
+        directory, kernel = staging.final, await self._kernels.get(made.kernel_id)
         rootfs = made.files.rootfs if made.registered else directory / made.files.rootfs.name
         for file in (made.files.rootfs, made.files.work_seed):
             await asyncio.to_thread(sync_file, file)
@@ -188,7 +199,8 @@ class ImageService:
         )
         record = msgspec.json.format(msgspec.json.encode(image))
         (staging.path / "image.json").write_bytes(record)
-        await staging.publish(partial(self._store.insert_image, image))
+        async with self._kernels.kept(kernel):
+            await staging.publish(partial(self._store.insert_image, image))
         progress.describe(**image_attributes(image))
         progress.result(image=image)
         return image

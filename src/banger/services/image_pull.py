@@ -11,9 +11,9 @@ from pathlib import Path
 
 import msgspec
 
-from banger.base.errors import Conflict, PreconditionFailed
+from banger.base.errors import PreconditionFailed
 from banger.base.log import get_logger
-from banger.base.model import Image, ImageConfig, Kernel, check_artifact_name
+from banger.base.model import ImageConfig, Kernel, check_artifact_name
 from banger.base.units import format_size
 from banger.images import skopeo
 from banger.images.oci import (
@@ -33,6 +33,7 @@ from banger.images.root import make_root
 from banger.images.unpack import BadArchive, Layer, Limits, Unpacked, unpack
 from banger.images.userns import temporary_tree
 from banger.services.image import ImageService, Made
+from banger.services.image_bundles import CATALOG_PREFIX, ImageBundles
 from banger.services.image_cache import ImageCache
 from banger.services.operations import Operations, Progress
 from banger.services.single_flight import SingleFlight
@@ -65,17 +66,19 @@ class ImagePulls:
         images: ImageService,
         operations: Operations,
         cache: ImageCache,
+        bundles: ImageBundles,
         *,
         size_limit_mib: int,
     ) -> None:
         self._images = images
         self._cache = cache
+        self._bundles = bundles
         self._limits = Limits(content_bytes=size_limit_mib * _MIB)
         self._pulls = SingleFlight(operations, "image.pull")
 
     async def begin(self, request: PullRequest) -> Progress:
         """Start a pull, or join one of the same. BadRequest for what cannot be meant."""
-        reference = parse_reference(request.reference)
+        reference = parse_reference(request.reference.removeprefix(CATALOG_PREFIX))
         name = check_artifact_name(request.name or reference.suggested_name())
 
         async def work(progress: Progress) -> None:
@@ -89,11 +92,14 @@ class ImagePulls:
     async def _pull(
         self, reference: Reference, name: str, request: PullRequest, progress: Progress
     ) -> None:
+        if (entry := await self._bundles.entry(request.reference, progress)) is not None:
+            await self._bundles.pull(entry, name, request.kernel, progress)
+            return
         progress.stage("resolve", str(reference))
         raw = await skopeo.raw_manifest(reference, insecure=request.insecure)
         digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
         if (there := await self._images.find(name)) is not None:
-            self._up_to_date(there, digest, progress)
+            self._images.up_to_date(there, digest, progress)
             return
         announced = decode_manifest(raw, str(reference))
         pinned = reference.pinned(digest)
@@ -119,15 +125,6 @@ class ImagePulls:
             made = msgspec.structs.replace(made, digest=digest)
             await self._images.publish(staging, name, made, progress)
         await self._cache.evict()
-
-    def _up_to_date(self, there: Image, digest: str, progress: Progress) -> None:
-        if there.digest != digest:
-            raise Conflict(
-                f'image "{there.name}" already exists, and is another',
-                hint=f"pull it under another --name, or first: banger image delete {there.name}",
-            )
-        progress.note(f"image {there.name} is up to date")
-        progress.result(image=there)
 
     def _check_size(self, announced: Manifest, dest: Path) -> None:
         limit_bytes = self._limits.content_bytes
