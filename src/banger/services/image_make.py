@@ -30,6 +30,7 @@ from banger.images.root import make_root
 from banger.images.unpack import Limits
 from banger.images.userns import temporary_tree
 from banger.services.build_log import BuildLog, log_path
+from banger.services.command import environment
 from banger.services.image import ImageService, Made
 from banger.services.image_guest import BuildGuest, Script
 from banger.services.lifecycle import Lifecycle
@@ -212,11 +213,10 @@ class ImageMaker:
         if request.packages:
             progress.stage("packages", ", ".join(request.packages)[:_DETAIL_LENGTH])
             await guest.install(request.packages)
-        pairs = (each.partition("=") for each in source.config.env)
-        environment = {name: value for name, _, value in pairs} | {NAME_VARIABLE: request.name}
+        variables = environment(source.config) | {NAME_VARIABLE: request.name}
         for number, script in enumerate(request.scripts, start=1):
             progress.stage("script", script.name)
-            await guest.run_script(number, script, environment)
+            await guest.run_script(number, script, variables)
 
     @asynccontextmanager
     async def _machine(self, request: MakeRequest, progress: Progress) -> AsyncIterator[Vm]:
