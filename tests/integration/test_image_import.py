@@ -68,6 +68,7 @@ def test_a_file_system_is_copied(home: Home, tmp_path: Path) -> None:
     assert banger.ok("image", "import", copy).startswith("debian (")
     made = _rootfs(banger, "debian")
     copy.unlink()
+    assert ".profile" in banger.ok("vm", "run", "-q", "--rm", "--image", "debian", "--", "ls", "-A")
     assert made.stat().st_blocks * 512 < 1 << 30
     assert banger.ok("vm", "run", "-q", "--rm", "--image", "debian", "--", "cat", "/etc/os-release")
 

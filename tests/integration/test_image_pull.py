@@ -418,7 +418,7 @@ def test_the_cache_stays_within_its_limit(home: Home, small: str) -> None:
     assert sum(each.stat().st_size for each in blobs.rglob("*")) <= 1 << 20
 
 
-def test_twenty_machines_share_one_image(home: Home, small: str) -> None:
+def test_machines_share_their_image(home: Home, small: str) -> None:
     """Each costs what it has written; `image show` and `vm show` say how much."""
     banger = home.banger
     banger.ok("image", "pull", "--insecure", small, "--name", "shared")

@@ -24,6 +24,7 @@ _ENTRY_BYTES = 4096 + 256 + 64
 _BYTES_PER_INODE = 16384
 
 _BELOW_HOME = b"root/"
+_FROM_IMAGE = ".banger-from-image"
 _KINDS = {"c": 0o020000, "b": 0o060000}
 _HOME = Directory(mode=0o700, uid=0, gid=0, entries=0, bytes=0)
 
@@ -48,20 +49,24 @@ async def make_root(
     progress("filesystem", count, UNKNOWN)
     await make_ext4(tree, files.rootfs, _shape("banger-root", content.root))
     await edit_ext4(files.rootfs, _requests(content.root, content.devices, content.owners))
-    if content.home is None:
-        # What has the name of the home may be a link, and lead anywhere on this machine.
-        await make_empty_seed(files.work_seed)
-        return files
-    await make_ext4(home or tree / "root", files.work_seed, _shape("banger-work", content.home))
+    # What has the name of the home may be a link, and lead anywhere on this machine.
+    async with temporary_tree(dest / "empty") as empty:
+        source = empty if content.home is None else home or tree / "root"
+        seed = content.home or _HOME
+        await make_ext4(source, files.work_seed, _shape("banger-work", seed))
     below = [each for each in content.devices if _place(each).startswith(_BELOW_HOME)]
-    requests = _requests(content.home, () if home else below, (), _BELOW_HOME)
-    await edit_ext4(files.work_seed, requests)
+    await edit_ext4(files.work_seed, _requests(seed, () if home else below, (), _BELOW_HOME))
     return files
 
 
 async def make_empty_seed(file: Path) -> None:
-    """Make a work seed with nothing in it: an image's that is taken as it is."""
+    """Make the work seed of an image whose file system nobody here looks into.
+
+    It is marked, and whoever boots first with it puts the image's ``/root`` there (`fill_home` in
+    the agent's init.c): for templates, once for all machines.
+    """
     async with temporary_tree(file.with_name("empty")) as empty:
+        (empty / _FROM_IMAGE).touch(mode=0o600)
         await make_ext4(empty, file, _shape("banger-work", _HOME))
     await edit_ext4(file, _requests(_HOME, (), ()))
 
