@@ -9,6 +9,7 @@ from typing import Any
 import msgspec
 
 from banger.base.usage import DiskUse, ShownImage
+from banger.daemon.operate import begun
 from banger.daemon.params import ExportImage, ImageReference, Nothing, PruneCache
 from banger.rpc.server import Connection
 from banger.services.image import ImageService
@@ -17,7 +18,6 @@ from banger.services.image_cache import ImageCache
 from banger.services.image_import import ImageImports, ImportRequest
 from banger.services.image_make import ImageMaker, MakeRequest
 from banger.services.image_pull import ImagePulls, PullRequest
-from banger.services.operations import Progress
 from banger.services.standby import Standbys
 from banger.services.stats import StatsService
 from banger.services.templates import TemplateService
@@ -67,7 +67,7 @@ class Images:
         }
 
     async def _build(self, params: ImageReference, connection: Connection) -> None:
-        await _begun(await self._images.begin_build(params.image), connection)
+        await begun(await self._images.begin_build(params.image), connection)
 
     async def _make(self, params: MakeRequest, connection: Connection) -> None:
         progress = await self._maker.begin(params)
@@ -75,24 +75,24 @@ class Images:
         await connection.result({"operation_id": progress.record.id, "log": log})
 
     async def _pull(self, params: PullRequest, connection: Connection) -> None:
-        await _begun(await self._pulls.begin(params), connection)
+        await begun(await self._pulls.begin(params), connection)
 
     async def _import(self, params: ImportRequest, connection: Connection) -> None:
-        await _begun(await self._imports.begin(params), connection)
+        await begun(await self._imports.begin(params), connection)
 
     async def _register(self, params: ImportRequest, connection: Connection) -> None:
-        await _begun(self._imports.begin_register(params), connection)
+        await begun(self._imports.begin_register(params), connection)
 
     async def _export(self, params: ExportImage, connection: Connection) -> None:
-        begun = self._bundles.begin_export(params.image, Path(params.file), params.umask)
-        await _begun(await begun, connection)
+        progress = await self._bundles.begin_export(params.image, Path(params.file), params.umask)
+        await begun(progress, connection)
 
     async def _promote(self, params: ImageReference, connection: Connection) -> None:
         """What machines of it were saved refers to the file where it was: it goes first."""
         image = await self._images.get(params.image)
         await self._standbys.retire_all()
         await self._templates.forget_image(image.id)
-        await _begun(await self._imports.begin_promote(params.image), connection)
+        await begun(await self._imports.begin_promote(params.image), connection)
 
     async def _list(self, _: Nothing, connection: Connection) -> None:
         await connection.result(await self._images.all())
@@ -112,7 +112,3 @@ class Images:
 
     async def _prune(self, params: PruneCache, connection: Connection) -> None:
         await connection.result(await self._cache.prune(dry_run=params.dry_run))
-
-
-async def _begun(progress: Progress, connection: Connection) -> None:
-    await connection.result({"operation_id": progress.record.id})

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from banger.base.errors import BadRequest
+from banger.daemon.operate import begun
 from banger.daemon.params import ExportKernel, ImportKernel, KernelReference, Nothing
 from banger.images.kernel_import import KernelFiles
 from banger.rpc.server import Connection
 from banger.services.kernel import KernelService
-from banger.services.operations import Progress
 
 Row = tuple[type[Any], Callable[[Any, Connection], Awaitable[None]]]
 
@@ -32,7 +32,7 @@ class Kernels:
         }
 
     async def _build(self, params: KernelReference, connection: Connection) -> None:
-        await _begun(await self._kernels.begin_build(params.kernel), connection)
+        await begun(await self._kernels.begin_build(params.kernel), connection)
 
     async def _import(self, params: ImportKernel, connection: Connection) -> None:
         files = KernelFiles(
@@ -40,14 +40,14 @@ class Kernels:
             modules=_path(params.modules) if params.modules else None,
             config=_path(params.config) if params.config else None,
         )
-        await _begun(await self._kernels.begin_import(params.name, files), connection)
+        await begun(await self._kernels.begin_import(params.name, files), connection)
 
     async def _pull(self, params: KernelReference, connection: Connection) -> None:
-        await _begun(await self._kernels.begin_pull(params.kernel), connection)
+        await begun(await self._kernels.begin_pull(params.kernel), connection)
 
     async def _export(self, params: ExportKernel, connection: Connection) -> None:
         progress = await self._kernels.begin_export(params.kernel, _path(params.file), params.umask)
-        await _begun(progress, connection)
+        await begun(progress, connection)
 
     async def _list(self, _: Nothing, connection: Connection) -> None:
         await connection.result(await self._kernels.all())
@@ -57,10 +57,6 @@ class Kernels:
 
     async def _delete(self, params: KernelReference, connection: Connection) -> None:
         await connection.result(await self._kernels.delete(params.kernel))
-
-
-async def _begun(progress: Progress, connection: Connection) -> None:
-    await connection.result({"operation_id": progress.record.id})
 
 
 def _path(text: str) -> Path:

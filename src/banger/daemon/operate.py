@@ -12,6 +12,11 @@ from banger.services.operations import Operations, Progress, raise_failure
 T = TypeVar("T")
 
 
+async def begun(progress: Progress, connection: Connection) -> None:
+    """Answer with the operation that was begun: its client watches it."""
+    await connection.result({"operation_id": progress.record.id})
+
+
 async def operate(
     operations: Operations,
     connection: Connection,

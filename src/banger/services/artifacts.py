@@ -12,16 +12,17 @@ import asyncio
 import fcntl
 import os
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from banger.base.cancellation import past_recall, to_its_end
-from banger.base.errors import BangerError
-from banger.base.files import sync_directory
+from banger.base.errors import BadRequest, BangerError
+from banger.base.files import move_into_place, sync_directory
 from banger.base.log import get_logger
 from banger.images.userns import remove_tree
+from banger.services.operations import Stages
 
 _STAGING_PREFIX = ".staging-"
 _DELETING_PREFIX = ".deleting-"
@@ -78,6 +79,30 @@ async def delete(directory: Path, unrecord: Callable[[], Coroutine[Any, Any, Non
         await asyncio.to_thread(directory.rename, going)
     await unrecord()
     await remove_tree(going)
+
+
+async def check_target(file: Path) -> None:
+    """Raise BadRequest for a path that no file can be written to."""
+    if not file.is_absolute():
+        raise BadRequest(f"{file} is not an absolute path")
+    if await asyncio.to_thread(file.is_dir) or not await asyncio.to_thread(file.parent.is_dir):
+        raise BadRequest(f"{file} cannot be written: give the name of a file in a directory")
+
+
+async def export(
+    beside: Path, pack: Callable[[Path], Awaitable[None]], file: Path, umask: int, stages: Stages
+) -> None:
+    """Have a file made and put it in its place outside, as the user would have it; stage
+    ``finish``.
+
+    It is made in a staging directory like `beside`: what a daemon that dies leaves there, the next
+    one removes.
+    """
+    async with staged(beside) as staging:
+        bundle = staging.path / "bundle"
+        await pack(bundle)
+        stages.stage("finish")
+        await asyncio.to_thread(move_into_place, bundle, file, 0o666 & ~umask)
 
 
 def allocated_bytes(directory: Path) -> int:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import platform
 from functools import partial
 from pathlib import Path
 
-from banger.base.errors import BadRequest
-from banger.base.files import move_into_place
 from banger.base.model import Image, is_artifact_name
 from banger.base.paths import Paths
 from banger.base.url import shown
@@ -16,7 +13,7 @@ from banger.images.bundle import pack_image_bundle, unpack_image_bundle
 from banger.images.catalog import ImageEntry, load_catalog
 from banger.images.download import fetched
 from banger.images.root import RootFiles
-from banger.services.artifacts import new_id, staged
+from banger.services.artifacts import check_target, export, new_id
 from banger.services.image import ImageService, Made
 from banger.services.image_cache import ImageCache
 from banger.services.operations import Operations, Progress
@@ -83,19 +80,14 @@ class ImageBundles:
     async def begin_export(self, name: str, file: Path, umask: int) -> Progress:
         """Start writing the bundle of an image to `file` (absolute), which may be there."""
         image = await self._images.get(name)
-        if not file.is_absolute():
-            raise BadRequest(f"{file} is not an absolute path")
-        if await asyncio.to_thread(file.is_dir) or not await asyncio.to_thread(file.parent.is_dir):
-            raise BadRequest(f"{file} cannot be written: give the name of a file in a directory")
+        await check_target(file)
         return self._operations.begin(
             "image.export", name, partial(self._export, image, file, umask)
         )
 
     async def _export(self, image: Image, file: Path, umask: int, progress: Progress) -> None:
-        # In a staging directory: what a daemon that dies leaves there, the next one removes.
-        async with staged(self._paths.image_dir(new_id())) as staging:
-            bundle = staging.path / "bundle"
+        async def pack(bundle: Path) -> None:
             await pack_image_bundle(image, platform.machine(), bundle, progress.stage)
-            progress.stage("finish")
-            await asyncio.to_thread(move_into_place, bundle, file, 0o666 & ~umask)
+
+        await export(self._paths.image_dir(new_id()), pack, file, umask, progress)
         progress.result(image=image)

@@ -63,9 +63,7 @@ class ImageImports:
             await self._import(path, request, progress)
 
         key = msgspec.json.encode(request).decode()
-        begun = await self._imports.join(key, request.name, work, _never)
-        assert begun is not None  # it is never there
-        return begun
+        return await self._imports.begin(key, request.name, work)
 
     def begin_register(self, request: ImportRequest) -> Progress:
         """Start to record a file system that stays where it is."""
@@ -171,10 +169,6 @@ class ImageImports:
                 hint="raise image_size_limit in the configuration",
             )
         ensure_free_space(dest, need_bytes + 64 * _MIB)
-
-
-async def _never() -> bool:
-    return False
 
 
 def _checked(request: ImportRequest) -> Path:

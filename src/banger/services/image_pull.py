@@ -85,9 +85,7 @@ class ImagePulls:
             await self._pull(reference, name, request, progress)
 
         key = msgspec.json.encode(request).decode()
-        pull = await self._pulls.join(key, name, work, _never)
-        assert pull is not None  # it is never there
-        return pull
+        return await self._pulls.begin(key, name, work)
 
     async def _pull(
         self, reference: Reference, name: str, request: PullRequest, progress: Progress
@@ -215,10 +213,6 @@ class ImagePulls:
             return False
         path.unlink(missing_ok=True)
         return True
-
-
-async def _never() -> bool:
-    return False
 
 
 def _sha256(path: Path) -> str:

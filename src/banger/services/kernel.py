@@ -17,7 +17,6 @@ from pathlib import Path
 import msgspec
 
 from banger.base.errors import BadRequest, Conflict, NotFound, PreconditionFailed
-from banger.base.files import move_into_place
 from banger.base.log import OperationLog
 from banger.base.model import Kernel, Operation, check_artifact_name, now
 from banger.base.paths import Paths
@@ -215,21 +214,16 @@ class KernelService:
     async def begin_export(self, name: str, file: Path, umask: int) -> Progress:
         """Start writing the bundle of a kernel to `file` (absolute), which may be there."""
         kernel = await self.named(name)
-        if not file.is_absolute():
-            raise BadRequest(f"{file} is not an absolute path")
-        if await asyncio.to_thread(file.is_dir) or not await asyncio.to_thread(file.parent.is_dir):
-            raise BadRequest(f"{file} cannot be written: give the name of a file in a directory")
+        await artifacts.check_target(file)
         return self._operations.begin(
             "kernel.export", name, partial(self._export, kernel, file, umask)
         )
 
     async def _export(self, kernel: Kernel, file: Path, umask: int, progress: Progress) -> None:
-        # In a staging directory: what a daemon that dies leaves there, the next one removes.
-        async with staged(self._paths.kernel_dir(new_id())) as staging:
-            bundle = staging.path / "bundle"
+        async def pack(bundle: Path) -> None:
             await pack_kernel_bundle(kernel, bundle, progress.stage)
-            progress.stage("finish")
-            await asyncio.to_thread(move_into_place, bundle, file, 0o666 & ~umask)
+
+        await artifacts.export(self._paths.kernel_dir(new_id()), pack, file, umask, progress)
         progress.result(kernel=kernel)
 
     # --- the end ---

@@ -42,6 +42,12 @@ class SingleFlight:
             await self._operations.cancel(running.record.id)
         return None
 
+    async def begin(self, key: str, target: str, work: Work) -> Progress:
+        """The operation that does just this now, joined, or a new one."""
+        begun = await self.join(key, target, work, _never)
+        assert begun is not None  # it is never there
+        return begun
+
     async def ensure(
         self,
         key: str,
@@ -69,3 +75,7 @@ class SingleFlight:
         except asyncio.CancelledError:
             await asyncio.shield(self._operations.leave(flight.record.id))
             raise
+
+
+async def _never() -> bool:
+    return False
