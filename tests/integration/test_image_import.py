@@ -200,3 +200,19 @@ def test_the_daemon_is_killed_while_it_makes_a_registered_image_its_own(
     assert {each.name for each in Path(shown["artifact_dir"]).iterdir()} == {
         "image.json", "work-seed.ext4"}  # fmt: skip
     home.banger.ok("image", "promote", "mine")
+
+
+@pytest.mark.parametrize("stage", ["rename", "record", "files"])
+def test_the_daemon_is_killed_while_it_deletes(home: Home, file: Path, stage: str) -> None:
+    """It is there, whole, or gone; never listed without its files."""
+    home.banger.ok("image", "import", "-q", "--name", "going", file)
+    home.banger.run("daemon", "stop")
+    faulty = Banger(home.banger.environment | {"BANGER_FAULT": f"SIGKILL@image.delete:{stage}"})
+    assert faulty.run("image", "delete", "going").returncode == 1
+    home.await_end_of_processes()
+    there = [each["name"] for each in home.banger.json("image", "list")]
+    assert there == ([IMAGE, "going"] if stage == "rename" else [IMAGE])
+    if stage == "rename":
+        assert tree_of(_rootfs(home.banger, "going"))
+        home.banger.ok("image", "delete", "going")
+    assert _left(home) == []

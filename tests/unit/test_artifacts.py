@@ -154,6 +154,18 @@ async def test_an_artifact_goes_after_its_record_and_under_another_name(tmp_path
     assert names(tmp_path) == []
 
 
+async def test_a_deletion_that_was_cut_off_takes_the_record_along(tmp_path: Path) -> None:
+    for name in (".deleting-x", "y"):
+        (tmp_path / name).mkdir()
+    gone: list[str] = []
+
+    async def unrecord(artifact_id: str) -> None:
+        gone.append(artifact_id)
+
+    await remove_leftovers(tmp_path, {"x", "y"}, unrecord)
+    assert (gone, names(tmp_path)) == (["x"], ["y"])
+
+
 def test_allocation_is_blocks_and_not_lengths(tmp_path: Path) -> None:
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(1 << 30)

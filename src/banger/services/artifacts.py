@@ -72,13 +72,26 @@ async def staged(final: Path) -> AsyncIterator[Staging]:
         os.close(marker)
 
 
-async def delete(directory: Path, unrecord: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Remove an artifact and its record; interrupted, the next start-up or call ends it."""
+async def delete(
+    directory: Path, unrecord: Callable[[], Coroutine[Any, Any, None]], stages: Stages | None = None
+) -> None:
+    """Remove an artifact and its record; interrupted, the next start-up or call ends it.
+
+    Stages ``rename``, ``record``, ``files``.
+    """
+    enter = stages.stage if stages is not None else _nobody_asks
     going = directory.with_name(_DELETING_PREFIX + directory.name)
+    enter("rename")
     with suppress(FileNotFoundError):
         await asyncio.to_thread(directory.rename, going)
+    enter("record")
     await unrecord()
+    enter("files")
     await remove_tree(going)
+
+
+def _nobody_asks(stage: str) -> None:
+    pass
 
 
 async def check_target(file: Path) -> None:
@@ -140,11 +153,18 @@ def _is_abandoned(directory: Path) -> bool:
     return True
 
 
-async def remove_leftovers(parent: Path, known_ids: set[str]) -> None:
-    """Remove what a daemon that died was making or deleting; what cannot be removed is logged
-    and stops nothing."""
+async def remove_leftovers(
+    parent: Path,
+    known_ids: set[str],
+    unrecord: Callable[[str], Coroutine[Any, Any, None]] | None = None,
+) -> None:
+    """Remove what a daemon that died was making or deleting, with its record; what cannot be
+    removed is logged and stops nothing."""
     for entry in await asyncio.to_thread(_leftovers, parent, known_ids):
         get_logger().warning("removing leftover", path=str(entry))
+        going = entry.name.removeprefix(_DELETING_PREFIX)
+        if unrecord is not None and going != entry.name:
+            await unrecord(going)  # it may have died between the two
         try:
             await remove_tree(entry)
         except BangerError as error:

@@ -242,10 +242,9 @@ class ImageService:
     async def delete(self, name: str) -> Image:
         """Delete an image; Conflict while a VM or a snapshot uses it."""
         async with self.alone(await self.get(name)) as image:
-            with OperationLog("image.delete", **image_attributes(image)):
-                await artifacts.delete(
-                    Path(image.artifact_dir), partial(self._store.delete_image, image.id)
-                )
+            with OperationLog("image.delete", **image_attributes(image)) as log:
+                unrecord = partial(self._store.delete_image, image.id)
+                await artifacts.delete(Path(image.artifact_dir), unrecord, log)
         return image
 
     async def _check_unused(self, image: Image) -> None:
@@ -265,7 +264,8 @@ class ImageService:
     async def remove_leftovers(self) -> None:
         """At start-up: what interrupted builds and deletions left."""
         images = await self._store.images()
-        await remove_leftovers(self._paths.images_dir, {image.id for image in images})
+        known = {image.id for image in images}
+        await remove_leftovers(self._paths.images_dir, known, self._store.delete_image)
         for image in images:
             if not image.managed:  # a copy that was to be its own was not finished
                 for left in (COPYING, ROOTFS):

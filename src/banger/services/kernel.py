@@ -236,16 +236,15 @@ class KernelService:
                 raise Conflict(
                     f'kernel "{name}" is used by {", ".join(users)}', hint="delete those first"
                 )
-            with OperationLog("kernel.delete", kernel_id=kernel.id, kernel_name=name):
-                await artifacts.delete(
-                    Path(kernel.artifact_dir), partial(self._store.delete_kernel, kernel.id)
-                )
+            with OperationLog("kernel.delete", kernel_id=kernel.id, kernel_name=name) as log:
+                unrecord = partial(self._store.delete_kernel, kernel.id)
+                await artifacts.delete(Path(kernel.artifact_dir), unrecord, log)
         return kernel
 
     async def remove_leftovers(self) -> None:
         """At start-up: what interrupted makings and deletions left."""
         known = {kernel.id for kernel in await self._store.kernels()}
-        await remove_leftovers(self._paths.kernels_dir, known)
+        await remove_leftovers(self._paths.kernels_dir, known, self._store.delete_kernel)
 
     async def initramfs(self, kernel: Kernel) -> Path:
         """The initramfs of this kernel with today's agent; made on first use."""
