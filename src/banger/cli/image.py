@@ -110,14 +110,14 @@ def _file_options(function: F) -> F:
     return function
 
 
-@image.command("import")
+@image.command("import", short_help="Make an image of a tar archive or an ext4.")
 @_file_options
 def import_(*, file: str, name: str | None, kernel: str, quiet: bool) -> None:
     """Make an image of FILE: a tar archive, compressed or not, or a raw ext4 file system."""
     _from_file("image.import.begin", file, name, kernel, quiet=quiet)
 
 
-@image.command()
+@image.command(short_help="Use an ext4 as an image where it lies.")
 @_file_options
 def register(*, file: str, name: str | None, kernel: str, quiet: bool) -> None:
     """Use the raw ext4 file system FILE as an image where it lies.
@@ -194,7 +194,7 @@ def list_images(*, as_json: bool) -> None:
     )
 
 
-@image.command()
+@image.command(short_help="What is known of an image, and what its machines' disks take.")
 @image_argument
 @json_option
 def show(*, name: str, as_json: bool) -> None:

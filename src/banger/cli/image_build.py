@@ -46,7 +46,7 @@ def _read_scripts(
     return scripts
 
 
-@click.command()
+@click.command(short_help="Build an image: one of Debian's, or one's own from another.")
 @click.argument("name", metavar="NAME", type=ARTIFACT_NAME)
 @click.option(
     "--from",
