@@ -48,8 +48,10 @@ def test_pulled_back_it_is_the_same(with_catalog: Home) -> None:
     ] * 2
     assert (here["packages"], here["init"]) == (there["packages"], there["init"])
     assert here["digest"].startswith("sha256:")
-    answer = banger.ok("vm", "run", "-q", "--rm", "--image", "back", "--", "cat", "/etc/hostname")
-    assert answer.strip() != "banger"
+    for options in ((), ("--cold", "--disk-size", "20G")):
+        words = ("vm", "run", "-q", "--rm", "--image", "back", *options, "--", "df", "-k", "/root")
+        size_kib = int(banger.ok(*words).splitlines()[-1].split()[1])
+        assert size_kib > (19 << 20 if options else 7 << 20)
     again = banger.run("image", "pull", IMAGE, "--name", "back")
     assert (again.returncode, b"is up to date" in again.stderr) == (0, True)
 

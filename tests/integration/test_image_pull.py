@@ -396,6 +396,21 @@ def test_the_daemon_is_killed_in_each_stage_of_a_pull(home: Home, small: str, st
     assert home.banger.ok("image", "pull", "--insecure", small).startswith("small-1.0")
 
 
+def test_a_daemon_that_is_killed_takes_its_skopeo_along(
+    home: Home, registry: Registry, mirror: Mirror, small: str
+) -> None:
+    """One that waits for a registry which is silent would wait for ever."""
+    mirror.harm = "stall"
+    reference = small.replace(registry.address, mirror.address)
+    pulling = home.banger.start("image", "pull", "--insecure", reference)
+    until(lambda: mirror.sent, "the pull asks for a blob")
+    home.kill_daemon(9)
+    finish(pulling)
+    home.await_end_of_processes()
+    assert _images(home.banger) == []
+    assert _left(home) == []
+
+
 def test_the_cache_is_listed_and_emptied(home: Home, small: str) -> None:
     banger = home.banger
     banger.ok("image", "pull", "--insecure", small)

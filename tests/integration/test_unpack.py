@@ -94,6 +94,21 @@ FILE = Member("file", b"content")
         ([Member(f"f{number}") for number in range(1001)], "more files than any image"),
         ([Member("file", xattrs={"user.x": b"x" * 70_000})], "cannot have the attribute user.x"),
         ([Member('de"v', kind=tarfile.CHRTYPE)], "no name for a device node"),
+        (
+            [Member("dev", kind=tarfile.CHRTYPE), hard_link('x"\n!id >pwned\n#', "dev")],
+            "no name for a device node",
+        ),
+        ([Member("a/" * 300 + "file")], "deeper than any image needs"),
+        (
+            [
+                directory("a" * 200),
+                directory("b"),
+                symlink("b/l", "/" + "a" * 200),
+                Member("b/l/" + "c" * 200 + "/" + "d" * 200 + "/" + "e" * 200 + "/" + "f" * 255),
+            ],
+            "deeper than any image needs",
+        ),
+        ([Member("file", uid=-5)], "the owner of file is damaged"),
     ],
 )
 def test_what_is_refused(tree: Tree, members: Sequence[Member], why: str) -> None:
@@ -144,6 +159,39 @@ def test_a_header_that_wants_all_memory(tree: Tree) -> None:
     info.type, info.size = tarfile.XHDTYPE, 6 << 30
     header = info.tobuf(tarfile.GNU_FORMAT)
     assert "a header of" in tree.refuses(header + bytes(1024), complete=True)
+
+
+@pytest.mark.parametrize("mtime", [b"nan", b"inf", b"1e400", b"-inf"])
+def test_a_header_that_python_stumbles_over(tree: Tree, tmp_path: Path, mtime: bytes) -> None:
+    """Nothing of the archive is loaded meanwhile: neither modules nor libraries."""
+    record = b" mtime=" + mtime + b"\n"
+    record = b"%d%s" % (len(record) + 2, record)
+    planted = ("lib/x86_64-linux-gnu/libgcc_s.so.1", "encodings/idna.py", "traceback.py")
+    info = tarfile.TarInfo("././@PaxHeader")
+    info.type, info.size = tarfile.XHDTYPE, len(record)
+    header = info.tobuf(tarfile.USTAR_FORMAT) + record.ljust(512, b"\0")
+    whole = tar(*(Member(name, b"no library") for name in planted))
+    bad = whole[: len(planted) * 1024] + header + tarfile.TarInfo("file").tobuf()
+    assert "a time in it is no number" in tree.refuses(bz2.compress(bad + bytes(1024)))
+
+
+@pytest.mark.parametrize("member", [symlink("l", "é\0b"), Member("f", xattrs={"user.a\0b": b"x"})])
+def test_a_name_with_a_nul(tree: Tree, member: Member) -> None:
+    assert "cannot unpack layer 0" in tree.refuses(tar(member))
+
+
+def test_an_owner_is_that_of_the_last_layer(tree: Tree) -> None:
+    content = tree.unpack(
+        tar(directory("a", uid=200_000), Member("b", uid=200_000), hard_link("c", "b")),
+        tar(directory("a"), Member(".wh.b")),
+    )
+    owners = {bytes.fromhex(each.place): each.uid for each in content.owners}
+    if os.geteuid() == 0:
+        assert owners == {}
+        assert (tree.path / "c").stat().st_uid == 200_000
+        assert (tree.path / "a").stat().st_uid == 0
+    else:
+        assert owners == {b"c": 200_000}
 
 
 def test_a_link_within_the_image_is_followed(tree: Tree) -> None:

@@ -31,6 +31,7 @@ HEX = "a" * 64
         ("docker://host:5000/a/b:1.0", "docker://host:5000/a/b:1.0", "b-1.0"),
         ("host:5000/team/app", "docker://host:5000/team/app", "app"),
         (f"team/app@sha256:{HEX}", f"docker://team/app@sha256:{HEX}", "app"),
+        (f"team/app:1.2@sha256:{HEX}", f"docker://team/app@sha256:{HEX}", "app"),
         ("team/App_1:V2", "docker://team/App_1:V2", "app_1-v2"),
         ("oci:/tmp/My Layout", "oci:/tmp/My Layout", "my-layout"),
         ("oci:/tmp/layout:tag", "oci:/tmp/layout:tag", "layout-tag"),

@@ -258,6 +258,9 @@ class Image(Record, frozen=True):
     #: registered (`images.ext4.file_identity`). Empty: the file is banger's own.
     registered: str = ""
 
+    #: Nobody here has made its work seed: only guests look into it.
+    foreign_seed: bool = False
+
     @property
     def managed(self) -> bool:
         return not self.registered

@@ -88,10 +88,6 @@ class Images:
         await begun(progress, connection)
 
     async def _promote(self, params: ImageReference, connection: Connection) -> None:
-        """What machines of it were saved refers to the file where it was: it goes first."""
-        image = await self._images.get(params.image)
-        await self._standbys.retire_all()
-        await self._templates.forget_image(image.id)
         await begun(await self._imports.begin_promote(params.image), connection)
 
     async def _list(self, _: Nothing, connection: Connection) -> None:

@@ -6,9 +6,8 @@ and so do tests, with drivers in memory.
 
 from __future__ import annotations
 
-import asyncio
-
 from banger.base.config import Config
+from banger.base.model import Image
 from banger.base.paths import Paths
 from banger.daemon.maintenance import Maintenance
 from banger.daemon.reconcile import Reconciler
@@ -76,7 +75,10 @@ class Parts:
             size_limit_mib=config.image_size_limit,
         )
         self.image_imports = ImageImports(
-            self.images, self.operations, size_limit_mib=config.image_size_limit
+            self.images,
+            self.operations,
+            lambda image: self._forget(image),
+            size_limit_mib=config.image_size_limit,
         )
         self.publishing = Publishing(self.agents, self.liveness, lambda vm: self.vms.in_use(vm))
         self.capabilities = Capabilities(
@@ -187,6 +189,11 @@ class Parts:
             snapshots=self.snapshots,
         )
 
+    async def _forget(self, image: Image) -> None:
+        """Delete what was saved of machines of an image."""
+        await self.standbys.retire_all()
+        await self.templates.forget_image(image.id)
+
     async def reconcile(self) -> None:
         """See `reconcile`: before anybody is served."""
         await Reconciler(
@@ -202,7 +209,7 @@ class Parts:
             layers=self.layers,
             snapshots=self.snapshots,
         ).run()
-        await asyncio.to_thread(self.image_cache.remove_leftovers)
+        await self.image_cache.remove_leftovers()
         await self.results.settle()
 
     def maintenance(self) -> Maintenance:

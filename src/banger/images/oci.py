@@ -51,6 +51,13 @@ class Reference:
         return f"docker://{self.rest}" if self.is_remote else f"{self.transport}:{self.rest}"
 
     @property
+    def name(self) -> str:
+        """Of a remote one, without tag and digest."""
+        name = self.rest.partition("@")[0]
+        above, slash, last = name.rpartition("/")
+        return above + slash + last.partition(":")[0]
+
+    @property
     def is_remote(self) -> bool:
         return self.transport == "docker"
 
@@ -64,11 +71,7 @@ class Reference:
         """The same, whatever its tag names by then. Only what is remote has digests in names."""
         if not self.is_remote:
             return self
-        name = self.rest.partition("@")[0]
-        last = name.rpartition("/")[2]
-        if ":" in last:
-            name = name[: -len(last)] + last.partition(":")[0]
-        return Reference(self.transport, f"{name}@{digest}")
+        return Reference(self.transport, f"{self.name}@{digest}")
 
     def suggested_name(self) -> str:
         """A name for it here: ``debian-12`` for ``registry/library/debian:12``."""
@@ -105,7 +108,11 @@ def parse_reference(text: str) -> Reference:
             hint="it looks like debian:12, registry.example/team/app@sha256:…, oci:DIR or"
             " docker-archive:FILE",
         )
-    return Reference(transport, rest)
+    reference = Reference(transport, rest)
+    if reference.is_remote and "@" in rest:
+        # NAME:TAG@DIGEST, as people write it in Dockerfiles: the digest alone says which.
+        return reference.pinned(rest.partition("@")[2])
+    return reference
 
 
 class Descriptor(msgspec.Struct, frozen=True, rename="camel"):

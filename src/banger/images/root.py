@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from banger.base.errors import PreconditionFailed
 from banger.images.ext4 import MIB, Shape, edit_ext4, make_ext4
 from banger.images.progress import UNKNOWN, Progress
 from banger.images.unpack import Directory, Node, Owner, Unpacked
@@ -54,8 +55,9 @@ async def make_root(
         source = empty if content.home is None else home or tree / "root"
         seed = content.home or _HOME
         await make_ext4(source, files.work_seed, _shape("banger-work", seed))
-    below = [each for each in content.devices if _place(each).startswith(_BELOW_HOME)]
-    await edit_ext4(files.work_seed, _requests(seed, () if home else below, (), _BELOW_HOME))
+    devices = [each for each in content.devices if home is None and _is_below_home(each)]
+    owners = [each for each in content.owners if home is None and _is_below_home(each)]
+    await edit_ext4(files.work_seed, _requests(seed, devices, owners, _BELOW_HOME))
     return files
 
 
@@ -94,20 +96,35 @@ def _requests(
         *_owned("<2>", top.uid, top.gid),
     ]
     for node in devices:
-        place = _place(node).removeprefix(prefix).decode("utf-8", "surrogateescape")
-        directory, _, name = place.rpartition("/")
+        directory, _, name = _name(_place(node).removeprefix(prefix)).rpartition("/")
         requests += [
             f'cd "/{directory}"',
             f'mknod "{name}" {node.kind} 0 0',
-            *(f'set_inode_field "{name}" {field}' for field in _device_fields(node)),
-            f'set_inode_field "{name}" mode 0{_KINDS[node.kind] | node.mode:o}',
-            *_owned(f'"{name}"', node.uid, node.gid),
-            *(f'set_inode_field "{name}" {each}time @{node.mtime_s}' for each in "amc"),
+            # By a path: a name in angle brackets would be the number of an inode.
+            *(f'set_inode_field "./{name}" {field}' for field in _device_fields(node)),
+            f'set_inode_field "./{name}" mode 0{_KINDS[node.kind] | node.mode:o}',
+            *_owned(f'"./{name}"', node.uid, node.gid),
+            *(f'set_inode_field "./{name}" {each}time @{node.mtime_s}' for each in "amc"),
         ]
     for owner in owners:
-        place = _place(owner).decode("utf-8", "surrogateescape")
+        place = _name(_place(owner).removeprefix(prefix))
         requests += _owned(f'"/{place}"', owner.uid, owner.gid)
     return requests
+
+
+def _name(place: bytes) -> str:
+    """A path as it can stand in a request to debugfs, between quotes: each of its lines is a
+    request, and one that begins with ``!`` is a command for this machine's shell."""
+    if any(byte < 0x20 or byte in b'"\x7f' for byte in place):
+        raise PreconditionFailed(
+            f"{place!r} cannot be made: a device node, or a file whose owner's number is above"
+            " 65535, needs a name without quotes and control characters"
+        )
+    return place.decode("utf-8", "surrogateescape")
+
+
+def _is_below_home(noted: Node | Owner) -> bool:
+    return _place(noted).startswith(_BELOW_HOME)
 
 
 def _place(of: Node | Owner) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from banger.base.errors import (
     Unavailable,
 )
 from banger.images.oci import Descriptor, Manifest, Reference, decode_manifest, our_architecture
+from banger.images.userns import mortal
 
 _ASK_TIMEOUT_S = 120
 _COPY_TIMEOUT_S = 24 * 3600
@@ -63,20 +65,34 @@ class _Index(msgspec.Struct):
     manifests: tuple[Descriptor, ...]
 
 
-async def raw_manifest(reference: Reference, *, insecure: bool) -> bytes:
-    """The manifest or index that a reference names, as it is stored."""
+async def raw_manifest(
+    reference: Reference, scratch: Path, *, insecure: bool, advance: Advance
+) -> bytes:
+    """The manifest or index that a reference names, as it is stored.
+
+    Of an archive it takes a while: skopeo may unpack it first, into `scratch`. See `fetch`.
+    """
     options = () if not insecure else ("--tls-verify=false",)
-    return await _run(["inspect", "--raw", *options, str(reference)], reference, _ASK_TIMEOUT_S)
+    argv = ["inspect", "--raw", *options, str(reference)]
+    timeout_s = _ASK_TIMEOUT_S if reference.is_remote else _COPY_TIMEOUT_S
+    asking = asyncio.create_task(_run(argv, reference, scratch, timeout_s))
+    return await _watched(asking, lambda: _size(scratch), advance)
 
 
 async def fetch(
-    reference: Reference, blobs: Blobs, scratch: Path, *, insecure: bool, advance: Advance
+    reference: Reference,
+    announced: Manifest,
+    blobs: Blobs,
+    scratch: Path,
+    *,
+    insecure: bool,
+    advance: Advance,
 ) -> Manifest:
     """Bring what `reference` names into `blobs`; its manifest (of the instance for this machine).
 
-    `scratch` is an empty directory on the same file system, for the caller to remove. Raises
-    PermissionDenied, NotFound, Unavailable or PreconditionFailed, saying what to do. Cancelled, it
-    leaves no process, and of the blobs those that are whole.
+    `scratch` is an empty directory on the same file system, for the caller to remove. `advance`
+    may raise: that ends it. Raises PermissionDenied, NotFound, Unavailable or PreconditionFailed,
+    saying what to do. Cancelled, it leaves no process, and of the blobs those that are whole.
     """
     layout = scratch / "layout"
     argv = [
@@ -86,37 +102,60 @@ async def fetch(
         *("--dest-oci-accept-uncompressed-layers", "--dest-shared-blob-dir", str(blobs.directory)),
         *(str(reference), f"oci:{layout}:image"),
     ]
-    copying = asyncio.create_task(_run(argv, reference, _COPY_TIMEOUT_S, scratch=scratch))
-    try:
-        await _watch(copying, scratch, blobs.directory, advance)
-        await copying
-    finally:
-        copying.cancel()
-        with suppress(asyncio.CancelledError, BangerError):
-            await copying
+    # Others pull into the same directory: of that, what this manifest names and was not there.
+    coming = [blobs.path(layer.digest) for layer in announced.layers]
+    coming = [path for path in coming if not path.exists()]
+
+    def there() -> int:
+        return _size(scratch) + sum(map(_size_of, coming))
+
+    copying = asyncio.create_task(_run(argv, reference, scratch, _COPY_TIMEOUT_S))
+    stall_s = _STALL_S if reference.is_remote else math.inf
+    await _watched(copying, there, advance, stall_s)
     index = msgspec.json.decode((layout / "index.json").read_bytes(), type=_Index)
     return decode_manifest(await asyncio.to_thread(blobs.read, index.manifests[0]), str(reference))
 
 
-async def _watch(
-    copying: asyncio.Task[bytes], scratch: Path, blobs: Path, advance: Advance
-) -> None:
-    """Tell how much is there, until it is done; Unavailable when nothing has come for long."""
-    before = -1
-    begun = await asyncio.to_thread(_size, blobs)
+async def _watched(
+    running: asyncio.Task[bytes],
+    measure: Callable[[], int],
+    advance: Advance,
+    stall_s: float = math.inf,
+) -> bytes:
+    """What a skopeo prints, whose progress is told; Unavailable when nothing comes for so long."""
     loop = asyncio.get_running_loop()
-    changed_at = loop.time()
-    while not copying.done():
-        there = await asyncio.to_thread(_size, scratch) + await asyncio.to_thread(_size, blobs)
-        if there != before:
-            before, changed_at = there, loop.time()
-            advance(there - begun)
-        if loop.time() - changed_at > _STALL_S:
-            raise Unavailable(
-                f"the registry has sent nothing for {_STALL_S:g} s",
-                hint="try again: the layers that are whole are kept",
-            )
-        await asyncio.wait({copying}, timeout=_POLL_S)
+    before, changed_at = -1, loop.time()
+    try:
+        while not running.done():
+            there = await asyncio.to_thread(measure)
+            if there != before:
+                before, changed_at = there, loop.time()
+                advance(there)
+            if loop.time() - changed_at > stall_s:
+                raise Unavailable(
+                    f"the registry has sent nothing for {stall_s:g} s",
+                    hint="try again: the layers that are whole are kept",
+                )
+            await asyncio.wait({running}, timeout=_POLL_S)
+        return await running
+    finally:
+        running.cancel()
+        with suppress(asyncio.CancelledError, BangerError):
+            await running
+
+
+def _size(directory: Path) -> int:
+    total = 0
+    for above, _, files in os.walk(directory):
+        total += sum(_size_of(Path(above, name)) for name in files)
+    return total
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.lstat().st_size
+    except OSError:
+        return 0
 
 
 def _policies() -> tuple[str, str]:
@@ -126,23 +165,14 @@ def _policies() -> tuple[str, str]:
     )
 
 
-def _size(directory: Path) -> int:
-    total = 0
-    for above, _, files in os.walk(directory):
-        for name in files:
-            with suppress(OSError):
-                total += os.lstat(f"{above}/{name}").st_size
-    return total
-
-
-async def _run(
-    argv: Sequence[str], reference: Reference, timeout_s: float, scratch: Path | None = None
-) -> bytes:
+async def _run(argv: Sequence[str], reference: Reference, scratch: Path, timeout_s: float) -> bytes:
     # Where there is no policy for signatures at all skopeo refuses to work.
     options = () if any(map(os.path.exists, _policies())) else ("--insecure-policy",)
-    environment = dict(os.environ) | ({"TMPDIR": str(scratch)} if scratch else {})
+    environment = dict(os.environ) | {"TMPDIR": str(scratch)}
     try:
-        done = await proc.run(["skopeo", *options, *argv], timeout_s=timeout_s, env=environment)
+        done = await proc.run(
+            mortal(["skopeo", *options, *argv]), timeout_s=timeout_s, env=environment
+        )
     except proc.ProcessFailed as error:
         raise failure(error.completed.stderr.decode(errors="replace"), reference) from error
     return done.stdout
@@ -174,8 +204,11 @@ def failure(stderr: str, reference: Reference) -> BangerError:
     said = re.findall(r'level=fatal msg="((?:[^"\\]|\\.)*)"', stderr)
     tail = (said or stderr.strip().splitlines() or ["no reason given"])[-1][:600]
     tail = tail.replace('\\"', '"')
+    # Names may have any of these words in them.
+    named = rf"\S*{re.escape(reference.name)}\S*" if "/" in reference.name else r"\Z"
+    about = re.sub(named, "", tail)
     for pattern, kind, what, hint in _SIGNS:
-        if re.search(pattern, tail):
+        if re.search(pattern, about):
             registry = reference.registry or "the registry's name"
             return kind(
                 f"cannot pull {reference}: {what} ({tail})", hint=hint.format(registry=registry)

@@ -26,6 +26,8 @@ _PIECE_BYTES = 1 << 20
 _PIECES = 8
 #: The longest header: a long name, extended attributes (64 KiB each), a map of a sparse file.
 _HEADER_BYTES = 4 << 20
+#: What it may say of all its members: each gets a copy.
+_GLOBAL_HEADERS = 100
 #: What zstd may ask for, as its own tool has it.
 _MEMORY_BYTES = 128 << 20
 
@@ -112,6 +114,8 @@ class TarStream:
         self._piece = memoryview(b"")
         self._position = 0
         self._ended = False
+        #: Decompressed so far.
+        self.total_bytes = 0
         self._stored = _Counted(descriptor)
         threading.Thread(target=self._fill, daemon=True).start()
 
@@ -169,10 +173,9 @@ class TarStream:
     def _fill(self) -> None:
         try:
             with io.BufferedReader(self._stored, _PIECE_BYTES) as file:
-                total = 0
                 for piece in _decompressed(file):
-                    total += len(piece)
-                    if total > self._limit_bytes:
+                    self.total_bytes += len(piece)
+                    if self.total_bytes > self._limit_bytes:
                         raise ArchiveError(f"it holds more than {self._limit_bytes >> 20} MiB")
                     self._digest.update(piece)
                     self._pieces.put(piece)
@@ -231,4 +234,6 @@ def members(stream: TarStream, *, complete: bool) -> Iterator[tarfile.TarInfo]:
             raise ArchiveError(f"it is damaged, or no tar archive: {error}") from None
         except (ValueError, IndexError, OverflowError, RecursionError) as error:
             raise ArchiveError(f"a header of it is damaged: {error}") from None
+        if len(archive.pax_headers) > _GLOBAL_HEADERS:
+            raise ArchiveError("it says more of all its files than any archive needs")
         yield member

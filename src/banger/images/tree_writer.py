@@ -19,12 +19,19 @@ import tarfile
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from banger.images.tar_stream import ArchiveError, TarStream
 
+T = TypeVar("T")
+
 _NAME_BYTES = 255
 _PATH_BYTES = 4095
+#: Without links on the way. (mke2fs 1.47.0 damages its memory at 2040 bytes.)
+_PLACE_BYTES = 1023
+_DEPTH = 256
 _LINKS_FOLLOWED = 40
+_FULL_BYTES = 16 << 20
 _PIECE_BYTES = 1 << 20
 #: The last second that every ext4 can hold.
 _TIME_MAX_S = (1 << 31) - 1
@@ -39,7 +46,7 @@ _XATTR = "SCHILY.xattr."
 _XATTRS_KEPT = ("user.", "security.capability", "system.posix_acl_")
 
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE, tarfile.GNUTYPE_SPARSE)
-_DEVICES_MAX = 10_000
+_NOTED_MAX = 10_000
 _DEVICES = {tarfile.CHRTYPE: "c", tarfile.BLKTYPE: "b"}
 
 
@@ -72,10 +79,13 @@ class TreeWriter:
         #: Of the layer at hand: its members, which of them are directories, and what leads to them.
         self._members: dict[bytes, bool] = {}
         self._ancestors: set[bytes] = set()
+        #: Its opaque directories.
+        self._cleared: set[bytes] = set()
 
     def begin_layer(self) -> None:
         self._members.clear()
         self._ancestors.clear()
+        self._cleared.clear()
 
     def add(self, member: tarfile.TarInfo, stream: TarStream, *, whiteouts: bool) -> None:
         """Apply one member of a layer; its data is what `stream` gives next."""
@@ -98,7 +108,7 @@ class TreeWriter:
             return
         directory = self._place(above, _seconds(member))
         assert directory is not None  # it is made when it is missing
-        place = _join(directory, name)
+        place = _bounded(_join(directory, name))
         if not (is_directory and _is_directory(place)):
             self._remove(place)
         self._make(place, member, stream)
@@ -135,17 +145,22 @@ class TreeWriter:
             os.mkfifo(_at(place), 0o600)
             self._finish(place, member, None)
         elif member.type in _DEVICES:
-            if any(byte < 0x20 or byte in b'"\x7f' for byte in place):
-                raise ArchiveError(f"{_shown(place)} is no name for a device node")
-            if len(self.devices) == _DEVICES_MAX:
-                raise ArchiveError("it holds more device nodes than any image")
-            self.devices[place] = Device(
+            device = Device(
                 _DEVICES[member.type],
                 *(member.devmajor & 0xFFF, member.devminor & 0xFFFFF, member.mode & 0o7777),
-                *(member.uid, member.gid, _seconds(member)),
+                *(*_owner(place, member), _seconds(member)),
             )
+            self._note(self.devices, place, device)
         else:
             raise ArchiveError(f"{_shown(place)} is of no known type ({member.type!r})")
+
+    def _note(self, noted: dict[bytes, T], place: bytes, what: T) -> None:
+        """For `root.make_root`, which cannot take every name, nor any number of them."""
+        if any(byte < 0x20 or byte in b'"\x7f' for byte in place):
+            raise ArchiveError(f"{_shown(place)} is no name for a device node or such an owner")
+        if len(self.devices) + len(self.owners) >= _NOTED_MAX:
+            raise ArchiveError("it holds more device nodes, or owners above 65535, than any image")
+        noted[place] = what
 
     def _write(self, place: bytes, member: tarfile.TarInfo, stream: TarStream) -> None:
         if member.size < 0:
@@ -179,17 +194,18 @@ class TreeWriter:
         what: bytes | int = _at(place) if descriptor is None else descriptor
         follow = descriptor is not None
         is_link = member.type == tarfile.SYMTYPE
+        uid, gid = _owner(place, member)
         try:
             if follow:
-                os.chown(what, member.uid, member.gid)
+                os.chown(what, uid, gid)
             else:
-                os.chown(what, member.uid, member.gid, follow_symlinks=False)
-        except (OSError, OverflowError) as error:
-            if isinstance(error, OSError) and error.errno not in (errno.EINVAL, errno.EPERM):
+                os.chown(what, uid, gid, follow_symlinks=False)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.EPERM):
                 raise
-            if not (0 <= member.uid < 1 << 32 and 0 <= member.gid < 1 << 32):
-                raise ArchiveError(f"the owner of {_shown(place)} is damaged") from None
-            self.owners[place] = (member.uid, member.gid)
+            self._note(self.owners, place, (uid, gid))
+        else:
+            self.owners.pop(place, None)  # of a layer below
         if not is_link:
             os.chmod(what, member.mode & 0o7777)
         self._set_attributes(what, place, member)
@@ -212,7 +228,7 @@ class TreeWriter:
                 else:
                     os.setxattr(what, name, data, follow_symlinks=False)
             except OSError as error:
-                if error.errno == errno.ENOSPC:
+                if error.errno == errno.ENOSPC and _is_full():
                     raise
                 raise ArchiveError(
                     f"{_shown(place)} cannot have the attribute {name}: {error.strerror}"
@@ -223,20 +239,23 @@ class TreeWriter:
         directory = self._place(above)
         target = None if directory is None else _join(directory, name)
         if target is not None and target in self.devices:
-            self.devices[place] = self.devices[target]
+            self._note(self.devices, place, self.devices[target])
             return
         if target is None or not path or not os.path.lexists(_at(target)):
             raise ArchiveError(f"{_shown(place)} is a hard link to what is not there")
         if _is_directory(target):
             raise ArchiveError(f"{_shown(place)} is a hard link to a directory")
         os.link(_at(target), _at(place), follow_symlinks=False)
+        if target in self.owners:  # it is one file, whichever of its names stays
+            self._note(self.owners, place, self.owners[target])
 
     # --- whiteouts
 
     def _hide(self, above: bytes, name: bytes) -> None:
         directory = self._place(above)
         if name == _OPAQUE:
-            if directory is not None:
+            if directory is not None and above not in self._cleared:
+                self._cleared.add(above)
                 self._clear(directory, above)
             return
         if name.startswith(_WHITEOUT_NOTE):
@@ -312,6 +331,7 @@ class TreeWriter:
     def _make_directory(self, place: bytes, seconds: int) -> None:
         if place in self.devices:
             raise ArchiveError(f"{_shown(place)} is not a directory")
+        _bounded(place)
         os.mkdir(_at(place), 0o755)
         self._times[place] = seconds
 
@@ -363,8 +383,30 @@ def _checked(name: str) -> bytes:
     return path
 
 
+def _bounded(place: bytes) -> bytes:
+    """A place that all who come after can take: mke2fs and those who remove a tree go down it."""
+    if len(place) > _PLACE_BYTES or place.count(b"/") > _DEPTH:
+        raise ArchiveError(f"{_shown(place[:80])}… lies deeper than any image needs")
+    return place
+
+
 def _seconds(member: tarfile.TarInfo) -> int:
-    return max(0, min(int(member.mtime), _TIME_MAX_S))
+    try:
+        return max(0, min(int(member.mtime), _TIME_MAX_S))
+    except (ValueError, OverflowError):
+        raise ArchiveError("a time in it is no number") from None
+
+
+def _owner(place: bytes, member: tarfile.TarInfo) -> tuple[int, int]:
+    if not (0 <= member.uid < 1 << 32 and 0 <= member.gid < 1 << 32):
+        raise ArchiveError(f"the owner of {_shown(place)} is damaged")
+    return member.uid, member.gid
+
+
+def _is_full() -> bool:
+    """The disk, and not the place for the attributes of one file."""
+    info = os.statvfs("/")
+    return info.f_bavail * info.f_frsize < _FULL_BYTES
 
 
 def _shown(path: bytes) -> str:

@@ -7,14 +7,17 @@ stderr say how far it is: the number of the layer, and how much of it was read.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import errno
 import json
 import os
 import resource
 import stat
+import struct
 import sys
 import time
+from contextlib import suppress
 from typing import Any
 
 from banger.images.tar_stream import ArchiveError, TarStream, members
@@ -22,8 +25,11 @@ from banger.images.tree_writer import TreeWriter
 
 #: What no archive needs, whatever is in its headers.
 _MEMORY_BYTES = 2 << 30
-#: A tree may be as deep as the longest path has room for.
-_DEPTH = 10_000
+#: Headers may follow headers; what is deeper is damaged.
+_RECURSION = 2000
+#: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETFCAP (linux/capability.h, of version 3).
+_CAPABILITIES = (0, 1, 3, 4, 31)
+_CAPABILITY_VERSION = 0x20080522
 _REPORT_S = 0.2
 #: The archive around the files: names, times, padding.
 _OVERHEAD_BYTES = 2 << 30
@@ -43,9 +49,10 @@ class Reporter:
 
 def _unpack(job: dict[str, Any]) -> dict[str, Any]:
     writer = TreeWriter(limit_bytes=job["limit_bytes"], limit_entries=job["limit_entries"])
+    left_bytes = job["limit_bytes"] + _OVERHEAD_BYTES
     digests = []
     for number, layer in enumerate(job["layers"]):
-        stream = TarStream(layer["descriptor"], job["limit_bytes"] + _OVERHEAD_BYTES)
+        stream = TarStream(layer["descriptor"], left_bytes)
         reporter = Reporter(number)
         writer.begin_layer()
         try:
@@ -55,6 +62,11 @@ def _unpack(job: dict[str, Any]) -> dict[str, Any]:
             digests.append(stream.finish())
         except ArchiveError as error:
             return {"layer": number, "bad": str(error)}
+        except MemoryError:
+            return {"layer": number, "bad": "it takes more memory than any image needs"}
+        except (ValueError, TypeError, OverflowError, RecursionError, AttributeError) as error:
+            return {"layer": number, "bad": f"a header of it is damaged ({type(error).__name__})"}
+        left_bytes -= stream.total_bytes
     writer.end()
     return {
         "digests": digests,
@@ -89,23 +101,42 @@ def _directory(path: str) -> dict[str, int] | None:
     }
 
 
+def _shut_in(tree: str) -> None:
+    """Have `tree` as the root directory, and no right but to make files in it as others would.
+
+    Whatever is loaded from here on, modules or libraries, would be the archive's own.
+    """
+    # Of threads that end; the C library looks for it then.
+    with suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1")
+    libc = ctypes.CDLL(None, use_errno=True)
+    sys.meta_path.clear()
+    os.chroot(tree)
+    os.chdir("/")
+    kept = sum(1 << capability for capability in _CAPABILITIES)
+    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
+    low, high = kept & 0xFFFFFFFF, kept >> 32
+    if libc.capset(header, struct.pack("=6I", low, low, 0, high, high, 0)) != 0:
+        raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
+
+
 def main() -> None:
     job = json.loads(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
-    sys.setrecursionlimit(_DEPTH)
+    sys.setrecursionlimit(_RECURSION)
     os.umask(0)
-    sys.meta_path.clear()  # a module imported from here on would be one of the archive's
-    os.chroot(job["tree"])
-    os.chdir("/")
+    outcome: dict[str, Any]
     try:
+        _shut_in(job["tree"])
         outcome = _unpack(job)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         outcome = {"failed": error.strerror or str(error), "full": full}
-    except MemoryError:
-        outcome = {"layer": 0, "bad": "it takes more memory than any image needs"}
-    sys.stdout.write(json.dumps(outcome))
-    sys.stdout.flush()
+    except BaseException as error:  # no traceback: it would look for its source in the tree
+        outcome = {"failed": type(error).__name__, "full": False}
+    data = json.dumps(outcome).encode()
+    while data:
+        data = data[os.write(1, data) :]
     os._exit(0)  # not waiting for a thread that decompresses what nobody wants
 
 

@@ -43,6 +43,15 @@ def contained_argv(argv: proc.Argv, *, root: bool) -> list[str]:
     ]
 
 
+def mortal(argv: proc.Argv) -> list[str]:
+    """`argv` as a process that the kernel kills when this one dies, however it does; it has none of
+    its own. Raises PreconditionFailed when it is not installed."""
+    tool = os.fspath(argv[0])
+    if proc.which(tool) is None:
+        raise proc.missing_tool(tool)
+    return ["setpriv", "--pdeathsig", "KILL", *(os.fspath(word) for word in argv)]
+
+
 def contained(argv: proc.Argv) -> list[str]:
     """`contained_argv` for who we are."""
     return contained_argv(argv, root=os.geteuid() == 0)
@@ -67,10 +76,12 @@ async def remove_tree(path: Path) -> None:
 async def _remove_once(path: Path) -> None:
     try:
         await asyncio.to_thread(_remove, path)
+    except RecursionError:  # deeper than Python goes down; rm has no such limit
+        await _remove_contained(path)
     except PermissionError:
         if os.geteuid() == 0:
             raise
-        await _remove_as_namespace_root(path)
+        await _remove_contained(path)
 
 
 def _remove(path: Path) -> None:
@@ -82,7 +93,7 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
 
 
-async def _remove_as_namespace_root(path: Path) -> None:
+async def _remove_contained(path: Path) -> None:
     """What belongs to a subordinate uid can be removed only by the root of the namespace."""
     argv = contained(["rm", "-rf", "--one-file-system", "--", path])
     try:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from banger.base.cancellation import past_recall, to_its_end
-from banger.base.errors import BadRequest, BangerError
+from banger.base.errors import BadRequest
 from banger.base.files import move_into_place, sync_directory
 from banger.base.log import get_logger
 from banger.images.userns import remove_tree
@@ -67,9 +67,11 @@ async def staged(final: Path) -> AsyncIterator[Staging]:
         fcntl.flock(marker, fcntl.LOCK_EX)
         yield staging
     finally:
-        if not staging.published:
-            await to_its_end(remove_tree(staging.path))
-        os.close(marker)
+        try:
+            if not staging.published:
+                await to_its_end(remove_tree(staging.path))
+        finally:
+            os.close(marker)
 
 
 async def delete(
@@ -167,5 +169,5 @@ async def remove_leftovers(
             await unrecord(going)  # it may have died between the two
         try:
             await remove_tree(entry)
-        except BangerError as error:
-            get_logger().error("leftover stays", path=str(entry), error=error.message)
+        except Exception as error:  # whatever it is: the daemon starts
+            get_logger().error("leftover stays", path=str(entry), error=str(error))

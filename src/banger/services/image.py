@@ -39,7 +39,7 @@ from banger.services.kernel import KernelService
 from banger.services.locks import Locks, Rank
 from banger.services.operations import Operations, Progress
 from banger.services.single_flight import SingleFlight
-from banger.store.store import Store
+from banger.store.store import Store, image_exists
 
 #: The root file system in an image's directory, and a copy of one that is not whole yet.
 ROOTFS = "rootfs.ext4"
@@ -57,6 +57,7 @@ class Made(msgspec.Struct, frozen=True):
     source: str = ""
     digest: str = ""
     registered: str = ""
+    foreign_seed: bool = False
 
 
 class ImageService:
@@ -111,7 +112,7 @@ class ImageService:
             name, name, partial(self._build, name), partial(self._is_there, name)
         )
         if build is None:
-            raise _exists(name)
+            raise image_exists(name)
         return build
 
     async def _is_there(self, name: str) -> bool:
@@ -151,7 +152,7 @@ class ImageService:
     async def ensure_free(self, name: str) -> None:
         """Raise Conflict for a name that is taken."""
         if await self._is_there(name):
-            raise _exists(name)
+            raise image_exists(name)
 
     def up_to_date(self, there: Image, digest: str, progress: Progress) -> None:
         """Somebody wants to pull what has the name of an image: that is all if it is the same.
@@ -196,6 +197,7 @@ class ImageService:
             source=made.source,
             digest=made.digest,
             registered=made.registered,
+            foreign_seed=made.foreign_seed,
         )
         record = msgspec.json.format(msgspec.json.encode(image))
         (staging.path / "image.json").write_bytes(record)
@@ -209,9 +211,12 @@ class ImageService:
         """The image's work seed at this size: what a work disk of the size lies over.
 
         Made on first use and kept with the image (a megabyte), so that no guest spends its boot
-        on growing a file system. A size below the seed's own gives the seed.
+        on growing a file system. A size below the seed's own gives the seed; so does an image whose
+        seed was made elsewhere: its guests grow it, for tools of the host would have to read it.
         """
         seed = Path(image.work_seed_path)
+        if image.foreign_seed:
+            return seed
         sized = seed.with_name(f"{seed.stem}-{size_mib}{seed.suffix}")
         async with self._growing:
             if await asyncio.to_thread(_size_of, seed) >= size_mib << 20:
@@ -270,13 +275,6 @@ class ImageService:
             if not image.managed:  # a copy that was to be its own was not finished
                 for left in (COPYING, ROOTFS):
                     (Path(image.artifact_dir) / left).unlink(missing_ok=True)
-
-
-def _exists(name: str) -> Conflict:
-    return Conflict(
-        f'image "{name}" already exists',
-        hint=f"take another name, or to renew it: banger image delete {name}",
-    )
 
 
 def _size_of(path: Path) -> int:

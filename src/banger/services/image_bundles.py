@@ -74,6 +74,7 @@ class ImageBundles:
                 config=bundle.info.config,
                 source=f"pulled from {shown(entry.url)}",
                 digest=f"sha256:{entry.sha256}",
+                foreign_seed=True,
             )
             await self._images.publish(staging, name, made, progress)
 

@@ -17,12 +17,14 @@ from pathlib import Path
 import msgspec
 
 from banger.base.errors import Conflict
+from banger.base.log import get_logger
 from banger.base.paths import Paths
 from banger.images.skopeo import Blobs
-from banger.images.userns import temporary_tree
+from banger.images.userns import remove_tree, temporary_tree
 from banger.services.artifacts import new_id
 
 _MIB = 1 << 20
+_LOCK_POLL_S = 0.05
 
 
 class Pruned(msgspec.Struct, frozen=True):
@@ -51,11 +53,17 @@ class ImageCache:
     async def pulling(self) -> AsyncIterator[Path]:
         """Nothing is removed from the cache until the block ends; with an empty directory on the
         cache's file system."""
-        with self._lock(fcntl.LOCK_SH):
+        lock = self._open_lock()
+        try:
+            # Somebody removes, which takes no time; it may be another process.
+            while not _try_lock(lock, fcntl.LOCK_SH):  # noqa: ASYNC110
+                await asyncio.sleep(_LOCK_POLL_S)
             self.blobs.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._paths.pulls_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             async with temporary_tree(self._paths.pulls_dir / new_id()) as scratch:
                 yield scratch
+        finally:
+            os.close(lock)
 
     def touch(self, digests: list[str]) -> None:
         """These were used now: those that were used longest ago go first."""
@@ -72,16 +80,20 @@ class ImageCache:
         """Empty the cache; Conflict while a pull or a download uses it."""
         return await asyncio.to_thread(self._remove, 0, dry_run=dry_run)
 
-    def remove_leftovers(self) -> None:
-        """At start-up: what pulls that were killed have left beside whole layers."""
-        with suppress(Conflict), self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
-            for entry in _entries(self._paths.pulls_dir):
-                entry.path.unlink(missing_ok=True)
-            _remove_empty(self._paths.pulls_dir)
+    async def remove_leftovers(self) -> None:
+        """At start-up: what pulls that were killed have left beside whole layers, and what is
+        over the limit."""
+        with suppress(Conflict), self._alone():
+            for entry in await asyncio.to_thread(_names, self._paths.pulls_dir):
+                try:
+                    await remove_tree(entry)
+                except Exception as error:  # whatever it is: the daemon starts
+                    get_logger().error("leftover stays", path=str(entry), error=str(error))
+        await self.evict()
 
     def _remove(self, keep_bytes: int, *, dry_run: bool) -> Pruned:
         count = size = 0
-        with self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB):
+        with self._alone():
             entries = sorted(
                 (
                     entry
@@ -101,21 +113,35 @@ class ImageCache:
                     entry.path.unlink(missing_ok=True)
         return Pruned(files=count, size_bytes=size)
 
-    @contextmanager
-    def _lock(self, how: int) -> Iterator[None]:
+    def _open_lock(self) -> int:
         self._paths.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-        lock = os.open(self._paths.cache_dir / "lock", flags, 0o600)
+        return os.open(self._paths.cache_dir / "lock", flags, 0o600)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        lock = self._open_lock()
         try:
-            fcntl.flock(lock, how)
+            if not _try_lock(lock, fcntl.LOCK_EX):
+                raise Conflict(
+                    "the cache is in use: something is being pulled",
+                    hint="see: banger operations list",
+                )
             yield
-        except BlockingIOError:
-            raise Conflict(
-                "the cache is in use: something is being pulled",
-                hint="see: banger operations list",
-            ) from None
         finally:
             os.close(lock)
+
+
+def _try_lock(lock: int, how: int) -> bool:
+    try:
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _names(directory: Path) -> list[Path]:
+    return sorted(directory.iterdir()) if directory.is_dir() else []
 
 
 def _entries(directory: Path) -> list[_Entry]:
@@ -127,9 +153,3 @@ def _entries(directory: Path) -> list[_Entry]:
                 info = path.lstat()
                 found.append(_Entry(path, info.st_blocks * 512, info.st_mtime))
     return found
-
-
-def _remove_empty(directory: Path) -> None:
-    for above, _, _ in os.walk(directory, topdown=False):
-        with suppress(OSError):
-            Path(above).rmdir()

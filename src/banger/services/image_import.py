@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import stat
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -18,7 +19,7 @@ from banger.images.ext4 import check_ext4, file_identity, is_ext4
 from banger.images.preflight import ensure_free_space
 from banger.images.root import RootFiles, make_empty_seed, make_root
 from banger.images.unpack import Layer, Limits, unpack
-from banger.images.userns import temporary_tree
+from banger.images.userns import mortal, temporary_tree
 from banger.services.image import COPYING, ROOTFS, ImageService, Made
 from banger.services.operations import Operations, Progress
 from banger.services.preflight import REGISTER_ANEW, changed
@@ -48,9 +49,16 @@ class ImportRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 class ImageImports:
     def __init__(
-        self, images: ImageService, operations: Operations, *, size_limit_mib: int
+        self,
+        images: ImageService,
+        operations: Operations,
+        forget: Callable[[Image], Awaitable[None]],
+        *,
+        size_limit_mib: int,
     ) -> None:
         self._images = images
+        #: Deletes what was saved of machines of an image.
+        self._forget = forget
         self._operations = operations
         self._limits = Limits(content_bytes=size_limit_mib * _MIB)
         self._imports = SingleFlight(operations, "image.import")
@@ -111,10 +119,12 @@ class ImageImports:
     async def _promote(self, image: Image, progress: Progress) -> None:
         progress.describe(**image_attributes(image))
         async with self._images.alone(image) as image:
-            if problem := changed(image):
-                raise PreconditionFailed(problem, hint=REGISTER_ANEW.format(name=image.name))
+            _check_unchanged(image)
+            # What machines of it were saved lies over the file where it was.
+            await self._forget(image)
             directory = Path(image.artifact_dir)
             files = await self._copy(Path(image.rootfs_path), directory, progress, seed=False)
+            _check_unchanged(image)  # the copy is of one file, not of two
             progress.result(image=await self._images.adopt(image, files.rootfs))
 
     async def _copy(
@@ -129,10 +139,13 @@ class ImageImports:
         beside = dest / COPYING
         argv: list[str | Path] = ["cp", "--sparse=always", "--reflink=auto", "--", path, beside]
         try:
-            await proc.run(argv, timeout_s=_COPY_TIMEOUT_S)
+            await proc.run(mortal(argv), timeout_s=_COPY_TIMEOUT_S)
         except proc.ProcessFailed as error:
             beside.unlink(missing_ok=True)
             raise PreconditionFailed(f"cannot copy {path}: {error.message}") from error
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
         await asyncio.to_thread(beside.chmod, 0o600)
         await asyncio.to_thread(beside.rename, files.rootfs)
         if seed:
@@ -142,7 +155,8 @@ class ImageImports:
 
     async def _unpack(self, path: Path, dest: Path, progress: Progress) -> RootFiles:
         size = (await asyncio.to_thread(os.stat, path)).st_size
-        self._check_size(2 * size, dest)
+        self._check_size(size, dest)
+        ensure_free_space(dest, 2 * size + 64 * _MIB)
 
         def advance(_: int, read_bytes: int) -> None:
             of = f"{format_size(read_bytes)} of {format_size(size)}"
@@ -169,6 +183,11 @@ class ImageImports:
                 hint="raise image_size_limit in the configuration",
             )
         ensure_free_space(dest, need_bytes + 64 * _MIB)
+
+
+def _check_unchanged(image: Image) -> None:
+    if problem := changed(image):
+        raise PreconditionFailed(problem, hint=REGISTER_ANEW.format(name=image.name))
 
 
 def _checked(request: ImportRequest) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import msgspec
 
+from banger.base.cancellation import to_its_end
 from banger.base.errors import PreconditionFailed
 from banger.base.log import get_logger
 from banger.base.model import ImageConfig, Kernel, check_artifact_name
@@ -91,10 +92,27 @@ class ImagePulls:
         self, reference: Reference, name: str, request: PullRequest, progress: Progress
     ) -> None:
         if (entry := await self._bundles.entry(request.reference, progress)) is not None:
-            await self._bundles.pull(entry, name, request.kernel, progress)
+            try:
+                await self._bundles.pull(entry, name, request.kernel, progress)
+            finally:
+                await to_its_end(self._cache.evict())
             return
+        try:
+            async with self._cache.pulling() as scratch:
+                await self._from_source(reference, name, request, scratch, progress)
+        finally:  # what has come stays, however it ended
+            await to_its_end(self._cache.evict())
+
+    async def _from_source(
+        self,
+        reference: Reference,
+        name: str,
+        request: PullRequest,
+        scratch: Path,
+        progress: Progress,
+    ) -> None:
         progress.stage("resolve", str(reference))
-        raw = await skopeo.raw_manifest(reference, insecure=request.insecure)
+        raw = await self._manifest(reference, scratch / "asked", request, progress)
         digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
         if (there := await self._images.find(name)) is not None:
             self._images.up_to_date(there, digest, progress)
@@ -103,11 +121,10 @@ class ImagePulls:
         pinned = reference.pinned(digest)
         if announced.manifests and reference.is_remote:
             pinned = reference.pinned(choose_instance(announced.manifests, str(reference)))
-            announced = decode_manifest(
-                await skopeo.raw_manifest(pinned, insecure=request.insecure), str(reference)
-            )
+            raw = await self._manifest(pinned, scratch / "asked", request, progress)
+            announced = decode_manifest(raw, str(reference))
         kernel = await self._images.kernel(request.kernel, progress)
-        async with self._images.making(name) as staging, self._cache.pulling() as scratch:
+        async with self._images.making(name) as staging:
             self._check_size(announced, staging.path)
             for attempt in (1, 2):
                 fetched = await self._fetch(
@@ -122,7 +139,26 @@ class ImagePulls:
                     get_logger().warning("a layer in the cache was damaged", error=error.message)
             made = msgspec.structs.replace(made, digest=digest)
             await self._images.publish(staging, name, made, progress)
-        await self._cache.evict()
+
+    async def _manifest(
+        self, reference: Reference, scratch: Path, request: PullRequest, progress: Progress
+    ) -> bytes:
+        def advance(count: int) -> None:
+            self._check_came(reference, count, self._limits.content_bytes)
+            if count:
+                progress.stage("resolve", f"{reference}: {format_size(count)}")
+
+        async with temporary_tree(scratch):
+            return await skopeo.raw_manifest(
+                reference, scratch, insecure=request.insecure, advance=advance
+            )
+
+    def _check_came(self, reference: Reference, count: int, most: int) -> None:
+        if count > most:
+            raise PreconditionFailed(
+                f"{reference} holds more than {format_size(most)}, which it may not",
+                hint="at most image_size_limit, and of a registry what its manifest announces",
+            )
 
     def _check_size(self, announced: Manifest, dest: Path) -> None:
         limit_bytes = self._limits.content_bytes
@@ -148,16 +184,19 @@ class ImagePulls:
         there = [layer for layer in announced.layers if blobs.path(layer.digest).exists()]
         total = announced.size_bytes - sum(layer.size for layer in there)
 
+        # An archive comes twice: unpacked by skopeo, and as layers.
+        remote_most = 2 * total + 64 * _MIB
+        most = remote_most if reference.is_remote else 2 * self._limits.content_bytes
+
         def advance(count: int) -> None:
-            if count > 2 * total + 64 * _MIB and reference.is_remote:
-                raise PreconditionFailed(f"{reference} sends more than its manifest announces")
+            self._check_came(reference, count, most)
             of = f"of {format_size(total)}" if total else ""
             kept = f", {len(there)} of {len(announced.layers)} layers were there" if there else ""
             percent = min(100.0, 100 * count / total) if total else -1
             progress.stage("fetch", f"{format_size(count)} {of}{kept}", percent)
 
         manifest = await skopeo.fetch(
-            reference, blobs, scratch, insecure=request.insecure, advance=advance
+            reference, announced, blobs, scratch, insecure=request.insecure, advance=advance
         )
         what = str(reference)
         check_manifest(manifest, what)

@@ -123,14 +123,17 @@ class Store:
         return await self._run(work)
 
     async def insert_image(self, image: Image) -> None:
-        """Add an image; its name must be free."""
+        """Add an image. Raises Conflict when the name is taken."""
 
         def work(db: sqlite3.Connection) -> None:
-            with db:
-                db.execute(
-                    "INSERT INTO images (id, name, kernel_id, record) VALUES (?, ?, ?, ?)",
-                    (image.id, image.name, image.kernel_id, _json(image)),
-                )
+            try:
+                with db:
+                    db.execute(
+                        "INSERT INTO images (id, name, kernel_id, record) VALUES (?, ?, ?, ?)",
+                        (image.id, image.name, image.kernel_id, _json(image)),
+                    )
+            except sqlite3.IntegrityError as error:
+                raise image_exists(image.name) from error
 
         await self._run(work)
 
@@ -335,6 +338,13 @@ def snapshot_exists(name: str) -> Conflict:
     return Conflict(
         f'snapshot "{name}" already exists',
         hint=f"choose another name, or: banger snapshot delete {name}",
+    )
+
+
+def image_exists(name: str) -> Conflict:
+    return Conflict(
+        f'image "{name}" already exists',
+        hint=f"take another name, or to renew it: banger image delete {name}",
     )
 
 
