@@ -16,6 +16,7 @@ from banger.base import proc
 from banger.base.errors import BangerError, PreconditionFailed
 from banger.images.bootstrap import build_environment
 from banger.images.build import depersonalise, installed_packages
+from banger.images.shut_in import shut_in
 from banger.images.unpack import interpreter
 from banger.images.userns import contained
 
@@ -51,16 +52,20 @@ def _packages() -> tuple[str, ...]:
 
 
 def main() -> None:
-    sys.meta_path.clear()  # a module imported from here on would be one of the tree's
-    os.chroot(sys.argv[1])
-    os.chdir("/")
     os.umask(0o022)
     try:
+        shut_in(sys.argv[1])
         packages = _packages()
         depersonalise(Path("/"))
     except (BangerError, OSError) as error:
-        sys.exit(str(error))
+        sys.stderr.write(str(error))
+        os._exit(1)
+    except BaseException as error:  # no traceback: it would look for its source in the tree
+        sys.stderr.write(type(error).__name__)
+        os._exit(1)
     sys.stdout.write(json.dumps(packages))
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -7,19 +7,17 @@ stderr say how far it is: the number of the layer, and how much of it was read.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import errno
 import json
 import os
 import resource
 import stat
-import struct
 import sys
 import time
-from contextlib import suppress
 from typing import Any
 
+from banger.images.shut_in import shut_in
 from banger.images.tar_stream import ArchiveError, TarStream, members
 from banger.images.tree_writer import TreeWriter
 
@@ -27,9 +25,6 @@ from banger.images.tree_writer import TreeWriter
 _MEMORY_BYTES = 2 << 30
 #: Headers may follow headers; what is deeper is damaged.
 _RECURSION = 2000
-#: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETFCAP (linux/capability.h, of version 3).
-_CAPABILITIES = (0, 1, 3, 4, 31)
-_CAPABILITY_VERSION = 0x20080522
 _REPORT_S = 0.2
 #: The archive around the files: names, times, padding.
 _OVERHEAD_BYTES = 2 << 30
@@ -101,25 +96,6 @@ def _directory(path: str) -> dict[str, int] | None:
     }
 
 
-def _shut_in(tree: str) -> None:
-    """Have `tree` as the root directory, and no right but to make files in it as others would.
-
-    Whatever is loaded from here on, modules or libraries, would be the archive's own.
-    """
-    # Of threads that end; the C library looks for it then.
-    with suppress(OSError):
-        ctypes.CDLL("libgcc_s.so.1")
-    libc = ctypes.CDLL(None, use_errno=True)
-    sys.meta_path.clear()
-    os.chroot(tree)
-    os.chdir("/")
-    kept = sum(1 << capability for capability in _CAPABILITIES)
-    header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
-    low, high = kept & 0xFFFFFFFF, kept >> 32
-    if libc.capset(header, struct.pack("=6I", low, low, 0, high, high, 0)) != 0:
-        raise OSError(ctypes.get_errno(), "capabilities cannot be given up")
-
-
 def main() -> None:
     job = json.loads(sys.argv[1])
     resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
@@ -127,7 +103,7 @@ def main() -> None:
     os.umask(0)
     outcome: dict[str, Any]
     try:
-        _shut_in(job["tree"])
+        shut_in(job["tree"])
         outcome = _unpack(job)
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
