@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import leftovers
-from product import Banger
+from product import IMAGE, Banger
 
 _ENDS_S = 20
 
@@ -115,17 +115,24 @@ def new_home(directory: Path) -> Home:
 
 
 def copy_artifacts(source: Path, home: Home) -> None:
-    """Give `home` a copy of the images and kernels of the home at `source`, records included."""
-    home.data.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run(["cp", "-a", "--sparse=always", source / "data/banger", home.data], check=True)
+    """Give `home` a copy of the small image of the home at `source`, and of its kernel, records
+    included. Whatever else other tests have left there stays there."""
     home.state.mkdir(parents=True, mode=0o700)
     with (
         sqlite3.connect(source / "state/banger/banger.db") as old,
         sqlite3.connect(home.state / "banger.db") as new,
     ):
         old.backup(new)
-        for table in ("vms", "templates"):
+        for table in ("vms", "templates", "snapshots"):
             new.execute(f"DELETE FROM {table}")
+        new.execute("DELETE FROM images WHERE name != ?", (IMAGE,))
+        new.execute("DELETE FROM kernels WHERE id NOT IN (SELECT kernel_id FROM images)")
+        for table in ("images", "kernels"):
+            (home.data / table).mkdir(parents=True, mode=0o700)
+            for (name,) in new.execute(f"SELECT id FROM {table}"):
+                there = source / "data/banger" / table / name
+                copy = ["cp", "-a", "--sparse=always", there, home.data / table]
+                subprocess.run(copy, check=True)
         for table in ("images", "kernels"):
             new.execute(
                 f"UPDATE {table} SET record = replace(record, ?, ?)",

@@ -215,8 +215,9 @@ def test_two_requests_share_a_build_and_the_last_to_leave_takes_it_back(bare_hom
     building = bare_home.banger.start("image", "build", IMAGE)
     until(lambda: _mmdebstrap_runs(bare_home), "packages are being fetched")
     with RawClient(bare_home.socket) as client:
-        (operation,) = client.result("operations.list")
-        assert operation["kind"] == "image.build"
+        (operation,) = (
+            each for each in client.result("operations.list") if each["kind"] == "image.build"
+        )
         again = client.result("image.build.begin", image=IMAGE)
         assert again["operation_id"] == operation["id"]
         building.send_signal(signal.SIGINT)
