@@ -370,7 +370,7 @@ async def test_an_image_larger_than_the_setting_is_refused_unread(tmp_path: Path
     bundle, dest = tmp_path / "bundle", tmp_path / "dest"
     dest.mkdir()
     bundle.write_bytes(zstandard.ZstdCompressor().compress(first + second))
-    with pytest.raises(PreconditionFailed, match="more than the 97.7 KiB") as caught:
+    with pytest.raises(PreconditionFailed, match=r"more than the 97\.7 KiB") as caught:
         await unpack_image_bundle(bundle, dest, "x86_64", quiet, limit_bytes=100_000)
     assert "image_size_limit" in caught.value.hint
     assert [path.name for path in dest.iterdir()] == ["rootfs.ext4"]
