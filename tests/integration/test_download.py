@@ -409,7 +409,7 @@ async def test_too_little_room_is_said_before_anything_comes(
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     error = await place.failure(server.url)
-    assert "needs 4.77 MiB free" in error.message
+    assert "needs 261 MiB free" in error.message
     assert "XDG_CACHE_HOME" in error.hint
 
 

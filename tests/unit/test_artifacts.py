@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -111,6 +112,18 @@ async def test_cancelled_while_it_is_recorded_it_stays_with_its_record(tmp_path:
     await task  # it is, and whoever asked is told so
     assert names(tmp_path) == ["x"]
     assert names(tmp_path / "x") == []
+
+
+async def test_what_is_no_file_is_not_written_over(tmp_path: Path) -> None:
+    file, pipe, link = tmp_path / "file", tmp_path / "pipe", tmp_path / "link"
+    file.touch()
+    os.mkfifo(pipe)
+    link.symlink_to(file)
+    for there in (pipe, link, Path("/dev/null"), Path("/dev/stdout")):
+        with pytest.raises(BadRequest, match="not a regular file"):
+            await artifacts.check_target(there)
+    for good in (file, tmp_path / "new"):
+        await artifacts.check_target(good)
 
 
 async def test_leftovers_are_what_a_dead_daemon_was_at_and_nothing_else(

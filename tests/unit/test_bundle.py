@@ -111,7 +111,9 @@ async def test_an_image_comes_out_sparse_and_with_what_it_says_of_itself(tmp_pat
         config=ImageConfig(env=("A=1",), cmd=("sh",)),
     )
     await pack_image_bundle(image, "x86_64", tmp_path / "bundle", quiet)
-    found = await unpack_image_bundle(tmp_path / "bundle", dest, "x86_64", quiet)
+    found = await unpack_image_bundle(
+        tmp_path / "bundle", dest, "x86_64", quiet, limit_bytes=20_000
+    )
     assert (found.info.init, found.info.packages) == (InitMode.SYSTEMD, ("git=1",))
     assert found.info.config == image.config
     assert found.rootfs.stat().st_size == 20 << 30
@@ -348,6 +350,32 @@ async def test_files_larger_than_any_is_are_refused_unread(
     assert f"{name} is too large" in await refused(tmp_path, summed(header(name, size)))
 
 
+async def test_boot_modules_are_bounded_together(tmp_path: Path) -> None:
+    """All of them are read into memory to make the initramfs, and holes cost nothing here."""
+    many = [member(f"boot-modules/00-a{number}.ko") for number in range(100)]
+    assert "too many or too large: 101 of" in await refused(tmp_path, raw_tar(*usual(), *many))
+
+
+async def test_boot_modules_of_holes_are_bounded_together(tmp_path: Path) -> None:
+    large = [
+        sparse(33 << 20, 512, (0, 512), name=f"boot-modules/0{number}-a.ko") for number in (0, 1)
+    ]
+    assert "too many or too large: 2 of 66 MiB" in await refused(tmp_path, b"".join(large))
+
+
+async def test_an_image_larger_than_the_setting_is_refused_unread(tmp_path: Path) -> None:
+    """What is stored of its files counts, of both of them, and no holes."""
+    first = sparse(1 << 30, 60_416, (0, 60_416), name="rootfs.ext4")
+    second = summed(header("work-seed.ext4", 40_000))
+    bundle, dest = tmp_path / "bundle", tmp_path / "dest"
+    dest.mkdir()
+    bundle.write_bytes(zstandard.ZstdCompressor().compress(first + second))
+    with pytest.raises(PreconditionFailed, match=r"more than the 97\.7 KiB") as caught:
+        await unpack_image_bundle(bundle, dest, "x86_64", quiet, limit_bytes=100_000)
+    assert "image_size_limit" in caught.value.hint
+    assert [path.name for path in dest.iterdir()] == ["rootfs.ext4"]
+
+
 async def test_a_bomb_is_refused_before_it_is_unpacked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -376,8 +404,8 @@ async def test_what_does_not_fit_on_the_disk_is_refused(
     assert "there is no room" in await refused(tmp_path, raw_tar(*usual()))
 
 
-def sparse(size: int, stored: int, *extents: tuple[int, int]) -> bytes:
-    block = header("modules.ext4", stored, b"S")
+def sparse(size: int, stored: int, *extents: tuple[int, int], name: str = "modules.ext4") -> bytes:
+    block = header(name, stored, b"S")
     for position, (offset, length) in enumerate(extents):
         start = 386 + 24 * position
         block[start : start + 24] = b"%011o\0%011o\0" % (offset, length)

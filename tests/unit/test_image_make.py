@@ -13,7 +13,7 @@ import pytest
 from banger.base.errors import BadRequest, Conflict, NotFound
 from banger.base.model import Operation, OperationState
 from banger.base.opid import current_op_id, new_op_id
-from banger.guest.requests import Exec, Pack, Stat, Write
+from banger.guest.requests import Exec, Pack, Setup, Stat, Write
 from banger.images.root import RootFiles
 from banger.images.unpack import BadArchive, Directory, Layer, Unpacked
 from banger.services import build_log, image_guest, image_make
@@ -258,6 +258,34 @@ async def test_a_machine_that_is_ended_ends_the_build(world: World) -> None:
     assert done.error is not None
     assert f'vm "{vm.name}" has ended' in done.error.message
     await assert_nothing_left(world)
+
+
+async def test_a_guest_that_does_not_come_up_leaves_its_console_and_nothing_else(
+    world: World,
+) -> None:
+    world.agent.exits[Setup.KIND] = b"\2\0\0\0\x10busy"
+    world.hypervisor.console = b"x" * (300 << 10) + b"\nKernel panic\x1b[2J\n"
+    progress = await begin(world, request())
+    done = await ended(progress)
+    log = world.image_maker.log_of(progress)
+    assert done.error is not None
+    assert done.error.message.startswith("the machine of the build did not come up: ")
+    assert "Kernel panic?[2J" in done.error.message
+    assert done.error.message.endswith(f"; inspect {log}")
+    assert "banger vm" not in done.error.hint
+    assert log.read_bytes().endswith(b"\nKernel panic\x1b[2J\n")
+    assert log.stat().st_size < 257 << 10
+    await assert_nothing_left(world)
+
+
+async def test_cut_off_while_its_guest_is_lost_it_leaves_nothing(world: World) -> None:
+    world.agent.exits[Setup.KIND] = b"\2\0\0\0\x10busy"
+    for steps in (*range(0, 400, 7), 10_000):
+        progress = await begin(world, request())
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await world.operations.cancel(progress.record.id)
+        await assert_nothing_left(world)
 
 
 async def test_cut_off_at_any_moment_it_leaves_nothing(world: World) -> None:

@@ -84,6 +84,21 @@ def test_equal_input_gives_equal_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+@pytest.mark.parametrize(("count", "size"), [(101, 0), (1, (64 << 20) + 1)])
+def test_modules_that_would_fill_the_memory_are_refused_unread(
+    tmp_path: Path, count: int, size: int
+) -> None:
+    agent, modules = _inputs(tmp_path)
+    for module in modules.iterdir():
+        module.unlink()
+    for number in range(count):
+        with (modules / f"{number:02}-a.ko").open("wb") as file:
+            file.truncate(size)
+    with pytest.raises(PreconditionFailed, match="too many or too large"):
+        build_initramfs(tmp_path / "initramfs.cpio", agent=agent, modules=modules)
+    assert not (tmp_path / "initramfs.cpio").exists()
+
+
 def test_a_missing_agent_is_an_error_and_leaves_the_old_one(tmp_path: Path) -> None:
     agent, modules = _inputs(tmp_path)
     dest = tmp_path / "initramfs.cpio"

@@ -394,6 +394,27 @@ async def test_a_build_for_an_image_and_one_asked_for_are_one(
     assert "" not in {stage for stage, _, _ in said}
 
 
+async def test_a_kernel_that_came_another_way_during_its_build_is_taken(
+    world: World, image: Path, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await world.store.delete_kernel("kernel")
+    begun_to, go_on = asyncio.Event(), asyncio.Event()
+
+    async def build(dest: Path, *, progress: Tell) -> object:
+        begun_to.set()
+        await go_on.wait()
+        return await import_kernel(KernelFiles(image, config=config), dest, progress=progress)
+
+    monkeypatch.setattr(kernel_module, "build_kernel", build)
+    ensuring = asyncio.create_task(world.kernels.ensure(quiet))
+    await begun_to.wait()
+    done = await begun(world.kernels.begin_import("debian", KernelFiles(image, config=config)))
+    go_on.set()
+    assert done.kernel is not None
+    assert await ensuring == done.kernel
+    assert directories(world) == {"kernel", done.kernel.id}
+
+
 async def test_a_kernel_in_use_is_kept_and_goes_with_its_files_afterwards(world: World) -> None:
     vm = await world.create("box")
     await world.store.insert_snapshot(a_snapshot("snap", kernel_id="kernel"))

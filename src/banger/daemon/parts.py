@@ -65,7 +65,12 @@ class Parts:
         )
         self.images = ImageService(paths, store, self.operations, self.kernels)
         self.image_bundles = ImageBundles(
-            paths, self.images, self.operations, self.image_cache, config.catalog_url
+            paths,
+            self.images,
+            self.operations,
+            self.image_cache,
+            config.catalog_url,
+            size_limit_mib=config.image_size_limit,
         )
         self.image_pulls = ImagePulls(
             self.images,

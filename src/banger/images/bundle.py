@@ -25,8 +25,10 @@ from banger.base.cancellation import in_thread
 from banger.base.errors import PreconditionFailed
 from banger.base.files import open_regular, sync_file
 from banger.base.model import Image, ImageConfig, InitMode, Kernel
+from banger.base.units import format_size
 from banger.images.bundle_tar import Member, TarReader, TarWriter, damaged, stored_bytes
 from banger.images.ext4 import MIB, check_ext4
+from banger.images.initramfs import BOOT_MODULES_MAX_BYTES, check_boot_modules
 from banger.images.kernel import BOOT_MODULES_DIR, KernelBuild, check_vmlinux, sync_kernel
 from banger.images.progress import Progress, Steps
 from banger.images.vmlinux import VMLINUX_MAX_BYTES, linux_version
@@ -45,7 +47,6 @@ _LEVEL = 9
 _KERNEL_FILES = {"vmlinux": VMLINUX_MAX_BYTES, "config": 4 * MIB, "modules.ext4": 4 * _GIB}
 _IMAGE_FILES = {"rootfs.ext4": 16 << 40, "work-seed.ext4": 16 << 40}
 _BOOT_MODULE = re.compile(rf"{BOOT_MODULES_DIR}/[0-9]{{2}}-[A-Za-z0-9_]{{1,64}}\.ko")
-_BOOT_MODULE_MAX_BYTES = 64 * MIB
 _VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z._+~-]{0,63}")
 
 
@@ -87,7 +88,7 @@ async def unpack_kernel_bundle(
     """
     boot_modules = dest / BOOT_MODULES_DIR
     boot_modules.mkdir(mode=0o700)
-    unpack = partial(_unpack, bundle, dest, "kernel.json", _kernel_limit)
+    unpack = partial(_unpack, bundle, dest, "kernel.json", _KernelMembers())
     raw, names = await _in_thread(unpack, "unpack", progress)
     info = _info(raw, KernelInfo, "kernel.json")
     _check_architecture(info.architecture, architecture)
@@ -106,10 +107,11 @@ async def unpack_kernel_bundle(
 
 
 async def unpack_image_bundle(
-    bundle: Path, dest: Path, architecture: str, progress: Progress
+    bundle: Path, dest: Path, architecture: str, progress: Progress, *, limit_bytes: int
 ) -> ImageBundle:
-    """Unpack an image into the directory `dest`; as `unpack_kernel_bundle`."""
-    unpack = partial(_unpack, bundle, dest, "image.json", _IMAGE_FILES.get)
+    """Unpack an image into the directory `dest`, no more of it than `limit_bytes`, holes left out;
+    as `unpack_kernel_bundle`."""
+    unpack = partial(_unpack, bundle, dest, "image.json", _ImageMembers(limit_bytes))
     raw, names = await _in_thread(unpack, "unpack", progress)
     info = _info(raw, ImageInfo, "image.json")
     _check_architecture(info.architecture, architecture)
@@ -177,17 +179,48 @@ class _Unpacked:
         return b"".join(pieces)
 
 
-def _kernel_limit(name: str) -> int | None:
-    if _BOOT_MODULE.fullmatch(name):
-        return _BOOT_MODULE_MAX_BYTES
-    return _KERNEL_FILES.get(name)
+class _KernelMembers:
+    """Refuses what does not belong into the bundle of a kernel."""
+
+    def __init__(self) -> None:
+        self._modules = self._modules_bytes = 0
+
+    def __call__(self, member: Member) -> None:
+        if _BOOT_MODULE.fullmatch(member.name) is None:
+            _check_member(member, _KERNEL_FILES.get(member.name))
+            return
+        _check_member(member, BOOT_MODULES_MAX_BYTES)
+        self._modules += 1
+        self._modules_bytes += member.size
+        try:
+            check_boot_modules(self._modules, self._modules_bytes)
+        except PreconditionFailed as error:
+            raise damaged(error.message) from None
+
+
+class _ImageMembers:
+    """Refuses what does not belong into the bundle of an image, and more than `limit_bytes`."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._stored = 0
+
+    def __call__(self, member: Member) -> None:
+        _check_member(member, _IMAGE_FILES.get(member.name))
+        self._stored += member.stored
+        if self._stored > self._limit_bytes:
+            raise PreconditionFailed(
+                f"the bundle holds more than the {format_size(self._limit_bytes)} that an image"
+                " may have",
+                hint="raise image_size_limit in the configuration",
+            )
 
 
 def _unpack(
     bundle: Path,
     dest: Path,
     info_name: str,
-    limit_of: Callable[[str], int | None],
+    check_member: Callable[[Member], None],
     steps: Steps,
     check: Callable[[], None],
 ) -> tuple[bytes, set[str]]:
@@ -216,7 +249,7 @@ def _unpack(
             if member.name == info_name and not member.is_directory:
                 info = reader.content(member, _JSON_MAX_BYTES)
                 continue
-            _check_member(member, limit_of(member.name))
+            check_member(member)
             with (dest / member.name).open("xb") as target:
                 os.fchmod(target.fileno(), 0o600)
                 reader.copy(member, target, tell)

@@ -28,7 +28,7 @@ from urllib.parse import urljoin
 
 import msgspec
 
-from banger.base.cancellation import in_thread
+from banger.base.cancellation import in_thread, to_its_end
 from banger.base.errors import BadRequest, BangerError, NotFound, PreconditionFailed, Unavailable
 from banger.base.files import open_regular, write_atomically
 from banger.base.units import format_size
@@ -48,6 +48,8 @@ _PAUSE_MAX_S = 30.0
 _REDIRECTS_MAX = 10
 _LOCK_POLL_S = 0.5
 _PIECE = 1 << 20
+#: What is left of the disk for machines that run meanwhile.
+_KEEP_FREE_BYTES = 256 << 20
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 #: What may go another way soon: time-outs, too many requests, a server or proxy in trouble.
@@ -147,7 +149,8 @@ async def fetch_small(url: str, limit_bytes: int, check_url: Callable[[str], obj
 @asynccontextmanager
 async def _locked(path: Path, progress: Progress) -> AsyncIterator[None]:
     """The lock file `path`, ours; it goes with the lock."""
-    while (descriptor := await asyncio.to_thread(_try_lock, path)) is None:
+    # Not in a thread: a cancellation could lose what it has locked, and it does not block.
+    while (descriptor := _try_lock(path)) is None:
         progress("download", "another banger is fetching it", UNKNOWN)
         # No event tells of an flock, and a thread that waits for one cannot be cancelled.
         await asyncio.sleep(_LOCK_POLL_S)
@@ -282,8 +285,9 @@ async def _receive(
                     raise _Other(f"it is longer than the {what.size_bytes} bytes it should have")
                 buffer += piece
                 if len(buffer) >= _PIECE:
-                    await asyncio.to_thread(file.write, bytes(buffer))
-                    buffer.clear()
+                    # Taken out first: a cancellation does not keep the thread from writing it.
+                    full, buffer = bytes(buffer), bytearray()
+                    await to_its_end(asyncio.to_thread(file.write, full))
                     steps.say(done, what.size_bytes)
         finally:
             if done <= what.size_bytes:
@@ -321,13 +325,21 @@ async def _get(
             if not response.has_redirect_location:
                 yield response
                 return
-            target = urljoin(str(response.url), response.headers["location"])
+            target = _target(response)
             check_redirect(url, target)
             check_url(target)
             url = target
         finally:
             await response.aclose()
     raise Unavailable(f"{shown(url)}: the server redirects for ever")
+
+
+def _target(response: httpx.Response) -> str:
+    try:
+        return urljoin(str(response.url), response.headers["location"])
+    except ValueError as error:
+        url = shown(str(response.url))
+        raise Unavailable(f"{url}: the server redirects to what is no URL: {error}") from None
 
 
 def _client(url: str) -> httpx.AsyncClient:
@@ -359,7 +371,7 @@ def _retry_after(response: httpx.Response) -> float:
     value = response.headers.get("retry-after", "").strip()
     if value.isdecimal():
         return float(value[:6])
-    with suppress(ValueError):
+    with suppress(ValueError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return 0.0
 
@@ -409,9 +421,10 @@ def _sidecar(part: Path) -> Path:
 
 def _known(part: Path) -> _Part | None:
     try:
-        return msgspec.json.decode(_sidecar(part).read_bytes(), type=_Part)
+        known = msgspec.json.decode(_sidecar(part).read_bytes(), type=_Part)
     except (OSError, msgspec.DecodeError):
         return None
+    return known if _can_be_sent(known.validator) else None
 
 
 def _note_validator(part: Path, url: str, response: httpx.Response) -> None:
@@ -419,8 +432,13 @@ def _note_validator(part: Path, url: str, response: httpx.Response) -> None:
     etag = response.headers.get("etag", "")
     validator = etag if etag.startswith('"') else response.headers.get("last-modified", "")
     _sidecar(part).unlink(missing_ok=True)
-    if validator:
+    if _can_be_sent(validator):
         write_atomically(_sidecar(part), msgspec.json.encode(_Part(url, validator)), durable=False)
+
+
+def _can_be_sent(validator: str) -> bool:
+    """httpx reads headers of any bytes, and sends ASCII alone."""
+    return validator != "" and validator.isascii() and validator.isprintable()
 
 
 def _forget(part: Path) -> None:
@@ -445,6 +463,7 @@ def _size_of(path: Path) -> int:
 
 
 def _ensure_room(directory: Path, need_bytes: int) -> None:
+    need_bytes += _KEEP_FREE_BYTES
     free = shutil.disk_usage(directory).free
     if free < need_bytes:
         raise PreconditionFailed(

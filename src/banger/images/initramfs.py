@@ -14,6 +14,12 @@ from pathlib import Path
 
 from banger.base.errors import PreconditionFailed
 from banger.base.files import write_atomically
+from banger.base.units import format_size
+
+#: Of the modules of one, more than any kernel needs (Debian's, some ten): all of it is in memory,
+#: here while it is made, and in each guest.
+BOOT_MODULES_MAX = 100
+BOOT_MODULES_MAX_BYTES = 64 << 20
 
 _ALIGN = 4
 _CONSOLE = (5, 1)
@@ -33,17 +39,30 @@ def build_initramfs(dest: Path, *, agent: Path, modules: Path) -> None:
     """Write `dest` from the agent's binary and the ``NN-name.ko`` files in `modules`.
 
     Atomic: a reader sees the old one or the new one. Raises PreconditionFailed when an input
-    cannot be read. Blocks for some milliseconds: a few MB, synced.
+    cannot be read or there are too many modules. Blocks for some milliseconds: a few MB, synced.
     """
     try:
         init = agent.read_bytes()
-        content = [(each.name, each.read_bytes()) for each in sorted(modules.glob("*.ko"))]
+        files = sorted(modules.glob("*.ko"))
+        check_boot_modules(len(files), sum(each.stat().st_size for each in files))
+        content = [(each.name, each.read_bytes()) for each in files]
     except OSError as error:
         raise PreconditionFailed(
             f"cannot make the initramfs: {error.filename}: {error.strerror}",
             hint="install banger again: the guest agent is part of it",
         ) from error
     write_atomically(dest, pack_newc(initramfs_entries(init, content)))
+
+
+def check_boot_modules(count: int, size_bytes: int) -> None:
+    """Raise PreconditionFailed for more modules than an initramfs may have."""
+    if count > BOOT_MODULES_MAX or size_bytes > BOOT_MODULES_MAX_BYTES:
+        raise PreconditionFailed(
+            f"the modules that a guest needs to boot are too many or too large: {count} of"
+            f" {format_size(size_bytes)} (up to {BOOT_MODULES_MAX} of"
+            f" {format_size(BOOT_MODULES_MAX_BYTES)})",
+            hint="strip them of what debuggers need: strip --strip-debug",
+        )
 
 
 def initramfs_entries(init: bytes, modules: list[tuple[str, bytes]]) -> list[Entry]:

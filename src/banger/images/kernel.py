@@ -19,6 +19,7 @@ from banger.base.files import sync_file
 from banger.images import preflight
 from banger.images.bootstrap import Bootstrap, bootstrap, build_environment
 from banger.images.ext4 import MIB, fitting_shape, make_ext4
+from banger.images.initramfs import check_boot_modules
 from banger.images.progress import UNKNOWN, Progress
 from banger.images.userns import contained, temporary_tree
 from banger.images.vmlinux import elf_problem, extract_vmlinux
@@ -122,6 +123,7 @@ def _take_boot_files(tree: Path, modules: Path, built: KernelBuild) -> None:
 
 def take_boot_modules(modules: Path, order: list[str], dest: Path) -> None:
     """Copy the files `order`, of `boot_module_order`, to the new directory `dest`."""
+    check_boot_modules(len(order), sum((modules / module).stat().st_size for module in order))
     dest.mkdir(mode=0o700)
     for position, module in enumerate(order):
         shutil.copyfile(modules / module, dest / f"{position:02}-{module_name(module)}.ko")

@@ -12,6 +12,7 @@ import asyncio
 import fcntl
 import os
 import secrets
+import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -97,11 +98,17 @@ def _nobody_asks(stage: str) -> None:
 
 
 async def check_target(file: Path) -> None:
-    """Raise BadRequest for a path that no file can be written to."""
+    """Raise BadRequest for a path that no file can be written to, or that is no file's.
+
+    The file is renamed to its place: a device, a pipe or a link there would be gone.
+    """
     if not file.is_absolute():
         raise BadRequest(f"{file} is not an absolute path")
     if await asyncio.to_thread(file.is_dir) or not await asyncio.to_thread(file.parent.is_dir):
         raise BadRequest(f"{file} cannot be written: give the name of a file in a directory")
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG((await asyncio.to_thread(file.lstat)).st_mode):
+            raise BadRequest(f"{file} is not a regular file", hint="give the name of a new file")
 
 
 async def export(

@@ -30,12 +30,15 @@ class ImageBundles:
         operations: Operations,
         cache: ImageCache,
         catalog_url: str,
+        *,
+        size_limit_mib: int,
     ) -> None:
         self._paths = paths
         self._images = images
         self._operations = operations
         self._cache = cache
         self._catalog_url = catalog_url
+        self._limit_bytes = size_limit_mib << 20
 
     async def entry(self, reference: str, progress: Progress) -> ImageEntry | None:
         """What the catalog has by this reference; None for one of a registry.
@@ -64,7 +67,11 @@ class ImageBundles:
             self._images.making(name) as staging,
         ):
             bundle = await unpack_image_bundle(
-                file, staging.path, entry.architecture, progress.stage
+                file,
+                staging.path,
+                entry.architecture,
+                progress.stage,
+                limit_bytes=self._limit_bytes,
             )
             made = Made(
                 RootFiles(bundle.rootfs, bundle.work_seed),

@@ -8,7 +8,9 @@ written: the files come as an archive, and the image is made of them anew.
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import os
 import re
 import secrets
 from collections.abc import AsyncIterator
@@ -20,6 +22,7 @@ import msgspec
 
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BadRequest, BangerError, Conflict, NotFound, Unavailable
+from banger.base.files import open_regular
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Image, InitMode, Vm, check_artifact_name
 from banger.base.paths import Paths
@@ -39,11 +42,14 @@ from banger.services.single_flight import SingleFlight
 from banger.services.vm import VmService
 from banger.services.vm_create import VmCreator
 from banger.services.vm_spec import CreateRequest
+from banger.services.vm_start import GuestLost
 
 #: All scripts of a build together: they come in one request, whose limit is 1 MiB.
 SCRIPTS_MAX_BYTES = 512 << 10
 _PACKAGES_MAX = 1000
 _DETAIL_LENGTH = 80
+#: What the log of a build has of the console of a machine that did not come up.
+_CONSOLE_MAX_BYTES = 256 << 10
 #: A name for any of the package managers, with a version where it takes one (``tree=2.1.0-1``).
 #: Nothing that is an option, a file, or (apt's ``tree-``) a wish to remove.
 _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9+._:=~@-]{0,254}(?<!-)")
@@ -182,7 +188,7 @@ class ImageMaker:
         async with temporary_tree(dest / "scratch") as scratch:
             tree = scratch / "tree"
             tree.mkdir()
-            async with self._machine(request, progress) as vm:
+            async with self._machine(request, log, progress) as vm:
                 source = await self._images.of_vm(vm)
                 guest = BuildGuest(self._vms, vm, log)
                 try:
@@ -219,11 +225,27 @@ class ImageMaker:
             await guest.run_script(number, script, variables)
 
     @asynccontextmanager
-    async def _machine(self, request: MakeRequest, progress: Progress) -> AsyncIterator[Vm]:
+    async def _machine(
+        self, request: MakeRequest, log: BuildLog, progress: Progress
+    ) -> AsyncIterator[Vm]:
         """The VM of a build, which is gone at the end."""
         progress.stage("vm")
-        with OperationLog("vm.create", target=request.name) as log:
-            vm = await self._creator.create(request.machine(), _Creation(log, progress))
+        with OperationLog("vm.create", target=request.name) as operation:
+            creation = _Creation(operation, progress)
+            try:
+                vm = await self._creator.create(request.machine(), creation)
+            except BaseException as error:
+                # One whose guest does not come up is kept for its user to look into: that is us.
+                kept = creation.record.vm
+                try:
+                    if kept is not None and isinstance(error, GuestLost):
+                        log.heading("the console of the machine, which did not come up")
+                        log.write(await asyncio.to_thread(_end_of, Path(kept.runtime.log_path)))
+                        raise _did_not_come_up(error, log) from error
+                    raise
+                finally:
+                    if kept is not None:
+                        await to_its_end(self._end(kept))
         try:
             async with self._vms.in_use(vm):
                 yield vm
@@ -233,8 +255,10 @@ class ImageMaker:
     async def _end(self, vm: Vm) -> None:
         """What stays is logged: the next daemon removes it."""
         try:
-            with suppress(NotFound), OperationLog("vm.delete", **vm_attributes(vm)) as log:
-                await self._lifecycle.delete(vm.id, log, force=True)
+            with suppress(NotFound):
+                await self._vms.resolve(vm.id)  # what could not be created is gone already
+                with OperationLog("vm.delete", **vm_attributes(vm)) as log:
+                    await self._lifecycle.delete(vm.id, log, force=True)
         except (BangerError, OSError) as error:
             get_logger().error("vm stays", error=str(error), **vm_attributes(vm))
 
@@ -265,6 +289,24 @@ class _Came:
     def add(self, count: int) -> None:
         self._bytes += count
         self._progress.stage("pack", format_size(self._bytes))
+
+
+def _end_of(console: Path) -> bytes:
+    try:
+        with open_regular(console) as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _CONSOLE_MAX_BYTES))
+            return file.read(_CONSOLE_MAX_BYTES)
+    except BangerError as error:
+        return f"{error.message}\n".encode()
+
+
+def _did_not_come_up(error: GuestLost, log: BuildLog) -> BangerError:
+    message = f"the machine of the build did not come up: {error.reason}"
+    if error.console:
+        message += f"\nthe end of its console:\n{error.console}\n"
+    told = BangerError(f"{message}; inspect {log.path}")
+    told.code = error.code
+    return told
 
 
 def _tell(progress: Progress, line: str) -> None:

@@ -133,7 +133,13 @@ class KernelService:
                 tell(build.stage, build.detail, build.percent)
 
         name = DEBIAN_KERNEL
-        await self._builds.ensure(name, name, self._build, partial(self._is_there, name), heard)
+        is_there = partial(self._is_there, name)
+        try:
+            await self._builds.ensure(name, name, self._build, is_there, heard)
+        except Conflict:
+            # Somebody may have imported or pulled it meanwhile: that one will do.
+            if not await is_there():
+                raise
         return await self.named(name)
 
     async def _begin(

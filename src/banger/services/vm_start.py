@@ -76,11 +76,13 @@ class GuestLost(BangerError):
     """A guest that was started and did not come up; the VM is kept.
 
     `console_from` is where in the console log this start begins: the end of an earlier one
-    would tell of a power-off that is none of this one's.
+    would tell of a power-off that is none of this one's. `reason` and `console` are what the
+    message has of it, for who does not keep the VM.
     """
 
     def __init__(self, error: BangerError, vm: Vm, console_from: int) -> None:
-        tail = console_tail(Path(vm.runtime.log_path), console_from)
+        self.reason = error.message
+        self.console = tail = console_tail(Path(vm.runtime.log_path), console_from)
         message = f'the guest of vm "{vm.name}" did not come up: {error.message}'
         if tail:
             message += f"\nthe end of its console:\n{tail}\n"
