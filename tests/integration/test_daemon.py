@@ -223,7 +223,7 @@ def test_two_requests_share_a_build_and_the_last_to_leave_takes_it_back(bare_hom
         building.send_signal(signal.SIGINT)
         status, _, said = finish(building)
         assert status == 130
-        assert b"taking the build back" in said
+        assert b"taking it back" in said
         assert b"others wait for it: it goes on" in said
         assert client.result("operations.leave", id=operation["id"])["state"] == "cancelled"
     _assert_no_build_left(bare_home)
