@@ -10,6 +10,7 @@ import random
 import struct
 import tracemalloc
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import lz4.block
@@ -20,7 +21,13 @@ from hypothesis import strategies as st
 
 from banger.base.errors import PreconditionFailed
 from banger.images import vmlinux
-from banger.images.kernel import boot_module_order, check_vmlinux, find_modules, module_name
+from banger.images.kernel import (
+    BOOT_MODULES,
+    boot_module_order,
+    check_vmlinux,
+    find_modules,
+    module_name,
+)
 from banger.images.vmlinux import extract_vmlinux
 
 _SETUP_SECTORS = 3
@@ -212,8 +219,41 @@ def test_a_kernel_without_a_boot_module_is_refused(tmp_path: Path) -> None:
 def test_compressed_modules_are_refused(tmp_path: Path) -> None:
     builtin = "virtio_mmio.ko virtio_console.ko"
     modules = _modules(tmp_path, _DEP.replace("block/virtio_blk.ko", "virtio_blk.ko.xz"), builtin)
-    with pytest.raises(PreconditionFailed, match=r"virtio_blk\.ko\.xz"):
+    with pytest.raises(PreconditionFailed, match=r"virtio_blk\.ko\.xz") as caught:
         boot_module_order(modules)
+    assert caught.value.hint == "unpack them: unxz or unzstd, then depmod"
+
+
+def _chain(length: int) -> str:
+    """failover needs x0, which needs x1 …: what depmod says in one line."""
+    names = ["kernel/failover.ko", *(f"kernel/x{number}.ko" for number in range(length))]
+    return "".join(f"{a}: {b}\n" for a, b in pairwise(names)) + f"{names[-1]}:\n"
+
+
+@pytest.mark.parametrize(("length", "problem"), [(5000, "is damaged"), (98, "has no module net_")])
+def test_a_chain_of_needs_that_depmod_would_not_write_is_refused(
+    tmp_path: Path, length: int, problem: str
+) -> None:
+    with pytest.raises(PreconditionFailed, match=problem):
+        boot_module_order(_modules(tmp_path, _chain(length)))
+
+
+def test_more_modules_than_an_initramfs_may_have_are_refused(tmp_path: Path) -> None:
+    many = [f"kernel/x{number}.ko" for number in range(100)]
+    dep = f"kernel/failover.ko: {' '.join(many)}\n" + "".join(f"{each}:\n" for each in many)
+    modules = _modules(tmp_path, dep, " ".join(BOOT_MODULES[1:]))
+    with pytest.raises(PreconditionFailed, match="too many or too large: 101 of"):
+        boot_module_order(modules)
+
+
+def test_program_headers_without_end_are_refused(tmp_path: Path) -> None:
+    """Each may be notes of 1 MiB to look through."""
+    for count, problem in ((65, "more program headers"), (64, "cut off")):
+        elf = bytearray(make_elf())
+        struct.pack_into("<H", elf, 56, count)
+        (tmp_path / "vmlinux").write_bytes(elf)
+        with pytest.raises(PreconditionFailed, match=problem):
+            check_vmlinux(tmp_path / "vmlinux")
 
 
 def test_the_kernel_of_a_tree_is_the_only_one(tmp_path: Path) -> None:

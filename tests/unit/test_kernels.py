@@ -10,8 +10,10 @@ import platform
 import sqlite3
 import struct
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Awaitable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -256,13 +258,60 @@ async def test_a_tree_that_is_too_large_is_refused(
     assert "too large for modules" in await refused(tmp_path, KernelFiles(image, modules))
 
 
-async def test_modules_without_their_list_need_a_tool(
-    tmp_path: Path, image: Path, modules: Path, monkeypatch: pytest.MonkeyPatch
+async def test_modules_without_their_list_are_refused_with_how_to_make_it(
+    tmp_path: Path, image: Path, modules: Path
 ) -> None:
     (modules / "modules.dep").unlink()
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("banger.base.proc.search_path", lambda _: str(tmp_path))
-    assert "there is no depmod" in await refused(tmp_path, KernelFiles(image, modules))
+    said = await refused(tmp_path, KernelFiles(image, modules))
+    assert said == f"{modules} has no modules.dep"
+
+
+@pytest.mark.parametrize("name", ["modules.dep", "modules.builtin"])
+async def test_lists_larger_than_any_are_refused_unread(
+    tmp_path: Path, image: Path, modules: Path, name: str
+) -> None:
+    with (modules / name).open("r+b") as file:
+        file.truncate((16 << 20) + 1)
+    said = await refused(tmp_path, KernelFiles(image, modules))
+    assert said == f"{name} is larger than 16 MiB"
+
+
+@pytest.mark.parametrize("step", ["_read", "_write", "_boot_modules"])
+async def test_cancelled_it_ends_when_its_thread_has_ended(
+    tmp_path: Path, image: Path, modules: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Whoever removes its files has them to itself then."""
+    real, inside, go_on = getattr(kernel_import, step), threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> object:
+        inside.set()
+        assert go_on.wait(10)
+        return real(*arguments)
+
+    monkeypatch.setattr(kernel_import, step, slow)
+    dest = tmp_path / "dest"
+    dest.mkdir()
+    work = import_kernel(KernelFiles(image, modules), dest, progress=quiet)
+    task = asyncio.create_task(work)
+    assert await asyncio.to_thread(inside.wait, 10)
+    task.cancel()
+    await asyncio.sleep(0.01)
+    assert not task.done()
+    go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not (dest / "boot-modules").exists()
+
+
+def test_what_a_hostile_kernel_says_does_not_hold_others_up() -> None:
+    """A thousand times the beginning of a version; and a version across two pieces."""
+    version = b"Linux version 6.1.0-test (me@here)"
+    assert linux_version(b"Linux version 1" * 999 + version) == VERSION
+    assert linux_version(b"Linux version 1" * 1000 + version) == ""
+    for before in range((1 << 20) - len(version), 1 << 20):
+        assert linux_version(bytes(before) + version) == VERSION
+    packed = b"IKCFG_ST" + gzip.compress(b"CONFIG_X=y")
+    assert embedded_config(bytes((1 << 20) - 4) + packed) == b"CONFIG_X=y"
 
 
 def test_what_a_kernel_says_of_itself() -> None:

@@ -16,7 +16,6 @@ _PACKAGES = {
     "newuidmap": "uidmap",
     "newgidmap": "uidmap",
     "tar": "tar",
-    "depmod": "kmod",
     "git": "git",
     "skopeo": "skopeo",
 }

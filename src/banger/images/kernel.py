@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from banger.base import proc
-from banger.base.errors import PreconditionFailed
-from banger.base.files import sync_file
+from banger.base.errors import NotFound, PreconditionFailed
+from banger.base.files import open_regular, sync_file
+from banger.base.units import format_size
 from banger.images import preflight
 from banger.images.bootstrap import Bootstrap, bootstrap, build_environment
 from banger.images.ext4 import MIB, fitting_shape, make_ext4
@@ -26,6 +27,10 @@ from banger.images.vmlinux import elf_problem, extract_vmlinux
 
 PACKAGE = "linux-image-cloud-amd64"
 _NEED_BYTES = 700 * MIB
+
+#: Of a list of modules (Debian's largest has 1 MB), and how long a chain of needs may be.
+_LIST_MAX_BYTES = 16 * MIB
+_CHAIN_MAX = 100
 
 _COMPONENT = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"
 _MODULE_FILE = re.compile(
@@ -134,7 +139,7 @@ def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -
 
     What is built into the kernel, by ``modules.builtin`` or `built_in`, is left out. Raises
     PreconditionFailed for one that the kernel does not have, or has compressed (the agent loads
-    plain files), and for lists that cannot be depmod's.
+    plain files), for more than an initramfs may have, and for lists that cannot be depmod's.
     """
     needs = _dependencies(modules)
     by_name = {module_name(file): file for file in needs}
@@ -145,10 +150,11 @@ def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -
     def add(file: str) -> None:
         if file in order:
             return
-        if file in waiting or file not in needs:
+        # In each file's line is all that it needs: what is left of a chain is short.
+        if file in waiting or file not in needs or len(waiting) - len(order) > _CHAIN_MAX:
             raise PreconditionFailed(
                 f"modules.dep of kernel {modules.name} is damaged at {file}",
-                hint="remove it to have it made anew, by depmod",
+                hint="make it anew, by depmod",
             )
         waiting.add(file)
         for needed in reversed(needs[file]):  # depmod lists the nearest first
@@ -163,32 +169,39 @@ def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -
                 f"kernel {modules.name} has no module {name}",
                 hint="guests reach their disks, network and agent by virtio",
             )
+    check_boot_modules(len(order), 0)
     compressed = [file for file in order if not file.endswith(".ko")]
     if compressed:
-        raise PreconditionFailed(f"kernel {modules.name} has compressed modules: {compressed[0]}")
+        raise PreconditionFailed(
+            f"kernel {modules.name} has compressed modules: {compressed[0]}",
+            hint="unpack them: unxz or unzstd, then depmod",
+        )
     return list(order)
 
 
 def built_in_modules(modules: Path) -> frozenset[str]:
     """Names of what the build of the kernel has listed as part of it."""
-    try:
-        text = (modules / "modules.builtin").read_text(errors="replace")
-    except FileNotFoundError:
-        return frozenset()
-    return frozenset(map(module_name, text.split()))
+    return frozenset(map(module_name, _list(modules / "modules.builtin").split()))
 
 
 def _dependencies(modules: Path) -> dict[str, list[str]]:
     """What each file of ``modules.dep`` (modules.dep(5)) needs; none when there is no such list."""
-    try:
-        text = (modules / "modules.dep").read_text(errors="replace")
-    except FileNotFoundError:
-        return {}
-    needs = {
-        file: rest.split() for file, _, rest in (each.partition(":") for each in text.split("\n"))
-    }
+    lines = _list(modules / "modules.dep").split("\n")
+    needs = {file: rest.split() for file, _, rest in (each.partition(":") for each in lines)}
     # From outside, too: nothing but files below `modules`, with names as files of ours have.
     return {file: rest for file, rest in needs.items() if _MODULE_FILE.fullmatch(file)}
+
+
+def _list(path: Path) -> str:
+    """The text of one of depmod's or the build's lists; empty when there is none."""
+    try:
+        with open_regular(path) as file:
+            data = file.read(_LIST_MAX_BYTES + 1)
+    except NotFound:
+        return ""
+    if len(data) > _LIST_MAX_BYTES:
+        raise PreconditionFailed(f"{path.name} is larger than {format_size(_LIST_MAX_BYTES)}")
+    return data.decode(errors="replace")
 
 
 def module_name(file: str) -> str:

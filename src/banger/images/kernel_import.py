@@ -6,7 +6,6 @@ it is complete.
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import stat
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from banger.base import proc
 from banger.base.cancellation import in_thread
 from banger.base.errors import PreconditionFailed
 from banger.base.files import open_regular
@@ -31,7 +29,7 @@ from banger.images.kernel import (
     take_boot_modules,
 )
 from banger.images.progress import UNKNOWN, Progress
-from banger.images.userns import contained, temporary_tree
+from banger.images.userns import temporary_tree
 from banger.images.vmlinux import (
     VMLINUX_MAX_BYTES,
     embedded_config,
@@ -84,9 +82,8 @@ async def import_kernel(files: KernelFiles, dest: Path, *, progress: Progress) -
     not there or cannot boot a machine of ours.
     """
     progress("read", files.image.name, UNKNOWN)
-    elf = await asyncio.to_thread(_read_kernel, files.image)
-    version = linux_version(elf)
-    config = await asyncio.to_thread(_read_config, files.config, elf)
+    elf, version = await in_thread(partial(_read_kernel, files.image))
+    config = await in_thread(partial(_read_config, files.config, elf))
     built = KernelBuild(
         version=version,
         vmlinux=dest / "vmlinux",
@@ -94,50 +91,55 @@ async def import_kernel(files: KernelFiles, dest: Path, *, progress: Progress) -
         modules=dest / "modules.ext4",
         boot_modules=dest / BOOT_MODULES_DIR,
     )
-    await asyncio.to_thread(_write, built, elf, config)
+    await in_thread(partial(_write, built, elf, config))
     del elf
     progress("modules", version, UNKNOWN)
     async with temporary_tree(dest / "scratch") as scratch:
         modules = scratch / "lib" / "modules" / version
-        await asyncio.to_thread(_make_directories, modules)
-        if files.modules is not None:
-            await in_thread(partial(_copy_modules, files.modules, modules))
-            await _ensure_dependencies(files.modules, modules, scratch)
-        order = await asyncio.to_thread(_boot_modules, modules, config, files)
-        shape = await asyncio.to_thread(fitting_shape, modules.parent, "banger-modules")
+        await in_thread(partial(_collect_modules, files.modules, modules))
+        order = await in_thread(partial(_boot_modules, modules, config, files))
+        shape = await in_thread(lambda _: fitting_shape(modules.parent, "banger-modules"))
         await make_ext4(modules.parent, built.modules, shape)
-        await asyncio.to_thread(take_boot_modules, modules, order, built.boot_modules)
-    await asyncio.to_thread(sync_kernel, built)
+        await in_thread(lambda _: take_boot_modules(modules, order, built.boot_modules))
+    await in_thread(lambda _: sync_kernel(built))
     return built
 
 
-def _read_kernel(path: Path) -> bytes:
-    elf = extract_vmlinux(_read(path, VMLINUX_MAX_BYTES))
-    if not linux_version(elf):
+def _read_kernel(path: Path, check: Callable[[], None]) -> tuple[bytes, str]:
+    """The ELF and the version of a kernel that can be started."""
+    elf = extract_vmlinux(_read(path, VMLINUX_MAX_BYTES, check), check)
+    version = linux_version(elf)
+    if not version:
         raise PreconditionFailed(f"{path} is not a Linux kernel: it does not say which version")
     if not has_pvh_entry(elf):
         raise PreconditionFailed(
             f"{path} cannot be started directly: it has no PVH entry",
             hint="build it with CONFIG_PVH=y",
         )
-    return elf
+    return elf, version
 
 
-def _read_config(path: Path | None, elf: bytes) -> bytes | None:
-    return embedded_config(elf) if path is None else _read(path, _CONFIG_MAX_BYTES)
+def _read_config(path: Path | None, elf: bytes, check: Callable[[], None]) -> bytes | None:
+    return embedded_config(elf) if path is None else _read(path, _CONFIG_MAX_BYTES, check)
 
 
-def _read(path: Path, limit: int) -> bytes:
+def _read(path: Path, limit: int, check: Callable[[], None]) -> bytes:
+    data = bytearray()
     with open_regular(path) as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise PreconditionFailed(f"{path} is larger than {format_size(limit)}")
-    return data
+        while piece := file.read(_PIECE):
+            check()
+            data += piece
+            if len(data) > limit:
+                raise PreconditionFailed(f"{path} is larger than {format_size(limit)}")
+    return bytes(data)
 
 
-def _write(built: KernelBuild, elf: bytes, config: bytes | None) -> None:
+def _write(built: KernelBuild, elf: bytes, config: bytes | None, check: Callable[[], None]) -> None:
     preflight.ensure_free_space(built.vmlinux.parent, 2 * len(elf))
-    built.vmlinux.write_bytes(elf)
+    with built.vmlinux.open("wb") as file:
+        for start in range(0, len(elf), _PIECE):
+            check()
+            file.write(elf[start : start + _PIECE])
     if built.config is not None and config is not None:
         built.config.write_bytes(config)
 
@@ -148,7 +150,9 @@ def configured(config: bytes) -> frozenset[str]:
     return frozenset(name for name, each in _SYMBOLS.items() if f"CONFIG_{each}=y" in lines)
 
 
-def _boot_modules(modules: Path, config: bytes | None, files: KernelFiles) -> list[str]:
+def _boot_modules(
+    modules: Path, config: bytes | None, files: KernelFiles, check: Callable[[], None]
+) -> list[str]:
     built_in = configured(config or b"") | built_in_modules(modules)
     if config is None and files.modules is None:
         raise PreconditionFailed(
@@ -162,7 +166,7 @@ def _boot_modules(modules: Path, config: bytes | None, files: KernelFiles) -> li
         )
     order = boot_module_order(modules, built_in)
     for file in order:
-        found = _VERMAGIC.search(_read(modules / file, _BOOT_MODULE_MAX_BYTES))
+        found = _VERMAGIC.search(_read(modules / file, _BOOT_MODULE_MAX_BYTES, check))
         if found is None or found[1].decode() != modules.name:
             other = "none" if found is None else found[1].decode()
             raise PreconditionFailed(
@@ -172,23 +176,23 @@ def _boot_modules(modules: Path, config: bytes | None, files: KernelFiles) -> li
     return order
 
 
-async def _ensure_dependencies(given: Path, modules: Path, base: Path) -> None:
-    """Make ``modules.dep`` if it did not come along."""
-    if await asyncio.to_thread((modules / "modules.dep").is_file):
-        return
-    if proc.which("depmod") is None:
-        raise PreconditionFailed(
-            f"{given} has no modules.dep, and there is no depmod to make it",
-            hint="install it with: apt-get install kmod",
-        )
-    argv = contained(["depmod", "--basedir", base, modules.name])
-    await proc.run(argv, timeout_s=300, umask=0o022)
+def _collect_modules(given: Path | None, modules: Path, check: Callable[[], None]) -> None:
+    """Copy what is `given`, if so, to the new directory `modules`.
 
-
-def _make_directories(modules: Path) -> None:
+    It has to have its ``modules.dep``: depmod reads every module, and these are anybody's.
+    """
     modules.mkdir(parents=True)
     for directory in (modules, modules.parent):
         directory.chmod(0o755)
+    if given is None:
+        return
+    _copy_modules(given, modules, check)
+    if not (modules / "modules.dep").is_file():
+        raise PreconditionFailed(
+            f"{given} has no modules.dep",
+            hint=f"make it where the modules are installed: depmod -b DIR {modules.name}"
+            f" (for DIR/lib/modules/{modules.name})",
+        )
 
 
 def _copy_modules(source: Path, target: Path, check: Callable[[], None]) -> None:

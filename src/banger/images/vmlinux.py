@@ -36,13 +36,18 @@ _ELF_HEADER_BYTES = 64
 _ELF_64_LITTLE_ENDIAN = b"\x02\x01"
 _MACHINE_X86_64 = 62
 _PROGRAM_HEADER_BYTES = 56
+#: A kernel has some five; each may be notes to look through.
+_PROGRAM_HEADERS_MAX = 64
 _PT_LOAD = 1
 _PT_NOTE = 4
 _NOTES_MAX_BYTES = 1 << 20
 #: The note in which a kernel says where PVH begins (include/xen/interface/elfnote.h).
 _PVH_NOTE = struct.pack("<III", 4, 8, 18) + b"Xen\0"
 
-_VERSION = re.compile(rb"Linux version ([0-9][0-9A-Za-z._+~-]{0,63}) \(")
+_VERSION_MARK = b"Linux version "
+_VERSION = re.compile(_VERSION_MARK + rb"([0-9][0-9A-Za-z._+~-]{0,63}) \(")
+#: In a kernel are two or three, one of them the format of the others.
+_VERSION_MARKS_MAX = 1000
 _CONFIG = b"IKCFG_ST"
 _CONFIG_MAX_BYTES = 4 << 20
 
@@ -112,8 +117,12 @@ _FORMATS: dict[bytes, Callable[[memoryview], Iterator[bytes]]] = {
 }
 
 
-def extract_vmlinux(image: bytes) -> bytes:
-    """The ELF inside a bzImage, or `image` itself if it is one.
+def _nothing() -> None:
+    pass
+
+
+def extract_vmlinux(image: bytes, check: Callable[[], None] = _nothing) -> bytes:
+    """The ELF inside a bzImage, or `image` itself if it is one. `check` is called now and then.
 
     Raises PreconditionFailed for everything else: another compression, another architecture, a
     damaged file.
@@ -123,7 +132,7 @@ def extract_vmlinux(image: bytes) -> bytes:
     whole = memoryview(image)
     payload = _payload(whole)
     for start in itertools.chain([] if payload is None else [payload], _candidates(image)):
-        elf = _decompress(start)
+        elf = _decompress(start, check)
         if elf is not None:
             return _checked(elf)
     raise PreconditionFailed(
@@ -158,7 +167,7 @@ def _candidates(image: bytes) -> Iterator[memoryview]:
         yield memoryview(image)[offset:]
 
 
-def _decompress(data: memoryview) -> bytes | None:
+def _decompress(data: memoryview, check: Callable[[], None]) -> bytes | None:
     """What `data` holds if that is an ELF; None for another content, or damage."""
     unpack = next((each for magic, each in _FORMATS.items() if data[: len(magic)] == magic), None)
     if unpack is None:
@@ -166,6 +175,7 @@ def _decompress(data: memoryview) -> bytes | None:
     elf = bytearray()
     try:
         for piece in unpack(data):
+            check()
             elf += piece
             if not elf.startswith(_ELF_MAGIC[: len(elf)]) or len(elf) > VMLINUX_MAX_BYTES:
                 return None
@@ -195,6 +205,8 @@ def elf_problem(file: io.BufferedIOBase, length: int) -> str:
     entry_bytes, count = struct.unpack_from("<HH", header, 54)
     if entry_bytes != _PROGRAM_HEADER_BYTES or count == 0:
         return "it has no program headers"
+    if count > _PROGRAM_HEADERS_MAX:
+        return "it has more program headers than any kernel"
     if table + count * entry_bytes > length:
         return "it is cut off"
     file.seek(table)
@@ -211,14 +223,26 @@ def elf_problem(file: io.BufferedIOBase, length: int) -> str:
 
 def linux_version(elf: bytes | mmap.mmap) -> str:
     """The release that an uncompressed kernel says it is, as uname gives it; empty for none."""
-    found = _VERSION.search(elf)
-    return found[1].decode("ascii") if found else ""
+    for place in itertools.islice(_places(elf, _VERSION_MARK), _VERSION_MARKS_MAX):
+        if found := _VERSION.match(elf, place):
+            return found[1].decode("ascii")
+    return ""
+
+
+def _places(elf: bytes | mmap.mmap, mark: bytes) -> Iterator[int]:
+    """Where `mark` is in it. In pieces, since the whole process waits for a search in one."""
+    for start in range(0, len(elf), _PIECE):
+        end = start + _PIECE + len(mark) - 1
+        place = elf.find(mark, start, end)
+        while place >= 0:
+            yield place
+            place = elf.find(mark, place + 1, end)
 
 
 def embedded_config(elf: bytes) -> bytes | None:
     """The configuration that a kernel holds when it was built with CONFIG_IKCONFIG."""
-    start = elf.find(_CONFIG + b"\x1f\x8b")
-    if start < 0:
+    start = next(_places(elf, _CONFIG + b"\x1f\x8b"), None)
+    if start is None:
         return None
     decompressor = zlib.decompressobj(wbits=31)
     try:
