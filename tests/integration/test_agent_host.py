@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tarfile
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -485,6 +485,24 @@ async def test_numbers_need_no_passwd(
     bare: AgentChannel, user: str | None, uid: int, gid: int
 ) -> None:
     assert await ids(bare, user) == (uid, gid, {gid})
+
+
+@pytest.mark.parametrize("harm", [os.mkfifo, os.mkdir], ids=["FIFO", "directory"])
+async def test_lists_of_users_that_are_no_files_are_not_opened(
+    bare: AgentChannel, bare_root: Path, harm: Callable[[Path], None]
+) -> None:
+    """Who opens a FIFO waits for ever."""
+    (bare_root / "etc").mkdir()
+    for name in ("passwd", "group"):
+        harm(bare_root / "real")
+        (bare_root / "real").rename(bare_root / f"real-{name}")
+        (bare_root / "etc" / name).symlink_to(f"/real-{name}")
+    for user in (None, "root", "0", "7", "7:8"):
+        request = Exec(["busybox", "true"], user=user)
+        assert (await call(bare, request, timeout_s=_TIMEOUT_S)).exit.status == 0
+    for user, name in (("app", "passwd"), ("7:wheel", "group")):
+        with pytest.raises(BadRequest, match=f"/etc/{name} is not a file"):
+            await call(bare, Exec(["busybox", "true"], user=user), timeout_s=_TIMEOUT_S)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ CATALOG_MAX_BYTES = 4 << 20
 _VERSION = 1
 _BUNDLE_MAX_BYTES = 1 << 40
 _NAMES_SHOWN = 12
+_DOTS_MAX = 200
 
 
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +155,11 @@ def _decode(content: bytes, path: str) -> dict[str, Any]:
     try:
         if as_json:
             return msgspec.json.decode(content, type=dict[str, Any])
-        return tomllib.loads(content.decode())
+        text = content.decode()
+        # The time that tomllib takes for a key grows with the square of its dots.
+        if any(line.count(".") > _DOTS_MAX for line in text.split("\n")):
+            raise BadRequest(f"a line in it has more than {_DOTS_MAX} dots")
+        return tomllib.loads(text)
     except (msgspec.DecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"it is not valid {'JSON' if as_json else 'TOML'}: {error}") from None
     except RecursionError:

@@ -7,11 +7,21 @@
 #include <pwd.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "files.h"
 
 enum { GROUP_LIMIT = 1024 };
+
+static const char PASSWD[] = "/etc/passwd";
+static const char GROUP[] = "/etc/group";
+
+/* The C library waits for ever in a FIFO that an image, or a guest's root, has put there. */
+static bool is_no_file(const char *path) {
+    struct stat info;
+    return stat(path, &info) == 0 && !S_ISREG(info.st_mode);
+}
 
 static bool is_number(const char *text) {
     return text[0] != 0 && text[strspn(text, "0123456789")] == 0;
@@ -27,6 +37,8 @@ static unsigned number_of(const char *text, const char *what) {
 static gid_t find_group(const char *wanted) {
     if (is_number(wanted))
         return number_of(wanted, "group");
+    if (is_no_file(GROUP))
+        fail(EINVAL, "%s is not a file", GROUP);
     struct group *entry = getgrnam(wanted);
     if (entry == NULL)
         fail(ENOENT, "there is no group %s in the guest", wanted);
@@ -37,7 +49,11 @@ static struct account find_user(const char *wanted) {
     struct account account = {geteuid(), getegid(), "root", "/root", "/bin/sh", false};
     uid_t number = is_number(wanted) ? number_of(wanted, "user") : account.uid;
     bool named = wanted[0] != 0 && !is_number(wanted);
-    struct passwd *entry = named ? getpwnam(wanted) : getpwuid(number);
+    struct passwd *entry = NULL;
+    if (!is_no_file(PASSWD))
+        entry = named ? getpwnam(wanted) : getpwuid(number);
+    else if (named && strcmp(wanted, "root") != 0)
+        fail(EINVAL, "%s is not a file", PASSWD);
     if (entry != NULL) {
         account = (struct account){entry->pw_uid, entry->pw_gid, entry->pw_name, entry->pw_dir,
                                    entry->pw_shell, false};
@@ -73,7 +89,8 @@ void account_become(const struct account *account) {
     gid_t groups[GROUP_LIMIT] = {account->gid};
     int count = GROUP_LIMIT;
     /* More groups than that, or an /etc/group that cannot be read: the user's own alone. */
-    if (account->with_group || getgrouplist(account->name, account->gid, groups, &count) < 0)
+    if (account->with_group || is_no_file(GROUP) ||
+        getgrouplist(account->name, account->gid, groups, &count) < 0)
         count = 1;
     if (setgroups((size_t)count, groups) < 0 || setgid(account->gid) < 0 ||
         setuid(account->uid) < 0)
