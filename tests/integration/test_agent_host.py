@@ -487,6 +487,22 @@ async def test_numbers_need_no_passwd(
     assert await ids(bare, user) == (uid, gid, {gid})
 
 
+@pytest.mark.parametrize("shell", ["/usr/sbin/nologin", "/bin/false", "false"])
+async def test_a_user_whom_nobody_logs_in_as_has_a_shell_when_that_is_wanted(
+    bare: AgentChannel, bare_root: Path, shell: str
+) -> None:
+    (bare_root / "etc").mkdir()
+    (bare_root / "etc/passwd").write_text(f"app:x:1000:1001::/:{shell}\n")
+    (bare_root / "bin/sh").symlink_to("busybox")
+    request = Exec(user="app", login=True)
+    script = b"busybox id -u; echo $SHELL"
+    assert (await call(bare, request, stdin=script, timeout_s=_TIMEOUT_S)).exit.status == 127
+    for wanted in (replace(request, any_login=True), replace(request, user="0", any_login=True)):
+        done = await call(bare, wanted, stdin=script, timeout_s=_TIMEOUT_S)
+        uid = b"0" if wanted.user == "0" else b"1000"
+        assert done.stdout == uid + b"\n/bin/sh\n"
+
+
 @pytest.mark.parametrize("harm", [os.mkfifo, os.mkdir], ids=["FIFO", "directory"])
 async def test_lists_of_users_that_are_no_files_are_not_opened(
     bare: AgentChannel, bare_root: Path, harm: Callable[[Path], None]

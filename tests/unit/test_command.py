@@ -56,6 +56,14 @@ def test_an_image_that_says_nothing_changes_nothing() -> None:
     assert in_image(ImageConfig(), request) == request
 
 
+def test_the_images_user_has_a_shell_also_when_nobody_may_log_in_as_him() -> None:
+    config, login = ImageConfig(user="app"), Exec(login=True)
+    assert in_image(config, login) == Exec(login=True, user="app", environment={}, any_login=True)
+    for asked, its in ((Exec(login=True, user="app"), config), (login, ImageConfig())):
+        assert not in_image(its, asked).any_login
+    assert not in_image(config, Exec(("true",))).any_login
+
+
 @pytest.mark.parametrize(
     ("given", "directory"), [("/", "/"), ("srv/app", "/srv/app"), ("/a/../b", "/a/../b")]
 )

@@ -37,6 +37,7 @@ class ExecFlag(IntFlag):
     LOGIN = 2
     DETACHED = 4
     MAKE_DIRECTORY = 8
+    ANY_LOGIN = 16
 
 
 class PackFlag(IntFlag):
@@ -79,7 +80,8 @@ def _u64(tag: int, value: int | None) -> bytes:
 
 @dataclass(frozen=True)
 class Exec:
-    """Run a program. No arguments and `login`: the user's login shell.
+    """Run a program. No arguments and `login`: the user's login shell; with ``any_login`` /bin/sh
+    for one whose shell is nologin or false.
 
     ``user`` is ``USER[:GROUP]``, names or numbers. With ``make_directory`` the working directory is
     made when it is missing. ``rows`` and ``columns`` are of the PTY. Detached: it lives on when the
@@ -94,6 +96,7 @@ class Exec:
     login: bool = False
     detached: bool = False
     make_directory: bool = False
+    any_login: bool = False
     rows: int = 24
     columns: int = 80
     KIND: ClassVar[int] = 1
@@ -105,6 +108,7 @@ class Exec:
             (self.login, ExecFlag.LOGIN),
             (self.detached, ExecFlag.DETACHED),
             (self.make_directory, ExecFlag.MAKE_DIRECTORY),
+            (self.any_login, ExecFlag.ANY_LOGIN),
         ):
             flags |= flag if wanted else ExecFlag(0)
         environment = [f"{key}={value}" for key, value in (self.environment or {}).items()]

@@ -27,7 +27,10 @@ def program(
 
 
 def in_image(config: ImageConfig, request: Exec) -> Exec:
-    """The request with the image's environment, user and working directory where it has none."""
+    """The request with the image's environment, user and working directory where it has none.
+
+    The image's user is one that runs programs, and may have no shell: who wants one gets /bin/sh.
+    """
     directory, make = request.directory, request.make_directory
     if directory is None and config.working_dir:
         directory, make = posixpath.join("/", config.working_dir), True
@@ -37,6 +40,7 @@ def in_image(config: ImageConfig, request: Exec) -> Exec:
         user=request.user or config.user or None,
         directory=directory,
         make_directory=make,
+        any_login=request.login and not request.user and bool(config.user),
     )
 
 

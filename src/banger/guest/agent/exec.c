@@ -231,6 +231,12 @@ static int search_exec(char **arguments) {
     return error;
 }
 
+static bool lets_nobody_in(const char *shell) {
+    const char *slash = strrchr(shell, '/');
+    const char *name = slash ? slash + 1 : shell;
+    return strcmp(name, "nologin") == 0 || strcmp(name, "false") == 0;
+}
+
 /* Never returns when the shell runs; its errno. */
 static int run_login(const struct account *account) {
     const char *slash = strrchr(account->shell, '/');
@@ -252,6 +258,8 @@ static _Noreturn void run_program(const struct plan *plan) {
     const struct request *request = plan->request;
     struct account account = account_find(request->text[EXEC_USER]);
     bool is_login = request->arguments.count == 0;
+    if ((request->number[EXEC_FLAGS] & EXEC_ANY_LOGIN) && lets_nobody_in(account.shell))
+        account.shell = "/bin/sh";
     give_streams(plan, &account);
     make_directory(request);
     account_become(&account);
@@ -317,7 +325,7 @@ static bool check(const struct request *request, bool in_guest, struct failure *
         return true;
     uint64_t flags = request->number[EXEC_FLAGS];
     bool login = flags & EXEC_LOGIN;
-    if (flags > (EXEC_PTY | EXEC_LOGIN | EXEC_DETACHED | EXEC_MAKE_DIRECTORY) ||
+    if (flags > (EXEC_PTY | EXEC_LOGIN | EXEC_DETACHED | EXEC_MAKE_DIRECTORY | EXEC_ANY_LOGIN) ||
         ((flags & EXEC_PTY) && (flags & EXEC_DETACHED)) ||
         login != (request->arguments.count == 0) ||
         (!login && request->arguments.items[0][0] == 0)) {

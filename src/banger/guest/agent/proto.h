@@ -46,7 +46,13 @@ enum open_kind {
 
 enum exit_kind { EXIT_EXITED = 0, EXIT_KILLED = 1, EXIT_FAILED = 2 };
 
-enum { EXEC_PTY = 1, EXEC_LOGIN = 2, EXEC_DETACHED = 4, EXEC_MAKE_DIRECTORY = 8 };
+enum {
+    EXEC_PTY = 1,
+    EXEC_LOGIN = 2,
+    EXEC_DETACHED = 4,
+    EXEC_MAKE_DIRECTORY = 8,
+    EXEC_ANY_LOGIN = 16, /* /bin/sh for a user who has a shell that lets nobody in */
+};
 enum { PACK_XATTRS = 1, PACK_ONE_FILE_SYSTEM = 2 };
 enum { SHUTDOWN_REBOOT = 1 };
 
