@@ -109,6 +109,7 @@ def test_exec_keeps_arguments_and_environment_in_order(
 def test_exec_flags_are_one_number() -> None:
     assert (5, b"\0\0\0\x03") in fields_of(Exec(login=True, pty=True).encode())
     assert (5, b"\0\0\0\x04") in fields_of(Exec(["a"], detached=True).encode())
+    assert (5, b"\0\0\0\x12") in fields_of(Exec(login=True, any_login=True).encode())
     made = Exec(["a"], directory="/b", user="c:d", make_directory=True)
     assert fields_of(made.encode()) == [(5, b"\0\0\0\x08"), (3, b"/b"), (4, b"c:d"), (1, b"a")]
 
