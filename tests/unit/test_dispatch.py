@@ -389,7 +389,7 @@ async def test_every_command_has_what_the_image_says_under_what_it_says_itself(
     image = [(2, b"A=image"), (2, b"B=image"), (3, b"/srv"), (4, b"app")]
     assert [fields_of(each) for each in daemon.world.agent.programs] == [
         [(5, b"\0\0\0\x08"), *image, (1, b"ls")],
-        [(5, b"\0\0\0\x0a"), *image],  # a shell, not the entrypoint
+        [(5, b"\0\0\0\x1a"), *image],  # a shell in any case, not the entrypoint
         [(5, bytes(4)), (2, b"A=image"), (2, b"B=mine"), (3, b"/tmp"), (4, b"root"), (1, b"ls")],
     ]
 
