@@ -1,6 +1,6 @@
 """What a server can say, and a cancellation meet, at the worst moment of a download.
 
-(From real servers: tests/integration/test_download.py.)
+(From real servers: tests/integration/test_download_server.py.)
 """
 
 from __future__ import annotations
