@@ -71,9 +71,11 @@ def test_a_session_that_leaves_a_process_fails(pytester: pytest.Pytester) -> Non
         import subprocess
 
         def test_that_forgets_its_child():
-            subprocess.Popen(["sleep", "300"])
+            # It speaks once it runs: until then /proc shows no environment.
+            child = subprocess.Popen(["tail", "-f", __file__], stdout=subprocess.PIPE)
+            child.stdout.readline()
         """
     )
     result = pytester.runpytest_subprocess("-p", "no:cacheprovider", "-W", "default")
     result.assert_outcomes(passed=1, errors=1)
-    result.stdout.fnmatch_lines(["*left behind: process * sleep 300*"])
+    result.stdout.fnmatch_lines(["*left behind: process * tail -f *"])

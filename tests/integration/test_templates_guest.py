@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -218,6 +221,36 @@ def test_prune_takes_what_was_made_of_another_qemu(home: Home) -> None:
 
 
 # Standbys
+
+
+@pytest.fixture
+def small_disk(home: Home) -> Iterator[Path]:
+    """Where the home's templates have 1 GiB, on a file system whose files are in memory."""
+    if os.geteuid() != 0:
+        pytest.skip("run the tests as root, which can mount a small file system")
+    templates = home.state / "templates"
+    templates.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "none", templates], check=True)
+    try:
+        yield templates
+    finally:
+        home.banger.run("vm", "delete", "--force", "box")
+        subprocess.run(["umount", "--lazy", templates], check=True)
+
+
+def test_a_full_disk_below_their_template_harms_no_machine(home: Home, small_disk: Path) -> None:
+    banger = home.banger
+    banger.ok("vm", "create", "-q", *SMALL, "--name", "box")
+    assert len(banger.json("template", "list")) == 1
+    filler = small_disk / "filler"
+    with suppress(OSError):
+        filler.write_bytes(bytes(1 << 30))
+    try:
+        # Memory that the template had never used: a hole of its file.
+        assert banger.guest("box", "head -c 150M /dev/zero | tail -c 120M | wc -c") == "125829120\n"
+    finally:
+        filler.unlink()
+    assert banger.state("box") == "running"
 
 
 def _standby(home: Home) -> leftovers.Process:

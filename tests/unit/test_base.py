@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from banger.base import errors
 from banger.base.errors import BadRequest, BangerError, ErrorCode, Internal, from_wire
-from banger.base.files import write_atomically
+from banger.base.files import reserve_if_reading_takes_room, write_atomically
 from banger.base.model import check_artifact_name, check_vm_name
 from banger.base.opid import is_op_id, new_op_id
 
@@ -133,6 +135,35 @@ def test_the_content_is_synced_before_it_gets_the_name(
     monkeypatch.setattr(os, "fsync", look)
     write_atomically(path, b"new")
     assert seen == [b"old", b"new"]
+
+
+@pytest.mark.parametrize("content_at", [0, 1 << 20, (4 << 20) - 1])
+@pytest.mark.parametrize("tmpfs", [True, False])
+def test_reading_what_was_reserved_takes_no_more_room(
+    content_at: int, tmpfs: bool, tmp_path: Path
+) -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm" if tmpfs else tmp_path) as file:
+        os.ftruncate(file.fileno(), 4 << 20)
+        os.pwrite(file.fileno(), b"x", content_at)
+        reserve_if_reading_takes_room(file.fileno())
+        reserved = os.fstat(file.fileno()).st_blocks
+        with mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ) as memory:
+            content = bytearray(4 << 20)
+            content[content_at] = ord("x")
+            assert memory[:] == content
+        assert os.fstat(file.fileno()).st_blocks == reserved
+        if tmpfs:
+            assert reserved == (4 << 20) // 512
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000])
+def test_a_file_without_holes_is_left_as_it_is(size: int) -> None:
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as file:
+        file.write(b"x" * size)
+        file.flush()
+        before = os.fstat(file.fileno()).st_blocks
+        reserve_if_reading_takes_room(file.fileno())
+        assert os.fstat(file.fileno()).st_blocks == before
 
 
 def test_a_link_in_its_place_is_replaced_and_not_written_through(tmp_path: Path) -> None:

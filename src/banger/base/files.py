@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import secrets
 import shutil
@@ -50,6 +51,34 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def reserve_if_reading_takes_room(descriptor: int) -> None:
+    """Have room for all of a file where even reading a hole by a mapping takes some.
+
+    That is so on a tmpfs: whoever maps a file with holes is killed (SIGBUS) when it is full. On
+    any other file system nothing is changed. Raises OSError when there is no room.
+    """
+    size = os.fstat(descriptor).st_size
+    hole = os.lseek(descriptor, 0, os.SEEK_HOLE) if size else 0
+    page = hole // mmap.PAGESIZE * mmap.PAGESIZE
+    if hole >= size or page < hole:
+        return  # no page of it is a hole
+    before = os.fstat(descriptor).st_blocks
+    reader, writer = os.pipe()
+    try:
+        with mmap.mmap(descriptor, 1, mmap.MAP_PRIVATE, mmap.PROT_READ, offset=page) as hole_page:
+            # The kernel reads it: without room that is an error, and no SIGBUS.
+            os.write(writer, hole_page)
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+    finally:
+        os.close(reader)
+        os.close(writer)
+    if os.fstat(descriptor).st_blocks > before:
+        os.posix_fallocate(descriptor, 0, size)
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from banger.base import procfs
 from banger.base.errors import BangerError, Internal, Unavailable
-from banger.base.files import sync_file
+from banger.base.files import reserve_if_reading_takes_room, sync_file
 from banger.base.model import NetworkMode, Vm
 from banger.base.paths import VmPaths, prepare_private_dir
 from banger.drivers.base import Hypervisor, Machine, MemoryFile, Network, NetworkAttachment
@@ -72,7 +72,7 @@ async def make_machine(
     finally:
         shutil.rmtree(paths.runtime, ignore_errors=True)
     progress.stage("sync")
-    await asyncio.to_thread(_sync, paths)
+    await asyncio.to_thread(_finish, paths)
 
 
 @contextmanager
@@ -120,7 +120,10 @@ async def _end(pidfd: int) -> None:
         os.close(pidfd)
 
 
-def _sync(paths: VmPaths) -> None:
-    """What a power failure must not leave half written: nobody would notice but the guests."""
+def _finish(paths: VmPaths) -> None:
+    """What a full disk, or a power failure, must not do to the copies: nobody would notice but
+    the guests."""
+    with paths.memory.open("rb+") as memory:
+        reserve_if_reading_takes_room(memory.fileno())
     for path in (paths.memory, paths.machine_state, paths.system_overlay, paths.work_disk):
         sync_file(path)

@@ -24,6 +24,7 @@ from typing import Any, cast
 from qemu.qmp import QMPClient
 
 from banger.base.errors import PermissionDenied, PreconditionFailed, Unavailable
+from banger.base.files import reserve_if_reading_takes_room
 
 #: Collapsing is work of seconds, and QEMU sends no event of how far it is.
 _POLL_S = 0.05
@@ -156,6 +157,7 @@ def copying(memory: GuestMemory, path: Path) -> Iterator[MemoryCopy]:
         copy = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(copy, memory.size_bytes)
+            reserve_if_reading_takes_room(copy)
             with mmap.mmap(copy, memory.size_bytes) as mapped, memoryview(mapped) as view:
                 yield MemoryCopy(memory, source, copy, view)
         finally:
