@@ -1,5 +1,6 @@
 """A 1 GB image made ready to boot, beside the usual tools doing the same; what it takes of memory
-and disk meanwhile; and a build beside bare mmdebstrap.
+and disk meanwhile; a build beside bare mmdebstrap; and what the 2nd to the 20th VM of one image
+take of the disk, beside copies of the image.
 
 The image is Debian as banger builds it and as much again in files that no compression makes
 smaller, in two layers. Its floor: skopeo copy, umoci unpack, mke2fs -d.
@@ -17,10 +18,12 @@ import subprocess
 import tarfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Self
 
+from banger.base.model import Image
 from bench.home import Home
 from bench.measure import Figure, Target, timed
 
@@ -30,6 +33,7 @@ _LARGE_FILES, _LARGE_BYTES = 60, 6 << 20
 _LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
 _NAME = "bench-pulled"
 _SAMPLE_S = 0.05
+_SIBLINGS = 20
 _EXT4 = ("mke2fs", "-q", "-F", "-t", "ext4", "-E", "assume_storage_prezeroed=1")
 
 
@@ -89,7 +93,7 @@ def measure(home: Home) -> list[Figure]:
     image, _ = home.image()
     layout = home.directory / "layout"
     _make_layout(layout, Path(image.rootfs_path))
-    return [_pull(home, layout), _build(home)]
+    return [_pull(home, layout), _build(home), _siblings(home, image)]
 
 
 def _pull(home: Home, layout: Path) -> Figure:
@@ -163,6 +167,41 @@ def _build(home: Home) -> Figure:
     return Figure(
         f"image build {name}", "mmdebstrap, mke2fs", tuple(samples), tuple(floors), _TARGET
     )
+
+
+def _siblings(home: Home, image: Image) -> Figure:
+    """Made, started, and a command run in each; none is deleted before all are measured."""
+    names = [f"bench-sibling-{number}" for number in range(_SIBLINGS)]
+    samples: list[float] = []
+    taken: list[int] = []
+    for name in names:
+        free = _free_bytes(home)
+        create = ("vm", "create", "-q", "--image", image.name, "--memory", "512M", "--name", name)
+        samples.append(timed(partial(home.banger, *create)))
+        home.banger("vm", "exec", name, "--", "true")
+        taken.append(free - _free_bytes(home))
+    told = json.loads(home.banger("image", "show", image.name, "--json"))["vms"]
+    told_mib = sum(each["disk_bytes"] for each in told if each["vm_name"] != names[0]) / (1 << 20)
+    home.banger("vm", "delete", "--force", *names)
+    copy = home.directory / "copy.ext4"
+    floors = []
+    for _ in range(_ROUNDS):
+        floors.append(timed(partial(_run, "cp", "--sparse=always", image.rootfs_path, copy)))
+        copy_mib = copy.stat().st_blocks * 512 >> 20
+        copy.unlink()
+    further = _SIBLINGS - 1
+    taken_mib = sum(taken[1:]) / (1 << 20)
+    return Figure(
+        f"create, {told_mib / further:.1f} MiB told, {taken_mib / further:.1f} taken",
+        f"cp of the image, {copy_mib} MiB",
+        tuple(samples[1:]),
+        tuple(floors),
+    )
+
+
+def _free_bytes(home: Home) -> int:
+    os.sync()
+    return shutil.disk_usage(home.directory).free
 
 
 def _run(*argv: str | Path) -> None:

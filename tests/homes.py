@@ -76,6 +76,17 @@ class Home:
         finally:
             os.close(descriptor)
 
+    def stopped_daemon(self) -> int:
+        """The pid of the daemon while it is stopped (SIGSTOP), else 0."""
+        for process in self.processes():
+            if "banger.daemon.main" in process.command:
+                with suppress(OSError):
+                    # proc(5): the state comes after the name, which is in brackets.
+                    stat = Path(f"/proc/{process.pid}/stat").read_text()
+                    if stat.rpartition(")")[2].split()[0] == "T":
+                        return process.pid
+        return 0
+
     def machines(self) -> list[leftovers.Process]:
         """The hypervisors of this home."""
         return [

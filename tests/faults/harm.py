@@ -47,8 +47,9 @@ def strike(scene: Scene, cell: Cell, subject: str) -> float:
 
 
 def _harm_while_stopped(scene: Scene, cell: Cell, command: subprocess.Popen[bytes]) -> None:
-    until(lambda: command.poll() is not None or _stopped_daemon(scene), cell.point, _ENDS_S)
-    daemon = _stopped_daemon(scene)
+    home = scene.home
+    until(lambda: command.poll() is not None or home.stopped_daemon(), cell.point, _ENDS_S)
+    daemon = home.stopped_daemon()
     assert daemon, f"{cell.point} was never reached: {command.communicate()!r}"
     # Even if the harm fails: a stopped daemon could not be ended by the next command.
     with _continued(daemon), _harm(scene, cell):
@@ -66,17 +67,6 @@ def _continued(pid: int) -> Iterator[None]:
     finally:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGCONT)
-
-
-def _stopped_daemon(scene: Scene) -> int:
-    """The pid of the daemon when it is stopped, else 0."""
-    for daemon in scene.daemons():
-        with suppress(OSError):
-            # proc(5): the state comes after the name, which is in brackets.
-            stat = Path(f"/proc/{daemon.pid}/stat").read_text()
-            if stat.rpartition(")")[2].split()[0] == "T":
-                return daemon.pid
-    return 0
 
 
 def _harm(scene: Scene, cell: Cell) -> AbstractContextManager[None]:

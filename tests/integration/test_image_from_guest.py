@@ -236,10 +236,11 @@ def test_a_daemon_that_is_killed_leaves_nothing_and_the_next_try_works(
 ) -> None:
     script = _script(tmp_path, "echo done >/opt/done")
     build = ("image", "build", "own", "--from", IMAGE, "-q", "--run", script)
-    for stage in ("script", "pack", "filesystem", "finish"):
+    for stage in ("vm", "packages", "script", "pack", "filesystem", "finish"):
         home.banger.ok("daemon", "stop")
         faulty = Banger(home.banger.environment | {"BANGER_FAULT": f"SIGKILL@image.build:{stage}"})
-        said = faulty.fails(*build, status=1)
+        packages = ("--packages", "tree") if stage == "packages" else ()
+        said = faulty.fails(*build, *packages, status=1)
         assert "connection to bangerd was lost" in said
         assert "own" not in [image["name"] for image in home.banger.json("image", "list")]
         until(lambda: _left(home) == [], f"nothing is left of {stage}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import signal
 import subprocess
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from ext4_trees import tree_of
 from homes import Home
 from oci_layouts import Member, everything, tar
-from product import IMAGE, Banger
+from product import IMAGE, Banger, finish, until
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(600)]
 
@@ -200,6 +201,43 @@ def test_the_daemon_is_killed_while_it_makes_a_registered_image_its_own(
     assert {each.name for each in Path(shown["artifact_dir"]).iterdir()} == {
         "image.json", "work-seed.ext4"}  # fmt: skip
     home.banger.ok("image", "promote", "mine")
+
+
+def test_what_was_saved_of_a_registered_image_goes_when_it_moves(
+    home: Home, tmp_path: Path
+) -> None:
+    """A template lies over the file where it was."""
+    banger, mine = home.banger, tmp_path / "mine.ext4"
+    subprocess.run(["cp", "--sparse=always", _rootfs(banger, IMAGE), mine], check=True)
+    banger.ok("image", "register", mine)
+    run = ("vm", "run", "-q", "--rm", "--image", "mine", "--", "true")
+    banger.ok(*run)
+    (template,) = banger.json("template", "list")
+    banger.ok("image", "promote", "mine")
+    assert banger.json("template", "list") == []
+    mine.unlink()
+    banger.ok(*run)
+    (anew,) = banger.json("template", "list")
+    assert anew["id"] != template["id"]
+
+
+def test_a_file_that_changes_while_it_is_copied_is_noticed(home: Home, tmp_path: Path) -> None:
+    banger, mine = home.banger, tmp_path / "mine.ext4"
+    subprocess.run(["cp", "--sparse=always", _rootfs(banger, IMAGE), mine], check=True)
+    banger.ok("image", "register", mine)
+    banger.ok("daemon", "stop")
+    stopping = Banger(banger.environment | {"BANGER_FAULT": "SIGSTOP@image.promote:copy"})
+    promoting = stopping.start("image", "promote", "mine")
+    daemon = until(home.stopped_daemon, "the daemon stops before the copy")
+    os.utime(mine)
+    os.kill(daemon, signal.SIGCONT)
+    status, _, said = finish(promoting)
+    assert status == 1
+    assert f"{mine} has changed since it was registered".encode() in said
+    shown = banger.json("image", "show", "mine")
+    assert shown["rootfs_path"] == str(mine)
+    assert {each.name for each in Path(shown["artifact_dir"]).iterdir()} == {
+        "image.json", "work-seed.ext4"}  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", ["rename", "record", "files"])

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
+import gzip
 import os
 import random
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +373,41 @@ def _running(home: Home) -> list[dict[str, Any]]:
             if each["kind"] == "image.pull" and each["state"] == "running"]  # fmt: skip
 
 
+def test_two_pulls_at_once_count_what_comes_for_each(
+    home: Home, registry: Registry, mirror: Mirror, small: str, layout: Layout
+) -> None:
+    """A pull may bring little more than its manifest announces; what others bring is not its."""
+    layout.image([_base(), tar(_noise("large", 100 << 20))])
+    large = registry.push(layout.folder, "team/large:1")
+    mirror.harm = "wait"
+    waiting = home.banger.start(
+        "image", "pull", "--insecure", small.replace(registry.address, mirror.address)
+    )
+    until(lambda: mirror.sent, "the pull asks for a blob")
+    home.banger.ok("image", "pull", "--insecure", large)
+    mirror.harm = ""
+    status, out, said = finish(waiting)
+    assert (status, out[:10]) == (0, b"small-1.0 "), said
+
+
+def test_a_name_that_was_taken_meanwhile_is_a_conflict(
+    home: Home, registry: Registry, mirror: Mirror, small: str, tmp_path: Path
+) -> None:
+    mirror.harm = "wait"
+    pulling = home.banger.start("image", "pull", "--insecure", "--name", "mine",
+                                small.replace(registry.address, mirror.address))  # fmt: skip
+    until(lambda: mirror.sent, "the pull asks for a blob")
+    archive = tmp_path / "a.tar"
+    archive.write_bytes(_base())
+    home.banger.ok("image", "import", "--name", "mine", archive)
+    mirror.harm = ""
+    status, _, said = finish(pulling)
+    assert status == 1
+    assert b'image "mine" already exists' in said
+    assert home.banger.json("image", "show", "mine")["source"] == str(archive)
+    assert _left(home) == []
+
+
 def test_ctrl_c_takes_a_pull_back(
     home: Home, registry: Registry, mirror: Mirror, small: str
 ) -> None:
@@ -431,6 +470,108 @@ def test_the_cache_stays_within_its_limit(home: Home, small: str) -> None:
     home.banger.ok("image", "pull", "--insecure", small)
     blobs = home.directory / "cache/banger/blobs"
     assert sum(each.stat().st_size for each in blobs.rglob("*")) <= 1 << 20
+
+
+def test_a_pull_that_fails_leaves_the_cache_within_its_limit(
+    home: Home, registry: Registry, small: str, layout: Layout
+) -> None:
+    home.configure('image_cache_limit = "1M"')
+    home.banger.run("daemon", "stop")
+    layout.image([_base(), tar(_noise("late", 3_000_000))])
+    reference = registry.push(layout.folder, "team/late:1")
+    mirror = Mirror(registry, from_bytes=2_500_000)  # the first layer is whole by then
+    try:
+        mirror.harm = "cut"
+        through = reference.replace(registry.address, mirror.address)
+        home.banger.fails("image", "pull", "--insecure", through, status=1)
+        assert len(set(mirror.sent)) > 1
+    finally:
+        mirror.close()
+    blobs = home.directory / "cache/banger/blobs"
+    assert sum(each.stat().st_size for each in blobs.rglob("*") if each.is_file()) <= 1 << 20
+
+
+def test_the_cache_is_not_emptied_below_a_pull(
+    home: Home, registry: Registry, mirror: Mirror, small: str
+) -> None:
+    mirror.harm = "wait"
+    pulling = home.banger.start(
+        "image", "pull", "--insecure", small.replace(registry.address, mirror.address)
+    )
+    until(lambda: mirror.sent, "the pull asks for a blob")
+    said = home.banger.fails("image", "cache", "prune", status=1)
+    assert "the cache is in use: something is being pulled" in said
+    mirror.harm = ""
+    assert finish(pulling)[0] == 0
+    home.banger.ok("image", "cache", "prune")
+
+
+def test_who_removes_from_the_cache_is_waited_for_and_delays_nobody(home: Home, small: str) -> None:
+    cache = home.directory / "cache/banger"
+    cache.mkdir(parents=True)
+    with (cache / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as another daemon of this user would
+        pulling = home.banger.start("image", "pull", "--insecure", small)
+        until(lambda: _running(home), "the pull begins")
+        assert home.banger.run("vm", "list", timeout_s=10).returncode == 0
+        assert pulling.poll() is None
+    status, out, said = finish(pulling)
+    assert (status, out[:10]) == (0, b"small-1.0 "), said
+
+
+def test_an_archive_that_unpacks_to_more_than_an_image_may_hold(
+    home: Home, layout: Layout, tmp_path: Path
+) -> None:
+    """skopeo unpacks it before anything of it is known."""
+    home.configure('image_size_limit = "16M"')
+    home.banger.run("daemon", "stop")
+    archive = tmp_path / "bomb.tar.gz"
+    archive.write_bytes(gzip.compress(tar(Member("zeros", bytes(200 << 20))), 1))
+    said = home.banger.fails("image", "pull", f"docker-archive:{archive}", status=1)
+    assert "holds more than 16 MiB, which it may not" in said
+    assert _images(home.banger) == []
+    assert _left(home) == []
+    assert not [each for each in home.processes() if "skopeo" in each.command]
+
+
+@pytest.fixture
+def small_disk(home: Home) -> Iterator[Home]:
+    """A home whose images have 300 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("run the tests as root, which can mount a small file system")
+    home.banger.run("daemon", "stop")
+    images = home.data / "images"
+    rest = home.data / "rest"
+    images.rename(rest)
+    images.mkdir(mode=0o700)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m,mode=700", "none", images], check=True)
+    try:
+        for each in rest.iterdir():
+            (images / each.name).symlink_to(each)
+        yield home
+    finally:
+        subprocess.run(["umount", "--lazy", images], check=True)
+
+
+@pytest.mark.parametrize("stage", ["unpack", "filesystem", "finish"])
+def test_the_disk_gets_full_in_a_stage_of_a_pull(small_disk: Home, small: str, stage: str) -> None:
+    home, images = small_disk, small_disk.data / "images"
+    stopping = Banger(home.banger.environment | {"BANGER_FAULT": f"SIGSTOP@image.pull:{stage}"})
+    pulling = stopping.start("image", "pull", "--insecure", small)
+    daemon = until(home.stopped_daemon, f"the daemon stops before {stage}")
+    filler = images / "filler"
+    with suppress(OSError):
+        filler.write_bytes(bytes(300 << 20))
+    os.kill(daemon, signal.SIGCONT)
+    status, _, said = finish(pulling)
+    filler.unlink()
+    if stage != "finish":  # what that writes may still find room
+        assert status == 1
+    if status:
+        assert b"No space left on device" in said or b"is full" in said, said
+        assert _images(home.banger) == []
+        assert home.banger.ok("image", "pull", "--insecure", small).startswith("small-1.0")
+    assert _left(home) == []
 
 
 def test_machines_share_their_image(home: Home, small: str) -> None:

@@ -8,6 +8,7 @@ import gzip
 import hashlib
 import lzma
 import os
+import struct
 import subprocess
 import tarfile
 from collections.abc import Callable, Sequence
@@ -279,6 +280,30 @@ def test_modes_owners_times_links_and_attributes(tree: Tree) -> None:
     assert os.getxattr(tree.path / "setuid", "user.binary") == b"\xff\x00="
     assert (tree.path / "a/same").samefile(tree.path / "setuid")
     assert (tree.path / "pipe").is_fifo()
+
+
+def _acl(*entries: tuple[int, int, int]) -> bytes:
+    """As the kernel has ACLs in extended attributes: (tag, permissions, id)."""
+    return struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *each) for each in entries)
+
+
+def test_nothing_inherits_the_attributes_of_what_is_above_or_below(tree: Tree) -> None:
+    nobody = 0xFFFFFFFF
+    default = _acl((1, 7, nobody), (2, 7, 1000), (4, 5, nobody), (16, 7, nobody), (32, 0, nobody))
+    above = Member("a", mode=0o750, kind=tarfile.DIRTYPE,
+                   xattrs={"system.posix_acl_default": default, "user.note": b"1"})  # fmt: skip
+    below = Member("b", kind=tarfile.DIRTYPE, xattrs={"user.note": b"1", "user.gone": b"1"})
+    inside = (Member("a/file", mode=0o644), directory("a/made", 0o711), Member("a/missing/file"),
+              Member("a/pipe", kind=tarfile.FIFOTYPE, mode=0o604))  # fmt: skip
+    again = Member("b", kind=tarfile.DIRTYPE, xattrs={"user.note": b"2"})
+    tree.unpack(tar(above, *inside, below), tar(again))
+    modes = {"file": 0o644, "made": 0o711, "missing": 0o755, "missing/file": 0o644, "pipe": 0o604}
+    for name, mode in modes.items():
+        path = tree.path / "a" / name
+        assert (path.stat().st_mode & 0o7777, os.listxattr(path)) == (mode, []), name
+    assert set(os.listxattr(tree.path / "a")) == {"system.posix_acl_default", "user.note"}
+    assert os.listxattr(tree.path / "b") == ["user.note"]
+    assert os.getxattr(tree.path / "b", "user.note") == b"2"
 
 
 def test_names_that_are_no_text(tree: Tree) -> None:

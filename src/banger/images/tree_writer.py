@@ -207,6 +207,7 @@ class TreeWriter:
         else:
             self.owners.pop(place, None)  # of a layer below
         if not is_link:
+            _clear_attributes(what)
             os.chmod(what, member.mode & 0o7777)
         self._set_attributes(what, place, member)
         if member.isdir():
@@ -332,7 +333,9 @@ class TreeWriter:
         if place in self.devices:
             raise ArchiveError(f"{_shown(place)} is not a directory")
         _bounded(place)
-        os.mkdir(_at(place), 0o755)
+        os.mkdir(_at(place))
+        _clear_attributes(_at(place))
+        os.chmod(_at(place), 0o755)
         self._times[place] = seconds
 
     def _followed(self, place: bytes) -> bytes:
@@ -401,6 +404,13 @@ def _owner(place: bytes, member: tarfile.TarInfo) -> tuple[int, int]:
     if not (0 <= member.uid < 1 << 32 and 0 <= member.gid < 1 << 32):
         raise ArchiveError(f"the owner of {_shown(place)} is damaged")
     return member.uid, member.gid
+
+
+def _clear_attributes(what: bytes | int) -> None:
+    """What is new may have inherited an ACL; a directory may have attributes of a layer below."""
+    for name in os.listxattr(what):
+        if name.startswith(_XATTRS_KEPT):
+            os.removexattr(what, name)
 
 
 def _is_full() -> bool:
