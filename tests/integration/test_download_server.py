@@ -22,7 +22,7 @@ from banger.base.errors import (
     PreconditionFailed,
     Unavailable,
 )
-from banger.images import download
+from banger.images import download, web
 from banger.images.catalog import load_catalog
 from banger.images.download import Download, fetched
 
@@ -38,7 +38,7 @@ def server() -> Iterator[BadServer]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "_STALL_S", 0.5)
+    monkeypatch.setattr(web, "_STALL_S", 0.5)
     monkeypatch.setattr(download, "_FIRST_PAUSE_S", 0.01)
     monkeypatch.setattr(download, "_LOCK_POLL_S", 0.05)
     for name in ("http_proxy", "https_proxy", "all_proxy"):

@@ -17,8 +17,9 @@ import httpx
 import pytest
 
 from banger.base.errors import PreconditionFailed, Unavailable
-from banger.images import download
-from banger.images.download import Download, fetch_small, fetched
+from banger.images import download, web
+from banger.images.download import Download, fetched
+from banger.images.web import fetch_small
 
 CONTENT = bytes(range(256)) * (3 << 12)
 WHAT = Download(
@@ -56,8 +57,8 @@ class Server:
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
     made = Server()
     monkeypatch.setattr(
-        download,
-        "_client",
+        web,
+        "client_for",
         lambda url: httpx.AsyncClient(transport=httpx.MockTransport(made.handle)),
     )
     return made
@@ -180,7 +181,7 @@ def test_where_a_redirect_leads_is_read_or_refused(location: str) -> None:
     request = httpx.Request("GET", "https://example.org/")
     response = httpx.Response(302, headers={"Location": location}, request=request)
     with pytest.raises(Unavailable, match="no URL"):
-        download._target(response)
+        web._target(response)
 
 
 @pytest.mark.parametrize(

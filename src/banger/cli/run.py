@@ -166,29 +166,37 @@ def run(
         )
     if words is None and not detach:
         tty = tty or (sys.stdin.isatty() and sys.stdout.isatty())
-    command = _command(words or (), env, tty=tty, detach=detach, user=user)
-    with connect() as client:
+    params = {
+        "create": create,
+        "command": _command(words or (), env, tty=tty, detach=detach, user=user),
+        "entrypoint": entrypoint,
+        "workspace": repository,
         # Not resolved: a link to a file is replaced itself.
-        export = "" if patch is None else os.path.abspath(patch)  # noqa: PTH100
-        params = {
-            "create": create, "command": command, "entrypoint": entrypoint,
-            "workspace": repository, "export": export, "umask": umask(),
-        }  # fmt: skip
+        "export": "" if patch is None else os.path.abspath(patch),  # noqa: PTH100
+        "umask": umask(),
+    }
+    stdin = words is None or interactive or tty or not sys.stdin.isatty()
+    return _run_machine(params, stdin=stdin, quiet=quiet)
+
+
+def _run_machine(params: dict[str, Any], *, stdin: bool, quiet: bool) -> int:
+    """`run` of one machine: made, and its command attached to, or left running."""
+    command = params["command"]
+    with connect() as client:
         result = watched_call(client, "vm.run", params, VmResult, title="vm", quiet=quiet)
         made = result.vm
         if not quiet:
             note_ports(made)
-        if detach:
+        if command["detach"]:
             click.echo(made.name)
             status = result.exit_code
             if result.message:
                 note(f"error: {printable(result.message)}")
-            if not result.started and (env or user):
+            if not result.started and (command["env"] or command["user"]):
                 note("warning: nothing was started: there is no command, and the image names none")
         else:
-            stdin = words is None or interactive or tty or not sys.stdin.isatty()
-            status = run_session(client.session(), terminal=tty, stdin=stdin)
-    if not remove and not quiet:
+            status = run_session(client.session(), terminal=command["tty"], stdin=stdin)
+    if not params["create"]["ephemeral"] and not quiet:
         note(
             f"vm {made.name} keeps running; a shell in it: banger vm shell {made.name};"
             f" stop it: banger vm stop {made.name};"

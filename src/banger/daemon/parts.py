@@ -59,32 +59,7 @@ class Parts:
         self.agents = Agents()
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.network, self.handles)
-        self.image_cache = ImageCache(paths, config.image_cache_limit)
-        self.kernels = KernelService(
-            paths, store, self.operations, self.image_cache, config.catalog_url
-        )
-        self.images = ImageService(paths, store, self.operations, self.kernels)
-        self.image_bundles = ImageBundles(
-            paths,
-            self.images,
-            self.operations,
-            self.image_cache,
-            config.catalog_url,
-            size_limit_mib=config.image_size_limit,
-        )
-        self.image_pulls = ImagePulls(
-            self.images,
-            self.operations,
-            self.image_cache,
-            self.image_bundles,
-            size_limit_mib=config.image_size_limit,
-        )
-        self.image_imports = ImageImports(
-            self.images,
-            self.operations,
-            lambda image: self._forget(image),
-            size_limit_mib=config.image_size_limit,
-        )
+        self._put_images_together()
         self.publishing = Publishing(self.agents, self.liveness, lambda vm: self.vms.in_use(vm))
         self.capabilities = Capabilities(
             [
@@ -158,6 +133,34 @@ class Parts:
             handles=self.handles,
             storage=drivers.storage,
             interval_s=config.stats_poll_interval,
+        )
+
+    def _put_images_together(self) -> None:
+        self.image_cache = ImageCache(self.paths, self.config.image_cache_limit)
+        self.kernels = KernelService(
+            self.paths, self.store, self.operations, self.image_cache, self.config.catalog_url
+        )
+        self.images = ImageService(self.paths, self.store, self.operations, self.kernels)
+        self.image_bundles = ImageBundles(
+            self.paths,
+            self.images,
+            self.operations,
+            self.image_cache,
+            self.config.catalog_url,
+            size_limit_mib=self.config.image_size_limit,
+        )
+        self.image_pulls = ImagePulls(
+            self.images,
+            self.operations,
+            self.image_cache,
+            self.image_bundles,
+            size_limit_mib=self.config.image_size_limit,
+        )
+        self.image_imports = ImageImports(
+            self.images,
+            self.operations,
+            lambda image: self._forget(image),
+            size_limit_mib=self.config.image_size_limit,
         )
 
     def _put_lives_together(self) -> None:

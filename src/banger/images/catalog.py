@@ -35,7 +35,8 @@ from banger.base.files import open_regular
 from banger.base.model import check_artifact_name
 from banger.base.units import format_size
 from banger.base.url import check_authentic, check_web_url, file_path, shown
-from banger.images.download import Download, fetch_small
+from banger.images.download import Download
+from banger.images.web import fetch_small
 
 CATALOG_MAX_BYTES = 4 << 20
 _VERSION = 1

@@ -10,50 +10,41 @@ httpx takes long to import, and most daemons never fetch: it is imported where i
 from __future__ import annotations
 
 import asyncio
-import email.utils
 import fcntl
 import hashlib
 import os
 import re
 import shutil
-import ssl
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
-from urllib.parse import urljoin
 
 import msgspec
 
 from banger.base.cancellation import in_thread, to_its_end
-from banger.base.errors import BadRequest, BangerError, NotFound, PreconditionFailed, Unavailable
+from banger.base.errors import NotFound, PreconditionFailed, Unavailable
 from banger.base.files import open_regular, write_atomically
 from banger.base.units import format_size
-from banger.base.url import check_redirect, check_web_url, file_path, is_loopback, shown
+from banger.base.url import check_web_url, file_path, shown
+from banger.images import web
 from banger.images.progress import UNKNOWN, Progress, Steps
 
 if TYPE_CHECKING:
     import httpx
 
-_CONNECT_S = 20.0
-#: Without a byte.
-_STALL_S = 30.0
 #: How often in a row without getting further; pauses are doubled from the first.
 _ATTEMPTS = 5
 _FIRST_PAUSE_S = 0.5
 _PAUSE_MAX_S = 30.0
-_REDIRECTS_MAX = 10
 _LOCK_POLL_S = 0.5
 _PIECE = 1 << 20
 #: What is left of the disk for machines that run meanwhile.
 _KEEP_FREE_BYTES = 256 << 20
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
-#: What may go another way soon: time-outs, too many requests, a server or proxy in trouble.
-_PASSING = frozenset({408, 425, 429, 500, 502, 503, 504})
 
 
 @dataclass(frozen=True)
@@ -63,23 +54,6 @@ class Download:
     url: str
     sha256: str
     size_bytes: int
-
-
-@dataclass(frozen=True)
-class Small:
-    """A small file, and where it was in the end."""
-
-    url: str
-    content: bytes
-
-
-class _Again(Exception):
-    """It may work another time: `error` if it does not."""
-
-    def __init__(self, error: BangerError, pause_s: float = 0) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.pause_s = pause_s
 
 
 class _Other(Exception):
@@ -112,35 +86,6 @@ async def fetched(what: Download, directory: Path, progress: Progress) -> AsyncI
             await fetch(what, directory, progress)
         yield whole
         whole.unlink(missing_ok=True)
-
-
-async def fetch_small(url: str, limit_bytes: int, check_url: Callable[[str], object]) -> Small:
-    """The content of a small file of the web; `check_url` sees every address on the way to it."""
-    import httpx
-
-    check_url(url)
-    chunks = bytearray()
-    try:
-        async with (
-            asyncio.timeout(_CONNECT_S + _STALL_S),
-            _client(url) as client,
-            _get(client, url, {}, check_url) as response,
-        ):
-            if response.status_code != 200:
-                raise _refusal(response)
-            async for piece in response.aiter_raw():
-                chunks += piece
-                if len(chunks) > limit_bytes:
-                    raise PreconditionFailed(
-                        f"{shown(url)} is larger than {format_size(limit_bytes)}"
-                    )
-            return Small(str(response.url), bytes(chunks))
-    except TimeoutError:
-        raise Unavailable(f"{shown(url)} does not come: it takes too long") from None
-    except _Again as again:
-        raise again.error from None
-    except httpx.HTTPError as error:
-        raise _unreachable(url, error) from None
 
 
 # --- one at a time ---
@@ -216,7 +161,7 @@ async def _download(what: Download, directory: Path, progress: Progress) -> None
     check_web_url(what.url)
     part = directory / f"{what.sha256}.part"
     furthest, failures, anew = _size_of(part), 0, False
-    async with _client(what.url) as client:
+    async with web.client_for(what.url) as client:
         while True:
             resumed = _size_of(part) > 0
             try:
@@ -230,10 +175,10 @@ async def _download(what: Download, directory: Path, progress: Progress) -> None
                     raise _of_no_use(what, other) from None
                 anew, furthest = True, 0
                 continue
-            except _Again as again:
+            except web.Again as again:
                 error, pause_s = again.error, again.pause_s
             except httpx.HTTPError as reason:
-                error, pause_s = _unreachable(what.url, reason), 0.0
+                error, pause_s = web.unreachable(what.url, reason), 0.0
                 if "CERTIFICATE_VERIFY_FAILED" in str(reason):
                     raise error from None
             failures = 0 if _size_of(part) > furthest else failures + 1
@@ -253,7 +198,7 @@ async def _go_on(client: httpx.AsyncClient, what: Download, part: Path, progress
         headers["Range"] = f"bytes={have}-"
         if known is not None and known.url == what.url:
             headers["If-Range"] = known.validator
-    async with _get(client, what.url, headers, check_web_url) as response:
+    async with web.get(client, what.url, headers, check_web_url) as response:
         if response.status_code == 206 and have:
             _check_range(response, what, have)
         elif response.status_code == 200:
@@ -264,7 +209,7 @@ async def _go_on(client: httpx.AsyncClient, what: Download, part: Path, progress
         elif response.status_code == 416 and have:
             raise _Other("the server has not so much of it")
         else:
-            raise _refusal(response)
+            raise web.refusal(response)
         if not have:
             _note_validator(part, what.url, response)
         _ensure_room(part.parent, what.size_bytes - have)
@@ -293,7 +238,7 @@ async def _receive(
             if done <= what.size_bytes:
                 file.write(buffer)
     if done < what.size_bytes:
-        raise _Again(
+        raise web.Again(
             Unavailable(
                 f"{shown(what.url)} ended after {format_size(done)} of"
                 f" {format_size(what.size_bytes)}"
@@ -306,84 +251,6 @@ def _check_range(response: httpx.Response, what: Download, have: int) -> None:
     given = _CONTENT_RANGE.fullmatch(response.headers.get("content-range", ""))
     if given is None or int(given[1]) != have or int(given[3]) != what.size_bytes:
         raise _Other("the server sends another part of it, or of another file")
-
-
-@asynccontextmanager
-async def _get(
-    client: httpx.AsyncClient, url: str, headers: dict[str, str], check_url: Callable[[str], object]
-) -> AsyncIterator[httpx.Response]:
-    """The response to a GET, after redirects, each of which `check_url` has to accept."""
-    import httpx
-
-    for _ in range(_REDIRECTS_MAX):
-        try:
-            request = client.build_request("GET", url, headers=headers)
-        except httpx.InvalidURL as error:
-            raise BadRequest(f"{shown(url)} is not a URL: {error}") from None
-        response = await client.send(request, stream=True)
-        try:
-            if not response.has_redirect_location:
-                yield response
-                return
-            target = _target(response)
-            check_redirect(url, target)
-            check_url(target)
-            url = target
-        finally:
-            await response.aclose()
-    raise Unavailable(f"{shown(url)}: the server redirects for ever")
-
-
-def _target(response: httpx.Response) -> str:
-    try:
-        return urljoin(str(response.url), response.headers["location"])
-    except ValueError as error:
-        url = shown(str(response.url))
-        raise Unavailable(f"{url}: the server redirects to what is no URL: {error}") from None
-
-
-def _client(url: str) -> httpx.AsyncClient:
-    import httpx
-
-    return httpx.AsyncClient(
-        # The certificates that the system trusts: people add their own there.
-        verify=ssl.create_default_context(),
-        timeout=httpx.Timeout(_STALL_S, connect=_CONNECT_S),
-        # By the user's proxies, which cannot reach our loopback, and have no business there.
-        trust_env=not is_loopback(url),
-        # As it lies there: ranges and digests are of that, and nothing is unpacked on the way.
-        headers={"Accept-Encoding": "identity", "User-Agent": "banger"},
-    )
-
-
-def _refusal(response: httpx.Response) -> BangerError | _Again:
-    status, url = response.status_code, shown(str(response.url))
-    text = f"{url}: the server says {status} {response.reason_phrase}".rstrip()
-    if status in _PASSING:
-        return _Again(Unavailable(text, hint="try again later"), _retry_after(response))
-    if status in (404, 410):
-        return NotFound(text, hint="is the catalog out of date?")
-    return Unavailable(text)
-
-
-def _retry_after(response: httpx.Response) -> float:
-    """Seconds, by RFC 9110, 10.2.3; 0 without or with nonsense."""
-    value = response.headers.get("retry-after", "").strip()
-    if value.isdecimal():
-        return float(value[:6])
-    with suppress(ValueError, OverflowError):
-        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    return 0.0
-
-
-def _unreachable(url: str, error: httpx.HTTPError) -> Unavailable:
-    import httpx
-
-    if isinstance(error, httpx.ReadTimeout):
-        return Unavailable(f"{shown(url)}: nothing has come for {_STALL_S:g} s")
-    return Unavailable(
-        f"cannot fetch {shown(url)}: {str(error) or type(error).__name__}", hint="check the network"
-    )
 
 
 # --- what has come ---
