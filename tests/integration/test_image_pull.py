@@ -9,6 +9,7 @@ import random
 import shutil
 import signal
 import subprocess
+import tarfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -109,6 +110,9 @@ def test_the_same_again_is_up_to_date_and_another_of_its_name_a_conflict(
     done = banger.run("image", "pull", "--insecure", small, "--name", "mine")
     assert done.returncode == 0
     assert b"image mine is up to date" in done.stderr
+    again = ("image", "pull", "--insecure", small, "--name", "mine", "--kernel")
+    assert 'kernel "none" not found' in banger.fails(*again, "none", status=1)
+    banger.ok(*again, "debian")
     layout.image([_base(), tar(Member("other"))])
     other = registry.push(layout.folder, "team/other:1.0")
     said = banger.fails("image", "pull", "--insecure", other, "--name", "mine", status=1)
@@ -526,7 +530,10 @@ def test_an_archive_that_unpacks_to_more_than_an_image_may_hold(
     home.configure('image_size_limit = "16M"')
     home.banger.run("daemon", "stop")
     archive = tmp_path / "bomb.tar.gz"
-    archive.write_bytes(gzip.compress(tar(Member("zeros", bytes(200 << 20))), 1))
+    member = tarfile.TarInfo("zeros")
+    member.size = 8 << 30
+    piece = gzip.compress(bytes(64 << 20), 1)
+    archive.write_bytes(gzip.compress(member.tobuf()) + piece * (member.size >> 26))
     said = home.banger.fails("image", "pull", f"docker-archive:{archive}", status=1)
     assert "holds more than 16 MiB, which it may not" in said
     assert _images(home.banger) == []

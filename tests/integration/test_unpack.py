@@ -10,17 +10,21 @@ import lzma
 import os
 import struct
 import subprocess
+import sys
 import tarfile
+import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 import zstandard
 
 from banger.base.errors import PreconditionFailed
-from banger.images.unpack import BadArchive, Layer, Limits, Unpacked, unpack
-from banger.images.userns import remove_tree
+from banger.images.depersonaliser import depersonalised
+from banger.images.unpack import BadArchive, Layer, Limits, Node, Owner, Unpacked, unpack
+from banger.images.userns import contained, remove_tree, temporary_tree
 from oci_layouts import Member, directory, hard_link, symlink, tar
 
 _LIMITS = Limits(content_bytes=8 << 20, entries=1000)
@@ -72,7 +76,8 @@ FILE = Member("file", b"content")
         ([Member("a/../file")], "a/../file leads out of the image"),
         ([Member("/etc/file")], "/etc/file is an absolute path"),
         ([hard_link("file", "../../etc/passwd")], "../../etc/passwd leads out of the image"),
-        ([hard_link("file", "/etc/passwd")], "/etc/passwd is an absolute path"),
+        ([hard_link("file", "/etc/passwd")], "file is a hard link to what is not there"),
+        ([hard_link("file", "/../etc/passwd")], "../etc/passwd leads out of the image"),
         ([hard_link("file", "etc/passwd")], "file is a hard link to what is not there"),
         ([directory("a"), hard_link("file", "a")], "file is a hard link to a directory"),
         ([symlink("a", "../.."), Member("a/file")], "a is a link that leads out of the image"),
@@ -280,6 +285,70 @@ def test_modes_owners_times_links_and_attributes(tree: Tree) -> None:
     assert os.getxattr(tree.path / "setuid", "user.binary") == b"\xff\x00="
     assert (tree.path / "a/same").samefile(tree.path / "setuid")
     assert (tree.path / "pipe").is_fifo()
+
+
+def test_a_hard_link_may_say_where_its_target_is_in_the_image(tree: Tree) -> None:
+    """As kaniko writes them."""
+    tree.unpack(tar(FILE), tar(hard_link("same", "/file")))
+    assert (tree.path / "same").samefile(tree.path / "file")
+
+
+def test_what_replaces_a_directory_has_its_own_time(tree: Tree) -> None:
+    tree.unpack(tar(directory("a")), tar(Member(".wh.a")), tar(Member("a", mtime=86400)))
+    assert (tree.path / "a").stat().st_mtime == 86400
+
+
+def test_a_header_of_digits_keeps_nobody_busy(tree: Tree) -> None:
+    """`tarfile` takes hours for it (CVE-2024-6232)."""
+    header = tarfile.TarInfo("././@PaxHeader")
+    header.type, header.size = tarfile.XHDTYPE, 4_000_000
+    began = time.monotonic()
+    assert "a header of it is damaged" in tree.refuses(header.tobuf() + b"1" * header.size)
+    assert time.monotonic() - began < 20
+
+
+def test_a_tree_has_nothing_of_the_acl_above_it(tmp_path: Path) -> None:
+    default = _acl((1, 7, 0xFFFFFFFF), (2, 7, 1000), (4, 5, 0xFFFFFFFF), (16, 7, 0xFFFFFFFF),
+                   (32, 0, 0xFFFFFFFF))  # fmt: skip
+    os.setxattr(tmp_path, "system.posix_acl_default", default)
+
+    async def inside() -> list[str]:
+        async with temporary_tree(tmp_path / "scratch") as scratch:
+            (scratch / "tree").mkdir()
+            return os.listxattr(scratch) + os.listxattr(scratch / "tree")
+
+    assert asyncio.run(inside()) == []
+
+
+def test_what_is_cleaned_away_gets_no_owner(tree: Tree) -> None:
+    """Of a file whose owner is to be set later nothing may be left to be set."""
+    content = tree.unpack(tar(Member("var/log/app.log", b"x"), Member("kept"), directory("dev"),
+                              Member("run/x")))  # fmt: skip
+    log, kept, device, gone = (
+        name.encode().hex() for name in ("var/log/app.log", "kept", "dev/null", "run/x/null")
+    )
+    content = msgspec.structs.replace(
+        content,
+        owners=tuple(Owner(each, 100_000, 0) for each in (log, kept)),
+        devices=tuple(Node(each, "c", 1, 3, 0o666, 0, 0, 0) for each in (device, gone)),
+    )
+    left, packages = asyncio.run(depersonalised(tree.path, content))
+    assert [each.place for each in left.owners] == [kept]
+    assert [each.place for each in left.devices] == [device]
+    assert packages == ()
+
+
+def test_who_is_shut_in_gets_nothing_back(tmp_path: Path) -> None:
+    """What it executed would have all rights again, root as it is."""
+    look = (
+        "import sys; from banger.images.shut_in import shut_in;"
+        " status = open('/proc/self/status'); shut_in(sys.argv[1]); sys.stdout.write(status.read())"
+    )
+    argv = contained([sys.executable, "-c", look, str(tmp_path)])
+    said = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    status = dict(line.split(":\t", 1) for line in said.splitlines())
+    assert status["NoNewPrivs"] == "1"
+    assert status["CapEff"] == "000000008000001b"
 
 
 def _acl(*entries: tuple[int, int, int]) -> bytes:

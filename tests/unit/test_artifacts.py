@@ -153,18 +153,49 @@ async def test_leftovers_are_what_a_dead_daemon_was_at_and_nothing_else(
     await remove_leftovers(tmp_path / "none", set())
 
 
-async def test_an_artifact_goes_after_its_record_and_under_another_name(tmp_path: Path) -> None:
+async def test_an_artifact_gives_its_room_back_before_its_record_goes(tmp_path: Path) -> None:
+    """On a full disk nothing else may let the database take the change."""
     directory = tmp_path / "x"
-    directory.mkdir()
+    (directory / "below").mkdir(parents=True)
+    (directory / "below/file").touch()
     seen: list[list[str]] = []
 
     async def unrecord() -> None:
-        seen.append(names(tmp_path))
+        seen.append([*names(tmp_path), *names(tmp_path / ".deleting-x")])
 
+    async def full() -> None:
+        await unrecord()
+        raise failing("the disk is full")
+
+    with pytest.raises(BangerError):
+        await artifacts.delete(directory, full)
+    assert names(tmp_path) == [".deleting-x"]
     await artifacts.delete(directory, unrecord)
     await artifacts.delete(directory, unrecord)
-    assert seen == [[".deleting-x"], []]
+    assert seen == [[".deleting-x"], [".deleting-x"], []]
     assert names(tmp_path) == []
+
+
+async def test_whatever_is_wrong_with_a_leftover_the_daemon_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".staging-file").touch()
+    for name in (".staging-other", ".deleting-a", ".deleting-b"):
+        (tmp_path / name).mkdir()
+    real = os.listdir
+
+    def listed(path: str) -> list[str]:
+        if Path(path).name == ".staging-other":  # another user's
+            raise PermissionError
+        return real(path)
+
+    async def unrecord(artifact_id: str) -> None:
+        if artifact_id == "a":
+            raise failing("the disk is full")
+
+    monkeypatch.setattr(os, "listdir", listed)
+    await remove_leftovers(tmp_path, set(), unrecord)
+    assert names(tmp_path) == [".deleting-a", ".staging-file", ".staging-other"]
 
 
 async def test_a_deletion_that_was_cut_off_takes_the_record_along(tmp_path: Path) -> None:

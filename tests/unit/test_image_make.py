@@ -49,10 +49,12 @@ class Host:
         (tree / "etc/machine-id").write_text("of the build")
         return _CONTENT
 
-    async def depersonalised(self, tree: Path) -> tuple[str, ...]:
+    async def depersonalised(
+        self, tree: Path, content: Unpacked
+    ) -> tuple[Unpacked, tuple[str, ...]]:
         (tree / "etc/machine-id").unlink()
         await asyncio.sleep(0)
-        return ("tree=2.1",)
+        return content, ("tree=2.1",)
 
     async def make_root(self, tree: Path, content: Unpacked, dest: Path, **_: object) -> RootFiles:
         assert content is _CONTENT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from banger.images.userns import contained_argv, remove_tree
 def test_a_contained_command_ends_with_us_whoever_we_are() -> None:
     for root in (True, False):
         argv = contained_argv(["true", Path("/x")], root=root)
-        assert argv[:4] == ["setpriv", "--pdeathsig", "KILL", "unshare"]
+        assert argv[:5] == ["setpriv", "--pdeathsig", "KILL", "--", "unshare"]
         assert {"--mount", "--pid", "--fork", "--kill-child"} < set(argv)
         assert ("--user" in argv) is not root
         assert argv[-3:] == ["--", "true", "/x"]
@@ -240,6 +241,22 @@ def test_an_image_keeps_nothing_of_one_machine(tree: Path) -> None:
     }
     assert not (tree / "etc/resolv.conf").is_symlink()
     assert all((tree / name).is_dir() for name in ("dev", "run", "tmp", "var/lib/apt/lists"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("127.0.0.1\tlocalhost\n127.0.1.1 build-1\n10.0.0.5 cache\n",
+         "127.0.0.1\tlocalhost\n10.0.0.5 cache\n"),
+        ("10.0.0.5 cache \udcff\n",
+         "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n10.0.0.5 cache \udcff\n"),
+    ],
+)  # fmt: skip
+def test_hosts_that_an_image_knows_stay(tree: Path, before: str, after: str) -> None:
+    hosts = tree / "etc/hosts"
+    hosts.write_bytes(os.fsencode(before))
+    depersonalise(tree)
+    assert hosts.read_bytes() == os.fsencode(after)
 
 
 def test_a_link_cannot_lead_the_cleaning_out_of_the_image(tree: Path, tmp_path: Path) -> None:

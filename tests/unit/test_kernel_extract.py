@@ -36,12 +36,16 @@ _LZ4_BLOCK = 8 << 20
 
 
 def make_elf(content: bytes = b"kernel", *, machine: int = 62) -> bytes:
-    """The least that can be loaded: a header, one PT_LOAD that covers the file."""
-    size = 64 + 56 + len(content)
+    """The least that can be started: a header, one PT_LOAD that covers the file, and a PT_NOTE
+    that says where PVH begins."""
+    note = struct.pack("<III4sQ", 4, 8, 18, b"Xen\0", 0x1000000)
+    begin = 64 + 2 * 56
+    size = begin + len(note) + len(content)
     ident = b"\x7fELF\x02\x01\x01".ljust(16, b"\0")
-    header = ident + struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 1, 0, 0, 0)
-    program = struct.pack("<IIQQQQQQ", 1, 5, 0, 0, 0, size, size, 4096)
-    return header + program + content
+    header = ident + struct.pack("<HHIQQQIHHHHHH", 2, machine, 1, 0, 64, 0, 0, 64, 56, 2, 0, 0, 0)
+    load = struct.pack("<IIQQQQQQ", 1, 5, 0, 0, 0, size, size, 4096)
+    notes = struct.pack("<IIQQQQQQ", 4, 4, begin, 0, 0, len(note), len(note), 4)
+    return header + load + notes + note + content
 
 
 def _lz4_legacy(data: bytes) -> bytes:

@@ -187,6 +187,14 @@ def test_what_skopeo_says_becomes_what_to_do(said: str, kind: type[BangerError],
     assert hint in error.hint
 
 
+def test_an_archive_that_may_not_be_read_is_no_matter_of_logging_in() -> None:
+    said = 'level=fatal msg="open /x/a.tar: permission denied"\n'
+    error = skopeo.failure(said, parse_reference("oci-archive:/x/a.tar"))
+    assert type(error) is PreconditionFailed
+    assert "it may not be read" in error.message
+    assert error.hint == ""
+
+
 def test_what_is_not_known_is_told_as_it_was_said() -> None:
     error = skopeo.failure("something new\n", parse_reference("a"))
     assert error.message == "cannot pull docker://a: something new"

@@ -61,8 +61,20 @@ class ProcessFailed(BangerError):
             else f"was ended by signal {-completed.returncode}"
         )
         tail = completed.stderr[-_TAIL_BYTES:].decode(errors="replace").strip()
-        name = Path(completed.argv[0]).name
+        name = _name(completed.argv)
         super().__init__(f"{name} {how}" + (f": {tail}" if tail else ""), hint=hint)
+
+
+#: Programs that run another, whose command line they have after ``--``.
+_RUNNERS = ("setpriv", "unshare")
+
+
+def _name(argv: Sequence[str]) -> str:
+    """The program that a command line is for, whatever runs it."""
+    name = Path(argv[0]).name
+    if name in _RUNNERS and "--" in argv:
+        return _name(argv[argv.index("--") + 1 :])
+    return name
 
 
 def missing_tool(tool: str) -> PreconditionFailed:
@@ -140,8 +152,7 @@ async def run(
             returncode = await process.wait()
     except TimeoutError:
         await _end_group(process)
-        name = Path(words[0]).name
-        raise OperationTimeout(f"{name} did not finish within {timeout_s:g} s") from None
+        raise OperationTimeout(f"{_name(words)} did not finish within {timeout_s:g} s") from None
     except BaseException:
         await asyncio.shield(_end_group(process))
         raise

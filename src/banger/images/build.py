@@ -118,8 +118,11 @@ _WRITE = {
     "etc/machine-id": "",
     "etc/resolv.conf": "",
     "etc/hostname": "banger\n",
-    "etc/hosts": "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n",
 }
+_HOSTS = "127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n"
+_HOSTS_MAX_BYTES = 1 << 20
+#: As Debian has it: the line of the machine's own name.
+_OWN_ADDRESS = "127.0.1.1"
 
 
 #: Debian's unit takes for granted that the package's installation made host keys.
@@ -132,6 +135,17 @@ ExecStartPre=/usr/bin/ssh-keygen -A
 ExecStartPre=/usr/sbin/sshd -t
 """,
 }
+
+
+def _hosts(tree: Path) -> str:
+    """/etc/hosts without the name of the machine that it is from."""
+    path = tree / "etc/hosts"
+    _check_inside(tree, path)
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > _HOSTS_MAX_BYTES:
+        return _HOSTS
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    lines = [each for each in text.splitlines(keepends=True) if each.split()[:1] != [_OWN_ADDRESS]]
+    return "".join(lines) if any("localhost" in each for each in lines) else _HOSTS + "".join(lines)
 
 
 def depersonalise(tree: Path) -> None:
@@ -152,12 +166,13 @@ def depersonalise(tree: Path) -> None:
             _check_inside(tree, log)
             log.unlink()  # not those that are empty: login expects wtmp, btmp and lastlog
     with_sshd = (tree / _SSH_UNIT).is_file()
-    for name, content in (_WRITE | (_SSH_HOST_KEYS if with_sshd else {})).items():
+    write = _WRITE | {"etc/hosts": _hosts(tree)} | (_SSH_HOST_KEYS if with_sshd else {})
+    for name, content in write.items():
         path = tree / name
         _check_inside(tree, path)
         path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8", errors="surrogateescape")
         path.chmod(0o644)
 
 

@@ -31,7 +31,7 @@ from banger.images.ext4 import MIB, check_ext4
 from banger.images.initramfs import BOOT_MODULES_MAX_BYTES, check_boot_modules
 from banger.images.kernel import BOOT_MODULES_DIR, KernelBuild, check_vmlinux, sync_kernel
 from banger.images.progress import Progress, Steps
-from banger.images.vmlinux import VMLINUX_MAX_BYTES, linux_version
+from banger.images.vmlinux import VMLINUX_MAX_BYTES, has_pvh_entry, linux_version
 
 _GIB = 1 << 30
 _WINDOW_BYTES = 128 * MIB
@@ -292,9 +292,11 @@ def _check_kernel(built: KernelBuild, check: Callable[[], None]) -> None:
         built.vmlinux.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as elf,
     ):
-        found = linux_version(elf)
+        found, startable = linux_version(elf), has_pvh_entry(elf)
     if found != built.version:
         raise damaged(f"it says that it is Linux {built.version}, and is {found or 'none'}")
+    if not startable:
+        raise damaged("its kernel cannot be started directly: it has no PVH entry")
     check()
     sync_kernel(built)
 

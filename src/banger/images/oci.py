@@ -36,7 +36,7 @@ _LAYER_TYPE = re.compile(
 )
 
 T = TypeVar("T", bound=msgspec.Struct)
-Digest = Annotated[str, msgspec.Meta(pattern=f"^{_DIGEST}$")]
+Digest = Annotated[str, msgspec.Meta(pattern=rf"\A{_DIGEST}\Z")]
 Size = Annotated[int, msgspec.Meta(ge=0)]
 
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 #: CHOWN, DAC_OVERRIDE, FOWNER, FSETID, SETFCAP (linux/capability.h, of version 3).
 _CAPABILITIES = (0, 1, 3, 4, 31)
 _CAPABILITY_VERSION = 0x20080522
+_PR_SET_NO_NEW_PRIVS = 38
 
 
 def shut_in(tree: str) -> None:
@@ -25,6 +26,9 @@ def shut_in(tree: str) -> None:
     sys.meta_path.clear()
     os.chroot(tree)
     os.chdir("/")
+    # Root of these namespaces would have all capabilities again after an exec.
+    if libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "privileges cannot be given up")
     kept = sum(1 << capability for capability in _CAPABILITIES)
     header = struct.pack("=Ii", _CAPABILITY_VERSION, 0)
     low, high = kept & 0xFFFFFFFF, kept >> 32

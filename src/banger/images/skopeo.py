@@ -22,6 +22,7 @@ from banger.base import proc
 from banger.base.errors import (
     BangerError,
     NotFound,
+    OperationTimeout,
     PermissionDenied,
     PreconditionFailed,
     Unavailable,
@@ -29,7 +30,6 @@ from banger.base.errors import (
 from banger.images.oci import Descriptor, Manifest, Reference, decode_manifest, our_architecture
 from banger.images.userns import mortal
 
-_ASK_TIMEOUT_S = 120
 _COPY_TIMEOUT_S = 24 * 3600
 #: How long a registry may send nothing.
 _STALL_S = 30.0
@@ -74,7 +74,7 @@ async def raw_manifest(
     """
     options = () if not insecure else ("--tls-verify=false",)
     argv = ["inspect", "--raw", *options, str(reference)]
-    timeout_s = _ASK_TIMEOUT_S if reference.is_remote else _COPY_TIMEOUT_S
+    timeout_s = _STALL_S if reference.is_remote else _COPY_TIMEOUT_S
     asking = asyncio.create_task(_run(argv, reference, scratch, timeout_s))
     return await _watched(asking, lambda: _size(scratch), advance)
 
@@ -167,12 +167,15 @@ def _policies() -> tuple[str, str]:
 
 async def _run(argv: Sequence[str], reference: Reference, scratch: Path, timeout_s: float) -> bytes:
     # Where there is no policy for signatures at all skopeo refuses to work.
-    options = () if any(map(os.path.exists, _policies())) else ("--insecure-policy",)
-    environment = dict(os.environ) | {"TMPDIR": str(scratch)}
+    policy = () if any(map(os.path.exists, _policies())) else ("--insecure-policy",)
+    skopeo = ["skopeo", "--tmpdir", str(scratch), *policy]
     try:
-        done = await proc.run(
-            mortal(["skopeo", *options, *argv]), timeout_s=timeout_s, env=environment
-        )
+        done = await proc.run(mortal([*skopeo, *argv]), timeout_s=timeout_s)
+    except OperationTimeout as error:
+        raise Unavailable(
+            f"cannot pull {reference}: it did not come within {timeout_s:g} s",
+            hint="check the network, and the name of the registry",
+        ) from error
     except proc.ProcessFailed as error:
         raise failure(error.completed.stderr.decode(errors="replace"), reference) from error
     return done.stdout
@@ -207,6 +210,8 @@ def failure(stderr: str, reference: Reference) -> BangerError:
     # Names may have any of these words in them.
     named = rf"\S*{re.escape(reference.name)}\S*" if "/" in reference.name else r"\Z"
     about = re.sub(named, "", tail)
+    if not reference.is_remote and "permission denied" in about:
+        return PreconditionFailed(f"cannot pull {reference}: it may not be read ({tail})")
     for pattern, kind, what, hint in _SIGNS:
         if re.search(pattern, about):
             registry = reference.registry or "the registry's name"

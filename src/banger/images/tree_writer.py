@@ -41,6 +41,8 @@ _OPAQUE = b".wh..wh..opq"
 #: Others that begin so are notes of the tool that made the layer.
 _WHITEOUT_NOTE = b".wh..wh."
 
+#: Of directories that no layer mentions.
+_MISSING_MODE = 0o755
 _XATTR = "SCHILY.xattr."
 #: Those that mean the same on every machine; the rest belongs to the one it was made on.
 _XATTRS_KEPT = ("user.", "security.capability", "system.posix_acl_")
@@ -116,7 +118,7 @@ class TreeWriter:
     def end(self) -> None:
         """Directories get their times, which what was written into them has changed."""
         for place, seconds in self._times.items():
-            with suppress(FileNotFoundError):
+            if _is_directory(place):  # a later layer may have something else there
                 os.utime(_at(place), (seconds, seconds), follow_symlinks=False)
 
     def _note_member(self, path: bytes, is_directory: bool) -> None:
@@ -140,7 +142,8 @@ class TreeWriter:
             os.symlink(target, _at(place))
             self._finish(place, member, None)
         elif member.type == tarfile.LNKTYPE:
-            self._link(place, _checked(member.linkname))
+            # Some builders say where it lies in the image, rather than in the archive.
+            self._link(place, _checked(member.linkname.lstrip("/")))
         elif member.type == tarfile.FIFOTYPE:
             os.mkfifo(_at(place), 0o600)
             self._finish(place, member, None)
@@ -335,7 +338,7 @@ class TreeWriter:
         _bounded(place)
         os.mkdir(_at(place))
         _clear_attributes(_at(place))
-        os.chmod(_at(place), 0o755)
+        os.chmod(_at(place), _MISSING_MODE)
         self._times[place] = seconds
 
     def _followed(self, place: bytes) -> bytes:
@@ -408,7 +411,13 @@ def _owner(place: bytes, member: tarfile.TarInfo) -> tuple[int, int]:
 
 def _clear_attributes(what: bytes | int) -> None:
     """What is new may have inherited an ACL; a directory may have attributes of a layer below."""
-    for name in os.listxattr(what):
+    try:
+        names = os.listxattr(what)
+    except OSError as error:
+        if error.errno != errno.ENOTSUP:
+            raise
+        return
+    for name in names:
         if name.startswith(_XATTRS_KEPT):
             os.removexattr(what, name)
 

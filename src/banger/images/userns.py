@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 from banger.base import proc
@@ -36,7 +36,7 @@ def contained_argv(argv: proc.Argv, *, root: bool) -> list[str]:
     the one of the event loop.
     """
     return [
-        *("setpriv", "--pdeathsig", "KILL", "unshare"),
+        *("setpriv", "--pdeathsig", "KILL", "--", "unshare"),
         *(() if root else _USER_NAMESPACE),
         *("--mount", "--pid", "--fork", "--kill-child", "--"),
         *(os.fspath(word) for word in argv),
@@ -49,7 +49,7 @@ def mortal(argv: proc.Argv) -> list[str]:
     tool = os.fspath(argv[0])
     if proc.which(tool) is None:
         raise proc.missing_tool(tool)
-    return ["setpriv", "--pdeathsig", "KILL", *(os.fspath(word) for word in argv)]
+    return ["setpriv", "--pdeathsig", "KILL", "--", *(os.fspath(word) for word in argv)]
 
 
 def contained(argv: proc.Argv) -> list[str]:
@@ -108,10 +108,14 @@ async def _remove_contained(path: Path) -> None:
 async def temporary_tree(path: Path) -> AsyncIterator[Path]:
     """An empty directory that is gone afterwards: on success, on failure, when cancelled.
 
-    Replaces what an earlier, killed run has left there.
+    Replaces what an earlier, killed run has left there. It has no ACL that what is made in it
+    would inherit.
     """
     await remove_tree(path)
     await asyncio.to_thread(path.mkdir, mode=0o755)
+    for name in ("system.posix_acl_default", "system.posix_acl_access"):
+        with suppress(OSError):  # it has none, or the file system has none at all
+            os.removexattr(path, name)
     try:
         yield path
     finally:

@@ -63,10 +63,16 @@ _DAMAGED = (zlib.error, lzma.LZMAError, zstandard.ZstdError, lz4.block.LZ4BlockE
 
 def _gunzip(data: memoryview) -> Iterator[bytes]:
     decompressor = zlib.decompressobj(wbits=31)
-    piece = decompressor.decompress(data, _PIECE)
-    while piece:
-        yield piece
-        piece = decompressor.decompress(decompressor.unconsumed_tail, _PIECE)
+    # In pieces: what a step leaves unread is copied.
+    for start in range(0, len(data), _PIECE):
+        stored: bytes | memoryview = data[start : start + _PIECE]
+        full = True
+        while (stored or full) and not decompressor.eof:
+            piece = decompressor.decompress(stored, _PIECE)
+            stored, full = decompressor.unconsumed_tail, len(piece) == _PIECE
+            yield piece
+        if decompressor.eof:
+            return
 
 
 def _unxz(data: memoryview) -> Iterator[bytes]:
@@ -159,10 +165,8 @@ def _candidates(image: bytes) -> Iterator[memoryview]:
     """Everything that starts like compressed data, the nearest first; a bounded number."""
     found: list[int] = []
     for magic in _FORMATS:
-        offset = image.find(magic)
-        while offset >= 0 and len(found) < _SEARCH_MAX_CANDIDATES:
-            found.append(offset)
-            offset = image.find(magic, offset + 1)
+        left = _SEARCH_MAX_CANDIDATES - len(found)
+        found += itertools.islice(_places(image, magic), left)
     for offset in sorted(found):
         yield memoryview(image)[offset:]
 
@@ -253,7 +257,7 @@ def embedded_config(elf: bytes) -> bytes | None:
     return config if decompressor.eof else None
 
 
-def has_pvh_entry(elf: bytes) -> bool:
+def has_pvh_entry(elf: bytes | mmap.mmap) -> bool:
     """Whether a kernel (of which `elf_problem` finds none) can be started without a boot sector:
     the only way that QEMU has to start an ELF."""
     (table,) = struct.unpack_from("<Q", elf, 32)

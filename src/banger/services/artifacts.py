@@ -80,17 +80,26 @@ async def delete(
 ) -> None:
     """Remove an artifact and its record; interrupted, the next start-up or call ends it.
 
-    Stages ``rename``, ``record``, ``files``.
+    Stages ``rename``, ``files``, ``record``: on a full disk the database takes no change before
+    there is room, and the directory, empty, says that the record is to go.
     """
     enter = stages.stage if stages is not None else _nobody_asks
     going = directory.with_name(_DELETING_PREFIX + directory.name)
     enter("rename")
     with suppress(FileNotFoundError):
         await asyncio.to_thread(directory.rename, going)
+    enter("files")
+    await _empty(going)
     enter("record")
     await unrecord()
-    enter("files")
     await remove_tree(going)
+
+
+async def _empty(directory: Path) -> None:
+    """Remove what is in a directory, which need not be there."""
+    with suppress(FileNotFoundError):
+        for name in await asyncio.to_thread(os.listdir, directory):
+            await remove_tree(directory / name)
 
 
 def _nobody_asks(stage: str) -> None:
@@ -152,7 +161,7 @@ def _is_abandoned(directory: Path) -> bool:
         marker = os.open(directory / _MARKER, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         # Killed before it had its marker: then there is nothing in it.
-        return directory.name.startswith(_STAGING_PREFIX) and not any(directory.iterdir())
+        return directory.name.startswith(_STAGING_PREFIX) and _is_empty(directory)
     try:
         fcntl.flock(marker, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -160,6 +169,14 @@ def _is_abandoned(directory: Path) -> bool:
     finally:
         os.close(marker)
     return True
+
+
+def _is_empty(directory: Path) -> bool:
+    """False for what is no directory, or another user's."""
+    try:
+        return not any(directory.iterdir())
+    except OSError:
+        return False
 
 
 async def remove_leftovers(
@@ -172,9 +189,10 @@ async def remove_leftovers(
     for entry in await asyncio.to_thread(_leftovers, parent, known_ids):
         get_logger().warning("removing leftover", path=str(entry))
         going = entry.name.removeprefix(_DELETING_PREFIX)
-        if unrecord is not None and going != entry.name:
-            await unrecord(going)  # it may have died between the two
         try:
+            if unrecord is not None and going != entry.name:
+                await _empty(entry)
+                await unrecord(going)
             await remove_tree(entry)
         except Exception as error:  # whatever it is: the daemon starts
             get_logger().error("leftover stays", path=str(entry), error=str(error))

@@ -154,12 +154,15 @@ class ImageService:
         if await self._is_there(name):
             raise image_exists(name)
 
-    def up_to_date(self, there: Image, digest: str, progress: Progress) -> None:
-        """Somebody wants to pull what has the name of an image: that is all if it is the same.
-        Conflict otherwise."""
-        if there.digest != digest:
+    async def up_to_date(self, there: Image, digest: str, kernel: str, progress: Progress) -> None:
+        """Somebody wants to pull what has the name of an image: that is all if it is the same, and
+        boots with the kernel that was asked for, if one was. Conflict otherwise."""
+        what = "is another" if there.digest != digest else ""
+        if kernel and (await self._kernels.named(kernel)).id != there.kernel_id:
+            what = what or "boots with another kernel"
+        if what:
             raise Conflict(
-                f'image "{there.name}" already exists, and is another',
+                f'image "{there.name}" already exists, and {what}',
                 hint=f"pull it under another --name, or first: banger image delete {there.name}",
             )
         progress.note(f"image {there.name} is up to date")

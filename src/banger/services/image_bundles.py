@@ -58,7 +58,7 @@ class ImageBundles:
     async def pull(self, entry: ImageEntry, name: str, kernel: str, progress: Progress) -> None:
         """Make an image of a catalog's bundle; what has come of it is kept when it fails."""
         if (there := await self._images.find(name)) is not None:
-            self._images.up_to_date(there, f"sha256:{entry.sha256}", progress)
+            await self._images.up_to_date(there, f"sha256:{entry.sha256}", kernel, progress)
             return
         booted_by = await self._images.kernel(kernel or entry.kernel, progress)
         async with (

@@ -11,13 +11,14 @@ from pathlib import Path
 import msgspec
 
 from banger.base import proc
-from banger.base.errors import BadRequest, Conflict, PreconditionFailed
+from banger.base.errors import BadRequest, BangerError, Conflict, PreconditionFailed
 from banger.base.log import image_attributes
 from banger.base.model import Image, check_artifact_name
 from banger.base.units import format_size
 from banger.images.ext4 import check_ext4, file_identity, is_ext4
 from banger.images.preflight import ensure_free_space
 from banger.images.root import RootFiles, make_empty_seed, make_root
+from banger.images.tar_stream import is_archive
 from banger.images.unpack import Layer, Limits, unpack
 from banger.images.userns import mortal, temporary_tree
 from banger.services.image import COPYING, ROOTFS, ImageService, Made
@@ -107,7 +108,7 @@ class ImageImports:
                 f"{path} is not an ext4 file system: only that can be used where it lies",
                 hint=f"banger image import {path} makes one of an archive",
             )
-        await asyncio.to_thread(check_ext4, path)
+        await asyncio.to_thread(_check_file_system, path)
         kernel = await self._images.kernel(request.kernel, progress)
         async with self._images.making(request.name) as staging:
             files = RootFiles(path, staging.path / "work-seed.ext4")
@@ -124,14 +125,18 @@ class ImageImports:
             await self._forget(image)
             directory = Path(image.artifact_dir)
             files = await self._copy(Path(image.rootfs_path), directory, progress, seed=False)
-            _check_unchanged(image)  # the copy is of one file, not of two
+            try:
+                _check_unchanged(image)  # the copy is of one file, not of two
+            except BangerError:
+                files.rootfs.unlink(missing_ok=True)
+                raise
             progress.result(image=await self._images.adopt(image, files.rootfs))
 
     async def _copy(
         self, path: Path, dest: Path, progress: Progress, *, seed: bool = True
     ) -> RootFiles:
         """Copy a file system, holes and all; by reference where the disk can do that."""
-        await asyncio.to_thread(check_ext4, path)
+        await asyncio.to_thread(_check_file_system, path)
         info = await asyncio.to_thread(os.stat, path)
         await asyncio.to_thread(self._check_size, info.st_blocks * 512, dest)
         files = RootFiles(dest / ROOTFS, dest / "work-seed.ext4")
@@ -185,6 +190,13 @@ class ImageImports:
         ensure_free_space(dest, need_bytes + 64 * _MIB)
 
 
+def _check_file_system(path: Path) -> None:
+    try:
+        check_ext4(path)
+    except PreconditionFailed as error:
+        raise PreconditionFailed(error.message, hint="look at it: e2fsck -n") from error
+
+
 def _check_unchanged(image: Image) -> None:
     if problem := changed(image):
         raise PreconditionFailed(problem, hint=REGISTER_ANEW.format(name=image.name))
@@ -211,10 +223,13 @@ def _checked(request: ImportRequest) -> Path:
 
 def _is_file_system(path: Path) -> bool:
     """Whether it is an ext4, and no archive. BadRequest for what is clearly neither."""
-    if is_ext4(path):
-        return True
     with path.open("rb") as file:
         begin = file.read(1024)
+    # Two bytes are all that tells an ext4, and some others: compressed data may have them, too.
+    if is_archive(begin):
+        return False
+    if is_ext4(path):
+        return True
     for place, magic, what, hint in _OTHERS:
         if begin[place : place + len(magic)] == magic:
             raise BadRequest(f"{path} is {what}", hint=hint)

@@ -202,7 +202,7 @@ class ImageMaker:
                     raise Unavailable(
                         f'vm "{vm.name}" has ended, and with it the build; inspect {log.path}'
                     ) from error
-            packages = await depersonalised(tree)
+            content, packages = await depersonalised(tree, content)
             files = await make_root(tree, content, dest, progress=progress.stage)
         return Made(
             files,

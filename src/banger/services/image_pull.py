@@ -115,7 +115,7 @@ class ImagePulls:
         raw = await self._manifest(reference, scratch / "asked", request, progress)
         digest = f"sha256:{hashlib.sha256(raw).hexdigest()}"
         if (there := await self._images.find(name)) is not None:
-            self._images.up_to_date(there, digest, progress)
+            await self._images.up_to_date(there, digest, request.kernel, progress)
             return
         announced = decode_manifest(raw, str(reference))
         pinned = reference.pinned(digest)

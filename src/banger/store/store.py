@@ -8,6 +8,7 @@ database of a newer version is refused.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,9 @@ from banger.base.model import Image, Kernel, Snapshot, Template, Vm, Workspace
 
 T = TypeVar("T")
 R = TypeVar("R", Image, Kernel, Snapshot)
+
+#: SQLite writes some KiB before anything can be read.
+_NEEDS_FREE_BYTES = 1 << 20
 
 _encode = msgspec.json.Encoder().encode
 _decode_vm = msgspec.json.Decoder(Vm).decode
@@ -397,9 +401,12 @@ def _connect(path: Path) -> sqlite3.Connection:
             connection.close()
             raise
     except sqlite3.Error as error:
+        full = shutil.disk_usage(path.parent).free < _NEEDS_FREE_BYTES
         raise PreconditionFailed(
             f"cannot use the database {path}: {error}",
-            hint="move it away to begin with an empty one",
+            hint=f"the disk is full: make room in {path.parent}"
+            if full
+            else "move it away to begin with an empty one",
         ) from error
     return connection
 
