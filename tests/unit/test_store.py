@@ -206,6 +206,17 @@ async def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
         await Store.open(tmp_path / "none" / "db")
 
 
+async def test_on_a_full_disk_nobody_is_told_to_give_up_the_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "db"
+    path.mkdir()  # SQLite cannot use it, as it cannot use one that it has no room to open
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 0}))
+    with pytest.raises(PreconditionFailed) as caught:
+        await Store.open(path)
+    assert caught.value.hint == f"the disk is full: make room in {tmp_path}"
+
+
 async def test_each_migration_runs_once_and_in_order(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -401,14 +401,18 @@ def _connect(path: Path) -> sqlite3.Connection:
             connection.close()
             raise
     except sqlite3.Error as error:
-        full = shutil.disk_usage(path.parent).free < _NEEDS_FREE_BYTES
-        raise PreconditionFailed(
-            f"cannot use the database {path}: {error}",
-            hint=f"the disk is full: make room in {path.parent}"
-            if full
-            else "move it away to begin with an empty one",
-        ) from error
+        hint = "move it away to begin with an empty one"
+        if _is_full(path.parent):
+            hint = f"the disk is full: make room in {path.parent}"
+        raise PreconditionFailed(f"cannot use the database {path}: {error}", hint=hint) from error
     return connection
+
+
+def _is_full(directory: Path) -> bool:
+    try:
+        return shutil.disk_usage(directory).free < _NEEDS_FREE_BYTES
+    except OSError:
+        return False
 
 
 def migrations() -> list[tuple[int, str]]:
