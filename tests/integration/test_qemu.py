@@ -341,7 +341,7 @@ async def test_the_kvm_probe_is_bounded_and_remembers(tmp_path: Path) -> None:
     assert first.detail
     began = time.monotonic()
     assert await kvm.probe(cache) == first
-    assert time.monotonic() - began < 0.1
+    assert time.monotonic() - began < 0.5
 
 
 @pytest.mark.guest

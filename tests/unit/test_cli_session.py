@@ -17,7 +17,7 @@ import pytest
 
 from banger.base.errors import Unavailable
 from banger.base.model import ErrorInfo
-from banger.cli.session import run_session
+from banger.cli.session import join_session, run_session
 from banger.cli.transfer import _Said, receive_stream, send_stream
 from banger.rpc.client import Session
 from banger.rpc.protocol import CREDIT_BYTES, NUMBER, Exit, FrameType, encode_json, frame
@@ -104,6 +104,32 @@ def test_input_goes_out_output_comes_in_and_each_stays_binary(
         assert run_session(session, terminal=False, stdin=True) == 7
         assert done.result(10) == everything
     assert capfdbinary.readouterr() == (everything, b"\xff")
+
+
+def test_each_direction_of_a_connection_ends_on_its_own(
+    stdin: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who reads our output learns that it is over while what he writes still goes."""
+    readable, writable = os.pipe()
+
+    def reader() -> bytes:
+        with os.fdopen(readable, "rb") as file:
+            said = file.read()
+        os.write(stdin, b"late")
+        os.close(stdin)
+        return said
+
+    def half(connection: socket.socket) -> bytes:
+        connection.sendall(frame(FrameType.DATA, b"early") + frame(FrameType.EOF))
+        return collect(connection, Exit())
+
+    with os.fdopen(writable, "wb") as out, ThreadPoolExecutor(1) as pool:
+        monkeypatch.setattr(sys, "stdout", out)
+        reading = pool.submit(reader)
+        with against(half) as (session, done):
+            assert join_session(session) == 0
+            assert done.result(10) == b"late"
+        assert reading.result(10) == b"early"
 
 
 def test_two_full_pipes_do_not_wait_for_each_other(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from errno import EACCES, ENOENT
+from errno import EACCES, ECONNREFUSED, ENOENT
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,17 @@ import msgspec
 import pytest
 
 from banger import __version__
-from banger.base.errors import BadRequest, BangerError, Conflict, NotFound, UnknownMethod
+from banger.base.errors import (
+    BadRequest,
+    BangerError,
+    Conflict,
+    NotFound,
+    Unavailable,
+    UnknownMethod,
+)
 from banger.base.model import ImageConfig, Operation, OperationState, Vm, VmState
 from banger.base.opid import is_op_id
+from banger.daemon import sessions
 from banger.daemon.dispatch import Dispatch, Services
 from banger.guest import requests
 from banger.rpc.client import Client
@@ -63,6 +71,7 @@ class Daemon:
                     workspaces=world.workspaces,
                     fork_runs=world.fork_runs,
                     results=world.results,
+                    ssh=world.ssh,
                     doctor=Doctor(world.paths, world.drivers, []),
                     stop=self.stopping.set,
                 )
@@ -287,6 +296,68 @@ async def test_a_command_whose_machine_is_stopped_is_told_that_it_has_ended(daem
     assert error is not None
     assert error.message == 'vm "box" has ended, and with it what ran in it'
     assert error.hint == "why: banger vm show box"
+
+
+REFUSED = b"\2\0\0\0" + bytes([ECONNREFUSED]) + b"Connection refused"
+
+
+async def test_a_connection_to_a_port_says_why_there_is_none(daemon: Daemon) -> None:
+    await daemon.world.create("box")
+    daemon.world.agent.exits[requests.Connect.KIND] = REFUSED
+    ran = await daemon.use(run_to_the_end("vm.connect", {"vm": "box", "port": 80}))
+    error = exit_of(ran).error
+    assert error is not None
+    assert error.message == 'port 80 of vm "box": Connection refused'
+    assert error.hint == "what listens in it: banger vm ports box"
+    for bad in (0, 65536, "ssh"):
+        with pytest.raises(BadRequest):
+            await daemon.call("vm.connect", {"vm": "box", "port": bad})
+
+
+async def test_a_server_that_speaks_first_is_waited_for(
+    daemon: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sessions, "_GREETING_POLL_S", 0.001)
+    await daemon.world.create("box")
+    agent, kind = daemon.world.agent, requests.Connect.KIND
+    agent.exits[kind] = REFUSED
+    params = {"vm": "box", "port": 22, "greeting_timeout_s": 10}
+    connecting = asyncio.create_task(daemon.use(run_to_the_end("vm.connect", params)))
+    while agent.opened.count(kind) < 3:
+        await asyncio.sleep(0.001)
+    agent.stdout[kind], agent.exits[kind] = b"SSH-2.0-x", b"\0\0\0\0\0"
+    ran = await connecting
+    assert ran[1][:-1] == [(FrameType.DATA, b"SSH-2.0-x")]
+    assert exit_of(ran) == Exit(exit_code=0)
+
+
+@pytest.mark.parametrize(
+    ("ends", "why"),
+    [(REFUSED, "Connection refused"), (None, "it says nothing"), (b"\0\0\0\0\0", "it hangs up")],
+)
+async def test_a_server_that_never_speaks_is_given_up(
+    daemon: Daemon, ends: bytes | None, why: str
+) -> None:
+    await daemon.world.create("box")
+    daemon.world.agent.exits[requests.Connect.KIND] = ends
+    params = {"vm": "box", "port": 22, "greeting_timeout_s": 0.3}
+    with pytest.raises(Unavailable, match=f'port 22 of vm "box": {why}'):
+        await daemon.call("vm.connect", params)
+
+
+async def test_who_waits_for_a_server_and_goes_leaves_nothing_open(daemon: Daemon) -> None:
+    await daemon.world.create("box")
+    agent, kind = daemon.world.agent, requests.Connect.KIND
+    agent.exits[kind] = None
+    _, writer = await asyncio.open_unix_connection(daemon.world.paths.daemon_socket)
+    request = b'{"version":1,"method":"vm.connect","params":{"vm":"box","port":22,'
+    writer.write(request + b'"greeting_timeout_s":1000}}\n')
+    while agent.opened.count(kind) < 1:
+        await asyncio.sleep(0.001)
+    writer.close()
+    await writer.wait_closed()
+    while daemon.world.vms._sessions:
+        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("env", ["NOEQUALS", "=x", ""])

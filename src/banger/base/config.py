@@ -46,6 +46,13 @@ def _text(value: object) -> str:
     return value
 
 
+def _own_path(value: object) -> str:
+    text = _text(value)
+    if text and not text.startswith(("/", "~/")):
+        raise BadRequest(f'"{text}" is neither absolute nor below ~/')
+    return text
+
+
 def _count(least: int, most: int) -> Callable[[object], int]:
     def parse(value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -89,6 +96,7 @@ class Config:
     storage: str
     network: str
     default_image_name: str
+    ssh_key_path: str
     catalog_url: str
     auto_stop_stale_after: float
     stats_poll_interval: float
@@ -128,6 +136,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("network", _choice("auto", "user"), "auto", "how VMs reach the network"),
     Setting("default_image_name", lambda value: check_artifact_name(_text(value)),
             "debian-bookworm", "the image of a VM that names none"),
+    Setting("ssh_key_path", _own_path, "",
+            "the private key that guests let in, made on first use: absolute, or below ~/; empty: a"
+            " key of banger's own"),
     Setting("catalog_url", lambda value: check_catalog_location(_text(value)), "",
             "where `image pull` and `kernel pull` find what they know by name: a https or file URL,"
             " or a path"),

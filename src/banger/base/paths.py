@@ -190,6 +190,21 @@ class Paths:
         return VmPaths(self.vms_dir / component, self.vms_runtime_dir / component)
 
     @property
+    def ssh_key(self) -> Path:
+        """The private key that guests let in, unless the user names another."""
+        return self.data_dir / "ssh" / "id_ed25519"
+
+    @property
+    def ssh_known_hosts(self) -> Path:
+        """The keys that guests have, as OpenSSH wants them."""
+        return self.state_dir / "ssh" / "known_hosts"
+
+    @property
+    def ssh_config(self) -> Path:
+        """What `banger ssh-config --install` includes in the user's own."""
+        return self.config_dir / "ssh_config"
+
+    @property
     def results_dir(self) -> Path:
         """What commands in several forks came to."""
         return self.state_dir / "results"

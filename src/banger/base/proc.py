@@ -7,7 +7,7 @@ Four ways, by who waits for the process:
   for its whole process group.
 - `stream`: the same, with what it prints as it comes.
 - `spawn_detached`: a process that outlives this one (a hypervisor, the daemon itself).
-- `popen`: a plain pipe for the synchronous CLI.
+- `popen`: a plain pipe for the synchronous CLI; `replace`: it becomes the other program.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 from banger.base.errors import BangerError, ErrorCode, OperationTimeout, PreconditionFailed
 from banger.base.tools import package_of
@@ -299,6 +299,14 @@ def popen(
     return subprocess.Popen(
         _resolve(argv), stdin=stdin, stdout=stdout, cwd=cwd, env=_environment(None)
     )
+
+
+def replace(argv: Argv) -> NoReturn:
+    """Become another program: its terminal, signals and status are then its own affair."""
+    words = _resolve(argv)
+    for number in (signal.SIGPIPE, signal.SIGXFSZ):  # which Python ignores, and its heir would
+        signal.signal(number, signal.SIG_DFL)
+    os.execv(words[0], words)  # noqa: S606 - as everywhere here, without a shell
 
 
 PIPE = subprocess.PIPE

@@ -17,6 +17,8 @@ _PACKAGES = {
     "newgidmap": "uidmap",
     "tar": "tar",
     "git": "git",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
     "skopeo": "skopeo",
 }
 

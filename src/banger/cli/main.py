@@ -29,6 +29,7 @@ _COMMANDS = {
     "doctor": ("banger.cli.host:doctor", "Check what banger needs on this machine."),
     "config": ("banger.cli.config:config", "See the settings."),
     "version": ("banger.cli.host:version", "Print the version."),
+    "ssh-config": ("banger.cli.ssh:ssh_config", "Let `ssh NAME.vm` lead into machines."),
     "completion": ("banger.cli.complete:completion", "Print the completion script of a shell."),
 }
 
@@ -90,7 +91,9 @@ def _run(arguments: list[str]) -> Any:
 def _runs_guest_command(arguments: list[str]) -> bool:
     """Whether the status of this call is a guest command's, so that ours must be told apart."""
     words = [word for word in arguments if not word.startswith("-")][:2]
-    return words[:1] == ["run"] or words in (["vm", "run"], ["vm", "exec"], ["vm", "shell"])
+    if words[:1] == ["vm"]:
+        return words[1:] in (["run"], ["exec"], ["shell"], ["ssh"])
+    return words[:1] == ["run"]
 
 
 if __name__ == "__main__":

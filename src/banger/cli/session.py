@@ -10,6 +10,8 @@ import errno
 import os
 import select
 import signal
+import socket
+import stat
 import sys
 import termios
 import tty
@@ -51,6 +53,13 @@ def window_size() -> tuple[int, int]:
     return 24, 80
 
 
+def join_session(session: Session) -> int:
+    """Carry a connection to a guest, on stdin and stdout, until both sides have finished. Signals
+    do what they always do."""
+    exit_ = _Loop(session, terminal=False, stdin=True).run(-1)
+    return _status(exit_)
+
+
 def run_session(session: Session, *, terminal: bool, stdin: bool) -> int:
     """Carry a guest's command until it ends; its exit status.
 
@@ -66,6 +75,10 @@ def run_session(session: Session, *, terminal: bool, stdin: bool) -> int:
     except _Abandoned as abandoned:
         note("abandoned: the command in the guest gets SIGHUP")
         return abandoned.status
+    return _status(exit_)
+
+
+def _status(exit_: Exit) -> int:
     if exit_.error is not None:
         error = exit_.error
         print_error(from_wire(error.code, error.message, error.hint, error.op_id))
@@ -103,7 +116,8 @@ class _Loop:
 
     def _poll(self, wakeup: int) -> dict[int, int]:
         poll = select.poll()  # not epoll: it refuses regular files, which stdin may be
-        poll.register(wakeup, select.POLLIN)
+        if wakeup >= 0:
+            poll.register(wakeup, select.POLLIN)
         waiting = select.POLLOUT if self._out else 0
         poll.register(self._session.fileno(), select.POLLIN | waiting)
         if self._stdin >= 0 and self._credit and not self._out:
@@ -116,6 +130,8 @@ class _Loop:
                 _write_all(sys.stdout.fileno(), payload)
             elif kind is FrameType.STDERR:
                 _write_all(sys.stderr.fileno(), payload)
+            elif kind is FrameType.EOF:
+                _close_stdout()
             elif kind is FrameType.WINDOW:
                 self._credit += NUMBER.unpack(payload)[0]
             elif kind is FrameType.EXIT:
@@ -153,6 +169,17 @@ class _Loop:
     def _send(self, kind: FrameType, payload: bytes = b"") -> None:
         self._out += frame(kind, payload)
         self._session.send_some(self._out)
+
+
+def _close_stdout() -> None:
+    """Whoever reads it learns that nothing more comes, while what he writes still goes."""
+    descriptor = sys.stdout.fileno()
+    if stat.S_ISSOCK(os.fstat(descriptor).st_mode):  # which may be our stdin, too
+        with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as out:
+            out.shutdown(socket.SHUT_WR)
+    null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:

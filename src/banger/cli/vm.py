@@ -39,6 +39,8 @@ _COMMANDS = {
     "ports": ("banger.cli.ports:ports", "What listens in machines, and how to reach it."),
     "exec": ("banger.cli.run:exec_", "Run a command in a running machine."),
     "shell": ("banger.cli.run:shell", "A login shell in a running machine."),
+    "ssh": ("banger.cli.ssh:ssh", "OpenSSH's client, on a running machine."),
+    "proxy": ("banger.cli.ssh:proxy", "Join stdin and stdout to a machine's TCP port."),
     "workspace": ("banger.cli.workspace:workspace", "Git repositories in machines."),
     "results": ("banger.cli.results:results", "What a command in several forks came to."),
     "cp": ("banger.cli.copy:cp", "Copy files between host and machine."),

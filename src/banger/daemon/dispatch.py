@@ -22,6 +22,7 @@ from banger.base.model import (
 )
 from banger.base.opid import current_op_id
 from banger.base.paths import Paths
+from banger.base.ssh import SshAccess, SshFiles
 from banger.base.usage import ShownVm
 from banger.daemon.images import Images
 from banger.daemon.kernels import Kernels
@@ -31,6 +32,7 @@ from banger.daemon.params import (
     OperationReference,
     PruneTemplates,
     SnapshotReference,
+    SshTo,
     TemplateReference,
     VmReference,
 )
@@ -58,6 +60,7 @@ from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.results import ResultsService
 from banger.services.snapshots import SnapshotService
+from banger.services.ssh import SshService
 from banger.services.standby import Standbys
 from banger.services.stats import StatsService
 from banger.services.suspension import Suspension
@@ -100,6 +103,7 @@ class Services:
     workspaces: WorkspaceService
     fork_runs: ForkRuns
     results: ResultsService
+    ssh: SshService
     doctor: Doctor
     stop: Callable[[], None]
 
@@ -169,6 +173,8 @@ class Dispatch:
             "vm.create.status": Method(OperationReference, self._create_status),
             "vm.create.cancel": Method(OperationReference, self._cancel),
             "vm.show": Method(VmReference, self._vm),
+            "vm.ssh": Method(SshTo, self._ssh),
+            "ssh.files": Method(Nothing, self._ssh_files),
             **{
                 name: Method(params, call, answers=True)
                 for group in (
@@ -290,6 +296,12 @@ class Dispatch:
     async def _leave(self, params: OperationReference, _: Connection) -> Operation:
         """Want no more what several may be waiting for: it goes on for the others."""
         return await self._services.operations.leave(params.id)
+
+    async def _ssh(self, params: SshTo, _: Connection) -> SshAccess:
+        return await self._services.ssh.admit(params.vm, params.user)
+
+    async def _ssh_files(self, _: Nothing, __: Connection) -> SshFiles:
+        return await self._services.ssh.files()
 
     async def _vm(self, params: VmReference, _: Connection) -> ShownVm:
         return await self._services.stats.shown(await self._services.vms.show(params.vm))

@@ -182,6 +182,7 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         workspaces=parts.workspaces,
         fork_runs=parts.fork_runs,
         results=parts.results,
+        ssh=parts.ssh,
         doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
         stop=stopping.set,
     )

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Meta
 
 from banger.base.model import PublishedPort
+from banger.base.ssh import USER
 from banger.services.forks import FORKS_MAX
 from banger.services.vm_spec import ChangeRequest, CreateRequest
 from banger.services.vm_start import BOOT_TIMEOUT_S
@@ -94,6 +95,18 @@ class UnpublishPort(Params, frozen=True):
     host_port: int
     #: Empty: at whichever address it is published.
     host: str = ""
+
+
+class ConnectTo(Params, frozen=True):
+    vm: str
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    #: The server speaks first, within so long, and may not listen yet; 0 when that is not known.
+    greeting_timeout_s: Annotated[float, Meta(ge=0, le=3600)] = 0
+
+
+class SshTo(Params, frozen=True):
+    vm: str
+    user: str = USER
 
 
 class PortsOf(Params, frozen=True):

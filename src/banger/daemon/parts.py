@@ -36,6 +36,7 @@ from banger.services.prune import Prune
 from banger.services.publishing import Publishing
 from banger.services.results import ResultsService
 from banger.services.snapshots import SnapshotService
+from banger.services.ssh import SshService
 from banger.services.standby import Standbys
 from banger.services.stats import StatsService
 from banger.services.suspension import Suspension
@@ -124,6 +125,7 @@ class Parts:
         self.ports = PortService(self.vms, self.lifecycle, self.agents, self.publishing)
         self.workspaces = WorkspaceService(paths, store, self.vms)
         self.results = ResultsService(paths)
+        self.ssh = SshService(paths, self.vms, self.agents, config.ssh_key_path)
         self.fork_runs = ForkRuns(
             self.vms, self.creator, self.lifecycle, self.forks, self.workspaces, self.results
         )

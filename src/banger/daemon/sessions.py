@@ -7,11 +7,11 @@ SIGHUP, and a VM made for the session (``--rm``) is deleted.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -27,11 +27,22 @@ from banger.base.errors import (
 )
 from banger.base.log import OperationLog, vm_attributes
 from banger.base.model import ImageConfig, OperationState, Vm
-from banger.daemon.params import Command, Console, CopyIn, CopyOut, Exec, FileKind, GuestPath, Run
+from banger.daemon.params import (
+    Command,
+    ConnectTo,
+    Console,
+    CopyIn,
+    CopyOut,
+    Exec,
+    FileKind,
+    GuestPath,
+    Run,
+)
 from banger.daemon.relay import follow_file, relay
 from banger.guest import requests
-from banger.guest.channel import AgentStream
-from banger.rpc.protocol import Exit
+from banger.guest.channel import AgentStream, Data
+from banger.guest.channel import Exit as GuestExit
+from banger.rpc.protocol import Exit, FrameType
 from banger.rpc.server import Connection, error_info
 from banger.services.command import in_image, program
 from banger.services.lifecycle import Lifecycle
@@ -42,6 +53,10 @@ from banger.services.vm_spec import CreateRequest
 from banger.services.workspace import ExportRequest, Order, WorkspaceService
 
 _KINDS = {"f": "file", "d": "directory", "l": "link", "o": "other"}
+
+_GREETING_POLL_S = 0.1
+
+T = TypeVar("T")
 
 Row = tuple[type[Any], Callable[[Any, Connection], Awaitable[None]]]
 
@@ -87,6 +102,7 @@ class Sessions:
             "vm.console": (Console, self._console),
             "vm.copy_out": (CopyOut, self._copy_out),
             "vm.copy_in": (CopyIn, self._copy_in),
+            "vm.connect": (ConnectTo, self._connect),
             "vm.stat": (GuestPath, self._stat),
         }
 
@@ -98,6 +114,49 @@ class Sessions:
             await connection.switch({"vm": vm})
             exit_ = await self._relay(connection, stream, vm)
             await connection.send_exit(_explained(exit_, params.command, request))
+
+    async def _connect(self, params: ConnectTo, connection: Connection) -> None:
+        vm = await self._vms.running(params.vm)
+        async with self._session("vm.connect", vm):
+            request = requests.Connect(params.port)
+            greeting = b""
+            if params.greeting_timeout_s:
+                greeted = self._greeted(vm, request, params.greeting_timeout_s)
+                stream, greeting = await _unless_gone(connection, greeted)
+            else:
+                stream = await self._vms.open_stream(vm, request)
+            async with stream:
+                await connection.switch({"vm": vm})
+                if greeting:
+                    await connection.send_frame(FrameType.DATA, greeting)
+                exit_ = await self._relay(connection, stream, vm)
+            if exit_.error is not None and exit_.error.code == ErrorCode.UNAVAILABLE:
+                error = _unreachable(vm, request, exit_.error.message)
+                exit_ = Exit(error=error_info(error))
+            await connection.send_exit(exit_)
+
+    async def _greeted(
+        self, vm: Vm, request: requests.Connect, timeout_s: float
+    ) -> tuple[AgentStream, bytes]:
+        """A connection to a server that speaks first, with what it said; tried until it does."""
+        why = "it says nothing"
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    stream = await self._vms.open_stream(vm, request)
+                    try:
+                        event = await stream.receive()
+                    except BaseException:
+                        await to_its_end(stream.reset())
+                        raise
+                    if isinstance(event, Data):
+                        return stream, event.data
+                    await stream.reset()
+                    said = event.message if isinstance(event, GuestExit) else ""
+                    why = said or "it hangs up"
+                    await asyncio.sleep(_GREETING_POLL_S)
+        except TimeoutError:
+            raise _unreachable(vm, request, why) from None
 
     async def _copy_out(self, params: CopyOut, connection: Connection) -> None:
         vm = await self._vms.running(params.vm)
@@ -306,6 +365,28 @@ class Sessions:
         with suppress(NotFound), OperationLog("vm.delete", **vm_attributes(vm)) as log:
             # Somebody may have deleted it meanwhile.
             await self._lifecycle.delete(vm.id, log, force=True)
+
+
+async def _unless_gone(connection: Connection, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` comes to; it is cancelled, and ConnectionError raised, when the client goes."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(connection.wait_disconnect())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ConnectionError("the client is gone")
+        return working.result()
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+def _unreachable(vm: Vm, request: requests.Connect, why: str) -> Unavailable:
+    return Unavailable(
+        f'port {request.port} of vm "{vm.name}": {why}',
+        hint=f"what listens in it: banger vm ports {vm.name}",
+    )
 
 
 def _explained(exit_: Exit, asked: Command, request: requests.Exec) -> Exit:

@@ -13,6 +13,9 @@ from banger.images.preflight import requirements
 from banger.services.preflight import check_free_disk
 from banger.services.vm_start import Drivers
 
+#: Only `image pull`, and only `vm ssh` and `ssh-config`, need them.
+_OPTIONAL = ("skopeo", "ssh")
+
 
 class Doctor:
     def __init__(self, paths: Paths, drivers: Drivers, choices: list[Check]) -> None:
@@ -32,7 +35,7 @@ class Doctor:
             *await drivers.network.checks(),
             *await self._image_checks(),
             await _git_check(),
-            _skopeo_check(),
+            *(_optional(tool) for tool in _OPTIONAL),
             check_free_disk(self._paths.vms_dir),
             check_free_disk(self._paths.images_dir, needed_bytes=2 << 30),
         ]
@@ -44,12 +47,11 @@ class Doctor:
         ]
 
 
-def _skopeo_check() -> Check:
-    """Only `image pull` needs it."""
-    if (found := proc.which("skopeo")) is not None:
-        return Check("skopeo", Level.OK, found)
-    error = proc.missing_tool("skopeo")
-    return Check("skopeo", Level.WARN, error.message, error.hint)
+def _optional(tool: str) -> Check:
+    if (found := proc.which(tool)) is not None:
+        return Check(tool, Level.OK, found)
+    error = proc.missing_tool(tool)
+    return Check(tool, Level.WARN, error.message, error.hint)
 
 
 async def _git_check() -> Check:
