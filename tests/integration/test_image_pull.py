@@ -394,6 +394,24 @@ def test_two_pulls_at_once_count_what_comes_for_each(
     assert (status, out[:10]) == (0, b"small-1.0 "), said
 
 
+def test_somebody_else_stops_a_pull(
+    home: Home, registry: Registry, mirror: Mirror, small: str
+) -> None:
+    mirror.harm = "stall"
+    pulling = home.banger.start(
+        "image", "pull", "--insecure", small.replace(registry.address, mirror.address)
+    )
+    until(lambda: mirror.sent, "the pull asks for a blob")
+    (running,) = _running(home)
+    assert home.banger.ok("operations", "cancel", running["id"]) == f"{running['id']}\n"
+    status, _, said = finish(pulling)
+    assert (status, b"cancelled" in said) == (1, True), said
+    assert _running(home) == []
+    assert _left(home) == []
+    again = home.banger.run("operations", "cancel", running["id"])
+    assert (again.returncode, b"had ended" in again.stderr) == (0, False), again.stderr
+
+
 def test_a_name_that_was_taken_meanwhile_is_a_conflict(
     home: Home, registry: Registry, mirror: Mirror, small: str, tmp_path: Path
 ) -> None:

@@ -30,7 +30,13 @@ from banger.base.model import (
     now,
 )
 from banger.cli import progress
-from banger.cli.app import AfterDashes, complete_image, complete_vm, guest_command
+from banger.cli.app import (
+    AfterDashes,
+    complete_image,
+    complete_operation,
+    complete_vm,
+    guest_command,
+)
 from banger.cli.copy import complete_side
 from banger.cli.main import cli, run
 from banger.cli.progress import ProgressView
@@ -539,6 +545,23 @@ def test_operations_stay_on_a_line_each_on_a_narrow_terminal(
     assert row.split() == ["vm.create", "a-long-name" * 2, "running"]
 
 
+def test_work_is_stopped_and_what_had_ended_is_told(daemon: Daemon, capfd: Captured) -> None:
+    states = iter((OperationState.CANCELLED, OperationState.COMPLETED))
+
+    def cancel(params: dict[str, Any]) -> Operation:
+        return an_operation("boot", id=params["id"], state=next(states))
+
+    daemon.answers["operations.cancel"] = cancel
+    assert run(["operations", "cancel", "op-1", "op-2"]) == 0
+    assert capfd.readouterr() == ("op-1\n", "op-2 (vm.create) had ended: completed\n")
+    assert daemon.calls == [("operations.cancel", {"id": each}) for each in ("op-1", "op-2")]
+    states = iter((OperationState.CANCELLED,))
+    assert run(["operations", "cancel", "--json", "op-1"]) == 0
+    (shown,) = json.loads(capfd.readouterr().out)
+    assert (shown["id"], shown["state"]) == ("op-1", "cancelled")
+    assert run(["operations", "cancel"]) == 2
+
+
 def test_an_empty_listing_is_a_heading_and_an_empty_list(daemon: Daemon, capfd: Captured) -> None:
     daemon.answers["vm.list"] = lambda _: []
     run(["ps"])
@@ -589,6 +612,8 @@ def test_completion_offers_live_names(daemon: Daemon) -> None:
     assert completed(complete_vm, "") == ["box", "old"]
     assert completed(complete_vm, "bo") == ["box"]
     assert completed(complete_image, "x") == []
+    daemon.answers["operations.list"] = lambda _: [an_operation("boot")]
+    assert completed(complete_operation, "op-0") == ["op-0123456789ab"]
 
 
 def test_a_side_of_a_copy_is_a_machine_or_a_file_of_the_host(daemon: Daemon) -> None:

@@ -111,6 +111,7 @@ complete_kernel = _complete("kernel.list")
 complete_template = _complete("template.list", "id")
 complete_snapshot = _complete("snapshot.list")
 complete_results = _complete("results.list")
+complete_operation = _complete("operations.list", "id")
 
 
 vm_argument = click.argument("vm_ref", metavar="NAME", shell_complete=complete_vm)

@@ -12,10 +12,10 @@ import msgspec
 
 from banger import __version__
 from banger.base.errors import Unavailable
-from banger.base.model import DaemonStatus, Operation
+from banger.base.model import DaemonStatus, Operation, OperationState
 from banger.base.paths import Paths
 from banger.base.units import format_age
-from banger.cli.app import connect, json_option, note
+from banger.cli.app import complete_operation, connect, json_option, note
 from banger.cli.checks import CheckLine, print_checks
 from banger.cli.figures import print_fitting
 from banger.cli.render import print_json, print_table, seconds_since
@@ -136,7 +136,7 @@ def doctor(*, as_json: bool) -> int:
 
 @click.group()
 def operations() -> None:
-    """See long work in progress."""
+    """See long work in progress, and stop it."""
 
 
 @operations.command("list")
@@ -163,6 +163,23 @@ def list_operations(*, as_json: bool) -> None:
         ],
         ranks=(3, 0, 1, 2, 5, 4),
     )
+
+
+@operations.command()
+@click.argument("ids", metavar="ID...", nargs=-1, required=True, shell_complete=complete_operation)
+@json_option
+def cancel(*, ids: tuple[str, ...], as_json: bool) -> None:
+    """Stop work in progress, and take back what it has done, for all who wait for it."""
+    with connect() as client:
+        ended = [client.call("operations.cancel", {"id": each}, Operation) for each in ids]
+    if as_json:
+        print_json(ended)
+        return
+    for each in ended:
+        if each.state is not OperationState.CANCELLED:
+            note(f"{each.id} ({each.kind}) had ended: {each.state.value}")
+        else:
+            click.echo(each.id)
 
 
 @click.command()

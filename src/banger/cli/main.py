@@ -24,7 +24,7 @@ _COMMANDS = {
     "kernel": ("banger.cli.kernel:kernel", "Build and manage the kernels that boot images."),
     "snapshot": ("banger.cli.snapshot:snapshot", "See and remove snapshots of machines."),
     "template": ("banger.cli.template:template", "See and remove what machines start from."),
-    "operations": ("banger.cli.host:operations", "See long work in progress."),
+    "operations": ("banger.cli.host:operations", "See long work in progress, and stop it."),
     "daemon": ("banger.cli.host:daemon", "Look at and control bangerd."),
     "doctor": ("banger.cli.host:doctor", "Check what banger needs on this machine."),
     "config": ("banger.cli.config:config", "See the settings."),

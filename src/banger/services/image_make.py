@@ -170,7 +170,7 @@ class ImageMaker:
         if key != request.key and build is not None and not build.record.done:
             raise Conflict(
                 f'image "{request.name}" is being built in another way',
-                hint="wait for that, or interrupt it: banger operations list",
+                hint=f"wait for that, or stop it: banger operations cancel {build.record.id}",
             )
         return False
 
