@@ -17,7 +17,6 @@ from pathlib import Path
 
 import click
 
-from banger.base import proc
 from banger.base.errors import Conflict, NotFound, PermissionDenied
 from banger.base.files import write_atomically
 from banger.base.model import Vm
@@ -46,6 +45,8 @@ def ssh(*, vm_ref: str, arguments: tuple[str, ...]) -> None:
     with connect() as client:
         vm = client.call("vm.show", {"vm": vm_ref.removesuffix(SUFFIX)}, Vm)
         files = client.call("ssh.files", {}, SshFiles)
+    from banger.base import proc  # brings asyncio: not for `proxy`, which each ssh waits for
+
     paths = Paths.from_environment()
     prepare_private_dir(paths.ssh_known_hosts.parent)
     config = paths.ssh_known_hosts.with_name("config")
