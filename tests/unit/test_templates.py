@@ -353,7 +353,7 @@ async def test_a_template_that_takes_too_long_is_not_waited_for(world: World) ->
 
 async def test_a_vm_whose_first_start_failed_keeps_its_disks(world: World) -> None:
     vm = await world.create("box", start=False)
-    world.agent.exits[requests.Setup.KIND] = None
+    world.agent.exits[requests.Setup.KIND] = b"\2\0\0\0\5no"
     with pytest.raises(BangerError):
         await world.start("box", boot_timeout_s=1, cold=True)
     disk = Path(vm.runtime.work_disk)
