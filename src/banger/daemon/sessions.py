@@ -303,20 +303,12 @@ class Sessions:
     ) -> Vm:
         """Tell the client how it goes until the VM is there. A client that goes away ends the
         creation of a VM made for its session; any other is finished without it."""
-        telling = asyncio.create_task(_tell(creation, connection))
-        leaving = asyncio.create_task(connection.wait_disconnect())
         try:
-            await asyncio.wait({telling, leaving}, return_when=asyncio.FIRST_COMPLETED)
-            if not telling.done() or telling.exception() is not None:
-                raise ConnectionError("the client is gone")
-        except (ConnectionError, asyncio.CancelledError):
+            await _unless_gone(connection, _tell(creation, connection))
+        except BaseException:
             if ephemeral:
                 await to_its_end(self._abandon(creation))
             raise
-        finally:
-            for task in (telling, leaving):
-                task.cancel()
-            await asyncio.gather(telling, leaving, return_exceptions=True)
         raise_failure(creation.record)
         if creation.record.vm is None:
             raise Internal("a VM was created, but there is none")
