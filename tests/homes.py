@@ -6,9 +6,12 @@ import os
 import select
 import sqlite3
 import subprocess
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 import leftovers
 from product import IMAGE, Banger
@@ -115,6 +118,20 @@ class Home:
         self.await_end_of_processes()
         assert list((self.runtime / "vms").glob("*")) == []
         assert list((self.state / "vms").glob("*")) == []
+
+
+@contextmanager
+def little_room(directory: Path, size: str) -> Iterator[None]:
+    """Have a new `directory` on a file system of its own, of `size` as mount(8) takes it."""
+    if os.geteuid() != 0:
+        pytest.skip("run the tests as root, which can mount a small file system")
+    directory.mkdir(mode=0o700)
+    options = f"size={size},mode=700"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
 
 
 def new_home(directory: Path) -> Home:

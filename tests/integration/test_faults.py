@@ -6,14 +6,13 @@ import os
 import re
 import shutil
 import sqlite3
-import subprocess
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from homes import Home
+from homes import Home, little_room
 from product import IMAGE, Banger
 
 pytestmark = pytest.mark.guest
@@ -184,15 +183,8 @@ def test_the_doctor_says_what_would_be_used_and_why(banger: Banger, image: str) 
 @pytest.fixture
 def full_disk(home: Home) -> Iterator[Home]:
     """A home with little room for the files of VMs."""
-    if os.geteuid() != 0:
-        pytest.skip("run the tests as root, which can mount a small file system")
-    vms = home.state / "vms"
-    vms.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", vms], check=True)
-    try:
+    with little_room(home.state / "vms", "64m"):
         yield home
-    finally:
-        subprocess.run(["umount", vms], check=True)
 
 
 def test_too_little_disk_space_is_told_with_the_numbers(full_disk: Home) -> None:

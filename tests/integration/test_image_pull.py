@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from ext4_trees import tree_of
-from homes import Home
+from homes import Home, little_room
 from oci_layouts import BUSYBOX, Layout, Member, directory, hard_link, symlink, tar
 from product import IMAGE, Banger, finish, read_until, until
 from registries import Mirror, Registry, serving
@@ -377,17 +377,24 @@ def _running(home: Home) -> list[dict[str, Any]]:
             if each["kind"] == "image.pull" and each["state"] == "running"]  # fmt: skip
 
 
+def _held_up(
+    home: Home, registry: Registry, mirror: Mirror, reference: str, harm: str, *options: str
+) -> subprocess.Popen[bytes]:
+    """A pull to whose first blob this happens."""
+    mirror.harm = harm
+    through = reference.replace(registry.address, mirror.address)
+    pulling = home.banger.start("image", "pull", "--insecure", *options, through)
+    until(lambda: mirror.sent, "the pull asks for a blob")
+    return pulling
+
+
 def test_two_pulls_at_once_count_what_comes_for_each(
     home: Home, registry: Registry, mirror: Mirror, small: str, layout: Layout
 ) -> None:
     """A pull may bring little more than its manifest announces; what others bring is not its."""
     layout.image([_base(), tar(_noise("large", 100 << 20))])
     large = registry.push(layout.folder, "team/large:1")
-    mirror.harm = "wait"
-    waiting = home.banger.start(
-        "image", "pull", "--insecure", small.replace(registry.address, mirror.address)
-    )
-    until(lambda: mirror.sent, "the pull asks for a blob")
+    waiting = _held_up(home, registry, mirror, small, "wait")
     home.banger.ok("image", "pull", "--insecure", large)
     mirror.harm = ""
     status, out, said = finish(waiting)
@@ -397,11 +404,7 @@ def test_two_pulls_at_once_count_what_comes_for_each(
 def test_somebody_else_stops_a_pull(
     home: Home, registry: Registry, mirror: Mirror, small: str
 ) -> None:
-    mirror.harm = "stall"
-    pulling = home.banger.start(
-        "image", "pull", "--insecure", small.replace(registry.address, mirror.address)
-    )
-    until(lambda: mirror.sent, "the pull asks for a blob")
+    pulling = _held_up(home, registry, mirror, small, "stall")
     (running,) = _running(home)
     assert home.banger.ok("operations", "cancel", running["id"]) == f"{running['id']}\n"
     status, _, said = finish(pulling)
@@ -415,10 +418,7 @@ def test_somebody_else_stops_a_pull(
 def test_a_name_that_was_taken_meanwhile_is_a_conflict(
     home: Home, registry: Registry, mirror: Mirror, small: str, tmp_path: Path
 ) -> None:
-    mirror.harm = "wait"
-    pulling = home.banger.start("image", "pull", "--insecure", "--name", "mine",
-                                small.replace(registry.address, mirror.address))  # fmt: skip
-    until(lambda: mirror.sent, "the pull asks for a blob")
+    pulling = _held_up(home, registry, mirror, small, "wait", "--name", "mine")
     archive = tmp_path / "a.tar"
     archive.write_bytes(_base())
     home.banger.ok("image", "import", "--name", "mine", archive)
@@ -461,10 +461,7 @@ def test_a_daemon_that_is_killed_takes_its_skopeo_along(
     home: Home, registry: Registry, mirror: Mirror, small: str
 ) -> None:
     """One that waits for a registry which is silent would wait for ever."""
-    mirror.harm = "stall"
-    reference = small.replace(registry.address, mirror.address)
-    pulling = home.banger.start("image", "pull", "--insecure", reference)
-    until(lambda: mirror.sent, "the pull asks for a blob")
+    pulling = _held_up(home, registry, mirror, small, "stall")
     home.kill_daemon(9)
     finish(pulling)
     home.await_end_of_processes()
@@ -516,11 +513,7 @@ def test_a_pull_that_fails_leaves_the_cache_within_its_limit(
 def test_the_cache_is_not_emptied_below_a_pull(
     home: Home, registry: Registry, mirror: Mirror, small: str
 ) -> None:
-    mirror.harm = "wait"
-    pulling = home.banger.start(
-        "image", "pull", "--insecure", small.replace(registry.address, mirror.address)
-    )
-    until(lambda: mirror.sent, "the pull asks for a blob")
+    pulling = _held_up(home, registry, mirror, small, "wait")
     said = home.banger.fails("image", "cache", "prune", status=1)
     assert "the cache is in use: something is being pulled" in said
     mirror.harm = ""
@@ -562,20 +555,14 @@ def test_an_archive_that_unpacks_to_more_than_an_image_may_hold(
 @pytest.fixture
 def small_disk(home: Home) -> Iterator[Home]:
     """A home whose images have 300 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("run the tests as root, which can mount a small file system")
     home.banger.run("daemon", "stop")
     images = home.data / "images"
     rest = home.data / "rest"
     images.rename(rest)
-    images.mkdir(mode=0o700)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300m,mode=700", "none", images], check=True)
-    try:
+    with little_room(images, "300m"):
         for each in rest.iterdir():
             (images / each.name).symlink_to(each)
         yield home
-    finally:
-        subprocess.run(["umount", "--lazy", images], check=True)
 
 
 @pytest.mark.parametrize("stage", ["unpack", "filesystem", "finish"])

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from homes import Home
+from homes import Home, little_room
 from product import IMAGE, Banger, finish, read_until, until
 
 pytestmark = pytest.mark.guest
@@ -223,16 +222,9 @@ def test_after_a_reboot_of_the_host_machines_are_stopped_and_start_again(home: H
 @pytest.fixture
 def small_disk(home: Home) -> Iterator[Home]:
     """A home whose VMs have 800 MiB for their files."""
-    if os.geteuid() != 0:
-        pytest.skip("run the tests as root, which can mount a small file system")
-    vms = home.state / "vms"
-    vms.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=800m", "none", vms], check=True)
-    try:
+    with little_room(home.state / "vms", "800m"):
         yield home
-    finally:
         home.banger.run("vm", "delete", "--force", "box")
-        subprocess.run(["umount", vms], check=True)
 
 
 def test_a_machine_that_meets_a_full_disk_is_held_and_runs_on_once_there_is_room(

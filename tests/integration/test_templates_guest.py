@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import leftovers
-from homes import Home
+from homes import Home, little_room
 from product import IMAGE, Banger, finish, until
 
 pytestmark = pytest.mark.guest
@@ -226,16 +224,10 @@ def test_prune_takes_what_was_made_of_another_qemu(home: Home) -> None:
 @pytest.fixture
 def small_disk(home: Home) -> Iterator[Path]:
     """Where the home's templates have 1 GiB, on a file system whose files are in memory."""
-    if os.geteuid() != 0:
-        pytest.skip("run the tests as root, which can mount a small file system")
     templates = home.state / "templates"
-    templates.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "none", templates], check=True)
-    try:
+    with little_room(templates, "1g"):
         yield templates
-    finally:
         home.banger.run("vm", "delete", "--force", "box")
-        subprocess.run(["umount", "--lazy", templates], check=True)
 
 
 def test_a_full_disk_below_their_template_harms_no_machine(home: Home, small_disk: Path) -> None:
