@@ -20,6 +20,8 @@ _PACKAGES = {
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
     "skopeo": "skopeo",
+    "nft": "nftables",
+    "resolvectl": "systemd-resolved",
 }
 
 

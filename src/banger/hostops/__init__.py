@@ -1,0 +1,1 @@
+"""What needs root, behind one typed door: a closed set of operations, and who performs them."""

@@ -1,0 +1,203 @@
+"""Bridges and taps, by netlink and /dev/net/tun. All of it blocks for milliseconds.
+
+What is ours is told by two things that must agree: a name of banger's shape, and the bridge's
+alias. That has what `take_down` gives back, too: whether this host forwarded packets before.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import struct
+from ipaddress import IPv4Network
+from pathlib import Path
+from typing import Any
+
+from pyroute2 import IPRoute
+
+from banger.base.errors import Conflict, PreconditionFailed
+from banger.hostops.ops import Bridge
+
+_TUN = Path("/dev/net/tun")
+# linux/if_tun.h
+_TUNSETIFF = 0x400454CA
+_IFF_TAP = 0x0002
+_IFF_NO_PI = 0x1000
+_IFF_VNET_HDR = 0x4000
+_IFREQ = struct.Struct("16sH22x")
+_AF_INET = 2
+_TABLE_LOCAL = 255
+
+#: Given, because a bridge without one takes that of its first port, and changes it with its ports.
+_BRIDGE_MAC = "02:62:67:00:00:01"
+_ALIAS = "banger"
+_FORWARDED = f"{_ALIAS}: this host forwarded before"
+_DID_NOT_FORWARD = f"{_ALIAS}: this host did not forward before"
+#: A link that is there for nothing but that systemd-resolved is told of it.
+NAMES = "banger-names"
+_FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+
+
+def bring_up(bridge: Bridge) -> bool:
+    """Have the bridge with its address, and let this host forward. Whether it was not there.
+
+    Raises Conflict for a link of that name which is not ours, and where the network is in use.
+    """
+    with IPRoute() as netlink:
+        index = _find(netlink, bridge.name)
+        made = index == 0
+        if made:
+            _check_free(netlink, bridge)
+            netlink.link("add", ifname=bridge.name, kind="bridge", br_mcast_snooping=0)
+            index = _index(netlink, bridge.name)
+        try:
+            if made:
+                before = _FORWARD.read_text().strip() != "0"
+                alias = _FORWARDED if before else _DID_NOT_FORWARD
+                netlink.link("set", index=index, address=_BRIDGE_MAC, IFLA_IFALIAS=alias)
+                # Guests have no IPv6: this host should not offer them any by it.
+                _no_ipv6(bridge.name)
+            _have_address(netlink, index, bridge)
+            netlink.link("set", index=index, state="up")
+            _FORWARD.write_text("1")
+        except BaseException:
+            if made:
+                _remove(netlink, bridge.name)
+            raise
+    return made
+
+
+def take_down(name: str) -> None:
+    """Remove the bridge, and forward no more if this host did not before. Idempotent.
+
+    Raises Conflict for a link of that name which is not ours.
+    """
+    with IPRoute() as netlink:
+        if _find(netlink, name):
+            _remove(netlink, name)
+
+
+def is_up(name: str) -> bool:
+    """Whether our bridge of this name is there."""
+    with IPRoute() as netlink:
+        return _find(netlink, name) != 0
+
+
+def bring_up_names() -> None:
+    """Have a dummy link for names. Raises Conflict for a link of its name which is not ours."""
+    with IPRoute() as netlink:
+        if not _find(netlink, NAMES, "dummy"):
+            netlink.link("add", ifname=NAMES, kind="dummy")
+            netlink.link("set", index=_index(netlink, NAMES), IFLA_IFALIAS=_ALIAS)
+        _no_ipv6(NAMES)
+        netlink.link("set", index=_index(netlink, NAMES), state="up")
+
+
+def take_down_names() -> None:
+    """Remove the dummy. Idempotent."""
+    with IPRoute() as netlink:
+        if index := _find(netlink, NAMES, "dummy"):
+            netlink.link("del", index=index)
+
+
+def open_tap(bridge: str) -> tuple[str, int]:
+    """A new tap on a bridge that is up: name and descriptor, with which it goes.
+
+    It passes what a virtio device leaves to the host to do (checksums, segments).
+    """
+    with IPRoute() as netlink:
+        master = _find(netlink, bridge)
+        if not master:
+            raise PreconditionFailed(f"there is no bridge {bridge}")
+        name = f"{bridge}-{secrets.token_hex(3)}"
+        try:
+            fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise PreconditionFailed(
+                f"{_TUN}: {error.strerror}", hint="load its module: modprobe tun"
+            ) from error
+        try:
+            request = _IFREQ.pack(name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
+            fcntl.ioctl(fd, _TUNSETIFF, request)
+            _no_ipv6(name)
+            netlink.link("set", index=_index(netlink, name), master=master, state="up")
+        except BaseException:
+            os.close(fd)
+            raise
+    return name, fd
+
+
+def _no_ipv6(name: str) -> None:
+    path = Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
+    if path.exists():  # a kernel without IPv6 has none
+        path.write_text("1")
+
+
+def _remove(netlink: IPRoute, name: str) -> None:
+    ours = _alias(_link(netlink, name))
+    netlink.link("del", index=_index(netlink, name))
+    if ours != _DID_NOT_FORWARD:
+        return
+    # Another bridge of ours needs it still, and gives it back in place of this one.
+    for link in netlink.get_links():
+        if (_alias(link) or "").startswith(_ALIAS):
+            netlink.link("set", index=link["index"], IFLA_IFALIAS=_DID_NOT_FORWARD)
+            return
+    _FORWARD.write_text("0")
+
+
+def _find(netlink: IPRoute, name: str, wanted: str = "bridge") -> int:
+    """The index of our link of this kind, 0 when there is none. Raises Conflict for another's."""
+    link = _link(netlink, name)
+    if link is None:
+        return 0
+    info = link.get_attr("IFLA_LINKINFO")
+    kind = info.get_attr("IFLA_INFO_KIND") if info else ""
+    if kind != wanted or not (_alias(link) or "").startswith(_ALIAS):
+        raise Conflict(
+            f"there is a network interface {name}, which is not banger's",
+            hint="set bridge_name to another: banger0 to banger99",
+        )
+    return int(link["index"])
+
+
+def _check_free(netlink: IPRoute, bridge: Bridge) -> None:
+    """Raise Conflict where this host has, or reaches, addresses of the bridge's network."""
+    for route in netlink.get_routes(family=_AF_INET):
+        destination = route.get_attr("RTA_DST")
+        if destination is None:  # the default route leads wherever no other does
+            continue
+        network = IPv4Network(f"{destination}/{route['dst_len']}")
+        if network.overlaps(bridge.network):
+            raise Conflict(
+                f"{bridge.network} is not free for machines: this host has a route to {network}",
+                hint="set bridge_cidr to another private network",
+            )
+
+
+def _have_address(netlink: IPRoute, index: int, bridge: Bridge) -> None:
+    """Exactly the one; another is of an earlier setting."""
+    wanted = (str(bridge.gateway), bridge.network.prefixlen)
+    there = {
+        (each.get_attr("IFA_LOCAL"), each["prefixlen"])
+        for each in netlink.get_addr(family=_AF_INET, index=index)
+    }
+    for address, prefixlen in there - {wanted}:
+        netlink.addr("del", index=index, address=address, prefixlen=prefixlen)
+    if wanted not in there:
+        netlink.addr("add", index=index, address=wanted[0], prefixlen=wanted[1])
+
+
+def _index(netlink: IPRoute, name: str) -> int:
+    return int(netlink.link_lookup(ifname=name)[0])
+
+
+def _link(netlink: IPRoute, name: str) -> Any:
+    found = netlink.link_lookup(ifname=name)
+    return netlink.get_links(found[0])[0] if found else None
+
+
+def _alias(link: Any) -> str | None:
+    alias: str | None = link.get_attr("IFLA_IFALIAS")
+    return alias

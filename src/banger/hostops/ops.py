@@ -1,0 +1,287 @@
+"""The privileged operations: a closed set, each with what it takes and what it may name.
+
+An operation says *what* is to be so, never how: no command, no file of the caller's, no name that
+is not of banger's own shape. `check` refuses all that can be refused without looking at the host;
+whoever performs an operation calls it again, whatever the caller has done (`local`, behind `helper`
+where the daemon is not root). `docs/privileges.md` lists them all, with what each changes and how
+that is undone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Sequence
+from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network, NetmaskValueError
+from typing import Protocol, TypeAlias
+
+import msgspec
+
+from banger.base.errors import BadRequest
+
+#: A bridge, and with it the nftables tables of its name. Its taps are ``BRIDGE-`` and 6 hex digits.
+_BRIDGE = re.compile(r"banger[0-9]{1,2}")
+_TAP = re.compile(r"(banger[0-9]{1,2})-[0-9a-f]{6}")
+#: Of those that nobody else gives out: locally administered, unicast (IEEE 802, 8.2).
+_MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
+#: What no host has for itself: RFC 1918, and RFC 6598 for where those are taken.
+_PRIVATE = tuple(
+    IPv4Network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
+)
+_PREFIX_LENGTHS = range(16, 30)
+GUESTS_MAX = 4096
+ALLOWED_MAX = 256
+RESOLVED_MAX = 64
+#: For how long an address that a name led to may be used by a guest that does not use it.
+RESOLVED_S = 3600
+
+
+class Operation(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag_field="op"
+):
+    """What is asked of whoever has the privileges. Equal operations have equal effects: all may be
+    repeated."""
+
+    def check(self) -> None:
+        """Raise BadRequest for what banger would not ask for."""
+
+
+class Done(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of an operation. ``fd`` is the caller's to close; -1 where there is none."""
+
+    name: str = ""
+    fd: int = -1
+
+
+class Bridge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A bridge of ours. ``address`` is the host's on it, a.b.c.d/n: the gateway of its guests."""
+
+    name: str
+    address: str
+
+    @property
+    def network(self) -> IPv4Network:
+        return IPv4Interface(self.address).network
+
+    @property
+    def gateway(self) -> IPv4Address:
+        return IPv4Interface(self.address).ip
+
+    def check(self) -> None:
+        check_bridge_name(self.name)
+        try:
+            interface = IPv4Interface(self.address)
+        except (AddressValueError, NetmaskValueError, ValueError):
+            raise BadRequest(f"{self.address!r} is not an address with its prefix length") from None
+        network = interface.network
+        if self.address != str(interface) or interface.ip != network[1]:
+            raise BadRequest(f"{self.address!r} is not the first address of a network")
+        check_guest_network(network)
+
+
+class Guest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A machine on a bridge, and what it may reach."""
+
+    tap: str
+    mac: str
+    address: str
+    #: All of the outside, or (false) what ``allow`` and `AllowResolved` say.
+    everywhere: bool = False
+    #: Networks, a.b.c.d/n, none within another.
+    allow: tuple[str, ...] = ()
+    #: Whether it and others of which this is true reach each other.
+    sociable: bool = False
+
+
+class BridgeUp(Operation, frozen=True, tag="bridge_up"):
+    """Have the bridge, its address, forwarding, and its tables, which let nobody through yet.
+
+    Guests' questions to the gateway, port 53, go to its ``resolver_port``. The guests of a bridge
+    that is there stay as they are.
+    """
+
+    bridge: Bridge
+    resolver_port: int
+
+    def check(self) -> None:
+        self.bridge.check()
+        if not 1024 <= self.resolver_port <= 65535:
+            raise BadRequest(f"{self.resolver_port} is not a port for a resolver (1024 to 65535)")
+
+
+class BridgeDown(Operation, frozen=True, tag="bridge_down"):
+    """Take the bridge away, with all that `BridgeUp` made and changed."""
+
+    bridge: str
+
+    def check(self) -> None:
+        check_bridge_name(self.bridge)
+
+
+class OpenTap(Operation, frozen=True, tag="open_tap"):
+    """A new tap on a bridge that is up: its name and its descriptor. It goes with that.
+
+    Whoever is behind it gets nowhere before `SetGuests` names it.
+    """
+
+    bridge: str
+
+    def check(self) -> None:
+        check_bridge_name(self.bridge)
+
+
+class SetGuests(Operation, frozen=True, tag="set_guests"):
+    """Let these guests through, as each may, and no others of the bridge. All at once or nothing.
+
+    What `AllowResolved` let a guest reach stays, but of those that are to ``forget`` it.
+    """
+
+    bridge: Bridge
+    guests: tuple[Guest, ...]
+    forget: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        self.bridge.check()
+        if len(self.guests) > GUESTS_MAX:
+            raise BadRequest(f"{len(self.guests)} guests are too many for a bridge")
+        for guest in self.guests:
+            _check_guest(guest, self.bridge)
+        for field in ("tap", "mac", "address"):
+            if len({getattr(guest, field) for guest in self.guests}) < len(self.guests):
+                raise BadRequest(f"two guests have one {field}")
+        for address in self.forget:
+            _check_member(address, self.bridge)
+
+
+class AllowResolved(Operation, frozen=True, tag="allow_resolved"):
+    """Let a guest reach what an allowed name led to, until it has not used it for `RESOLVED_S`."""
+
+    bridge: Bridge
+    guest: str
+    addresses: tuple[str, ...]
+
+    def check(self) -> None:
+        self.bridge.check()
+        _check_member(self.guest, self.bridge)
+        if not 1 <= len(self.addresses) <= RESOLVED_MAX:
+            raise BadRequest(f"{len(self.addresses)} addresses of one name")
+        for address in self.addresses:
+            _address(address)
+
+
+class RouteNames(Operation, frozen=True, tag="route_names"):
+    """Have systemd-resolved ask the server at this loopback address for names in ``vm.``.
+
+    It is told of the bridge, or, without one, of a dummy link that is there for this.
+    """
+
+    server: str
+    port: int
+    bridge: str = ""
+
+    def check(self) -> None:
+        if self.bridge:
+            check_bridge_name(self.bridge)
+        if not _address(self.server).is_loopback or not 1 <= self.port <= 65535:
+            raise BadRequest(f"{self.server}:{self.port} is not on the loopback")
+
+
+class UnrouteNames(Operation, frozen=True, tag="unroute_names"):
+    """Take back `RouteNames`."""
+
+    bridge: str = ""
+
+    def check(self) -> None:
+        if self.bridge:
+            check_bridge_name(self.bridge)
+
+
+#: The set, for whoever decodes one that came over a socket.
+AnyOperation: TypeAlias = (
+    BridgeUp | BridgeDown | OpenTap | SetGuests | AllowResolved | RouteNames | UnrouteNames
+)
+
+
+class HostOps(Protocol):
+    """Who performs them: this process (`local`), the helper (`client`), or nobody (`absent`)."""
+
+    #: Empty, or why it cannot perform any, and what to do about that.
+    problem: str
+    hint: str
+
+    async def perform(self, operation: Operation) -> Done:
+        """Have it done.
+
+        Raises BadRequest for what is refused unseen, Conflict for what is there and not ours,
+        PermissionDenied and Unavailable where nobody can do it or it failed; it has then no effect
+        that repeating it, or its opposite, would not mend.
+        """
+        ...
+
+
+def check_bridge_name(name: str) -> str:
+    if _BRIDGE.fullmatch(name) is None:
+        raise BadRequest(
+            f"{name!r} is not a bridge of banger's", hint="its name is banger0 to banger99"
+        )
+    return name
+
+
+def check_guest_network(network: IPv4Network) -> None:
+    """Raise BadRequest for a network that a bridge cannot have."""
+    if network.prefixlen not in _PREFIX_LENGTHS:
+        raise BadRequest(
+            f"{network} has not the size of a bridge's network",
+            hint=f"use a prefix length from {_PREFIX_LENGTHS[0]} to {_PREFIX_LENGTHS[-1]}",
+        )
+    if not any(network.subnet_of(each) for each in _PRIVATE):
+        raise BadRequest(
+            f"{network} is not private: its addresses belong to others",
+            hint=f"use one within {', '.join(map(str, _PRIVATE))}",
+        )
+
+
+def disjoint(networks: Sequence[IPv4Network]) -> bool:
+    """Whether none of them has an address of another; nftables refuses sets of others."""
+    ordered = sorted(networks)
+    return all(
+        one.broadcast_address < other.network_address for one, other in itertools.pairwise(ordered)
+    )
+
+
+def _check_guest(guest: Guest, bridge: Bridge) -> None:
+    match = _TAP.fullmatch(guest.tap)
+    if match is None or match[1] != bridge.name:
+        raise BadRequest(f"{guest.tap!r} is not a tap of {bridge.name}")
+    if _MAC.fullmatch(guest.mac) is None:
+        raise BadRequest(f"{guest.mac!r} is not a MAC address for a guest")
+    _check_member(guest.address, bridge)
+    if len(guest.allow) > ALLOWED_MAX:
+        raise BadRequest(f"{len(guest.allow)} networks are too many for one guest")
+    if not disjoint([_network(each) for each in guest.allow]):
+        raise BadRequest("networks that a guest may reach overlap")
+
+
+def _check_member(address: str, bridge: Bridge) -> None:
+    parsed = _address(address)
+    network = bridge.network
+    reserved = (network.network_address, network.broadcast_address, bridge.gateway)
+    if parsed not in network or parsed in reserved:
+        raise BadRequest(f"{address} is not an address for a guest of {bridge.address}")
+
+
+def _address(text: str) -> IPv4Address:
+    try:
+        return IPv4Address(text)
+    except AddressValueError:
+        raise BadRequest(f"{text!r} is not an IPv4 address") from None
+
+
+def _network(text: str) -> IPv4Network:
+    try:
+        network = IPv4Network(text)
+    except ValueError:
+        raise BadRequest(f"{text!r} is not an IPv4 network") from None
+    if str(network) != text:
+        raise BadRequest(f"{text!r} is not an IPv4 network in its usual form")
+    return network
