@@ -6,6 +6,7 @@ One at a time: they read what is there and change it.
 from __future__ import annotations
 
 import asyncio
+import os
 from types import ModuleType
 
 from banger.base import proc
@@ -42,7 +43,22 @@ class LocalHost:
         """See `HostOps.perform`. Once begun it is done, or fails, whoever cancels it."""
         operation.check()
         async with self._one_at_a_time:
-            return await to_its_end(_perform(operation))
+            return await self._to_its_end(operation)
+
+    async def _to_its_end(self, operation: Operation) -> Done:
+        done: list[Done] = []
+
+        async def work() -> Done:
+            done.append(await _perform(operation))
+            return done[0]
+
+        try:
+            return await to_its_end(work())
+        except asyncio.CancelledError:
+            for each in done:  # nobody gets what came of it
+                if each.fd >= 0:
+                    os.close(each.fd)
+            raise
 
 
 async def _perform(operation: Operation) -> Done:
@@ -58,7 +74,7 @@ async def _perform(operation: Operation) -> Done:
             case SetGuests():
                 await _set_guests(operation)
             case AllowResolved(bridge=bridge, guest=guest, addresses=addresses):
-                await _nft(firewall.resolved(bridge, guest, addresses))
+                await _nft_of(bridge, firewall.resolved(bridge, guest, addresses))
             case RouteNames():
                 await _route_names(operation)
             case UnrouteNames():
@@ -74,12 +90,19 @@ async def _perform(operation: Operation) -> Done:
 
 
 async def _bridge_up(operation: BridgeUp) -> None:
-    """The tables come first: no packet is forwarded that they have not seen."""
+    """The tables come before the bridge: no packet is forwarded that they have not seen.
+
+    They are set each time: whatever reloaded the firewall has taken them away, an earlier version
+    has set others. Guests that they know stay.
+    """
     bridge = operation.bridge
-    if not await _has_tables(bridge.name):
-        await _nft(
-            firewall.no_tables(bridge.name) + firewall.tables(bridge, operation.resolver_port)
-        )
+    # Before the tables, which would filter an interface of somebody else's with this name.
+    await asyncio.to_thread(_links().check_free, bridge)
+    rules = firewall.tables(bridge, operation.resolver_port)
+    try:
+        await _nft(rules)
+    except PreconditionFailed:  # sets of an earlier version, perhaps, which cannot be changed
+        await _nft(firewall.no_tables(bridge.name) + rules)
     try:
         await asyncio.to_thread(_links().bring_up, bridge)
     except BaseException:
@@ -98,7 +121,7 @@ async def _set_guests(operation: SetGuests) -> None:
     bridge, guests = operation.bridge, operation.guests
     keep = {each.address for each in guests} - set(operation.forget)
     forget = [pair for pair in await _resolved_pairs(bridge) if pair[0] not in keep]
-    await _nft(firewall.guests(bridge, guests, forget))
+    await _nft_of(bridge, firewall.guests(bridge, guests, forget))
 
 
 async def _route_names(operation: RouteNames) -> None:
@@ -106,21 +129,35 @@ async def _route_names(operation: RouteNames) -> None:
     link = operation.bridge or _links().NAMES
     if not operation.bridge:
         await asyncio.to_thread(_links().bring_up_names)
+    elif not await asyncio.to_thread(_links().is_up, link):
+        raise PreconditionFailed(f"there is no bridge {link}")
     await resolved.route(link, operation.server, operation.port)
 
 
 async def _unroute_names(operation: UnrouteNames) -> None:
     if not operation.bridge:
         await asyncio.to_thread(_links().take_down_names)  # what resolved knows of it goes with it
-    elif await asyncio.to_thread(_links().is_up, operation.bridge):
-        resolved.check_runs()
+    elif resolved.runs() and await asyncio.to_thread(_links().is_up, operation.bridge):
         await resolved.unroute(operation.bridge)
 
 
 async def _resolved_pairs(bridge: Bridge) -> list[tuple[str, str]]:
     argv = [NFT, "-j", "list", "set", "inet", bridge.name, "resolved"]
-    listing = await proc.run(argv, timeout_s=_NFT_TIMEOUT_S, env=proc.BARE_ENVIRONMENT)
+    try:
+        listing = await proc.run(argv, timeout_s=_NFT_TIMEOUT_S, env=proc.BARE_ENVIRONMENT)
+    except proc.ProcessFailed as error:
+        raise _no_rules(bridge.name) from error
     return firewall.resolved_pairs(listing.stdout)
+
+
+async def _nft_of(bridge: Bridge, rules: str) -> None:
+    """Rules that are about the tables of a bridge that is up."""
+    try:
+        await _nft(rules)
+    except PreconditionFailed as error:
+        if await _has_tables(bridge.name):
+            raise
+        raise _no_rules(bridge.name) from error
 
 
 async def _has_tables(name: str) -> bool:
@@ -129,6 +166,13 @@ async def _has_tables(name: str) -> bool:
     )
     there = listing.stdout.decode().splitlines()
     return all(f"table {family} {name}" in there for family in firewall.FAMILIES)
+
+
+def _no_rules(name: str) -> PreconditionFailed:
+    return PreconditionFailed(
+        f"the rules of {name} are not there: it is down, or the firewall was loaded anew",
+        hint="restart the daemon, which sets them: banger daemon restart",
+    )
 
 
 async def _nft(rules: str) -> None:

@@ -24,6 +24,9 @@ _BRIDGE = re.compile(r"banger[0-9]{1,2}")
 _TAP = re.compile(r"(banger[0-9]{1,2})-[0-9a-f]{6}")
 #: Of those that nobody else gives out: locally administered, unicast (IEEE 802, 8.2).
 _MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
+#: Of every bridge of ours. Given, because a bridge without one takes that of its first port, and
+#: changes it with its ports.
+BRIDGE_MAC = "02:62:67:00:00:01"
 #: What no host has for itself: RFC 1918, and RFC 6598 for where those are taken.
 _PRIVATE = tuple(
     IPv4Network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
@@ -31,6 +34,8 @@ _PRIVATE = tuple(
 _PREFIX_LENGTHS = range(16, 30)
 GUESTS_MAX = 4096
 ALLOWED_MAX = 256
+#: Of all guests of a bridge together.
+ALLOWED_TOTAL_MAX = 65536
 RESOLVED_MAX = 64
 #: For how long an address that a name led to may be used by a guest that does not use it.
 RESOLVED_S = 3600
@@ -144,11 +149,15 @@ class SetGuests(Operation, frozen=True, tag="set_guests"):
         self.bridge.check()
         if len(self.guests) > GUESTS_MAX:
             raise BadRequest(f"{len(self.guests)} guests are too many for a bridge")
+        if sum(len(guest.allow) for guest in self.guests) > ALLOWED_TOTAL_MAX:
+            raise BadRequest("the guests of a bridge may reach too many networks together")
         for guest in self.guests:
             _check_guest(guest, self.bridge)
         for field in ("tap", "mac", "address"):
             if len({getattr(guest, field) for guest in self.guests}) < len(self.guests):
                 raise BadRequest(f"two guests have one {field}")
+        if len(self.forget) > GUESTS_MAX:
+            raise BadRequest(f"{len(self.forget)} guests are too many for a bridge")
         for address in self.forget:
             _check_member(address, self.bridge)
 
@@ -205,9 +214,15 @@ AnyOperation: TypeAlias = (
 class HostOps(Protocol):
     """Who performs them: this process (`local`), the helper (`client`), or nobody (`absent`)."""
 
-    #: Empty, or why it cannot perform any, and what to do about that.
-    problem: str
-    hint: str
+    @property
+    def problem(self) -> str:
+        """Empty, or why it cannot perform any."""
+        ...
+
+    @property
+    def hint(self) -> str:
+        """What to do about that."""
+        ...
 
     async def perform(self, operation: Operation) -> Done:
         """Have it done.
@@ -253,7 +268,7 @@ def _check_guest(guest: Guest, bridge: Bridge) -> None:
     match = _TAP.fullmatch(guest.tap)
     if match is None or match[1] != bridge.name:
         raise BadRequest(f"{guest.tap!r} is not a tap of {bridge.name}")
-    if _MAC.fullmatch(guest.mac) is None:
+    if _MAC.fullmatch(guest.mac) is None or guest.mac == BRIDGE_MAC:
         raise BadRequest(f"{guest.mac!r} is not a MAC address for a guest")
     _check_member(guest.address, bridge)
     if len(guest.allow) > ALLOWED_MAX:
