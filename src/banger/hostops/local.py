@@ -6,23 +6,28 @@ One at a time: they read what is there and change it.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from types import ModuleType
 
 from banger.base import proc
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
-from banger.hostops import firewall, resolved
+from banger.hostops import firewall, loops, mappings, resolved
 from banger.hostops.ops import (
     AllowResolved,
+    AttachLoop,
     Bridge,
     BridgeDown,
     BridgeUp,
+    DetachLoop,
     Done,
+    MapSnapshot,
     OpenTap,
     Operation,
     RouteNames,
     SetGuests,
+    UnmapSnapshot,
     UnrouteNames,
 )
 
@@ -36,7 +41,9 @@ class LocalHost:
     problem = ""
     hint = ""
 
-    def __init__(self) -> None:
+    def __init__(self, owner_uid: int | None = None) -> None:
+        """For this user, whose files and devices alone are touched: our own, if none is named."""
+        self._owner_uid = os.getuid() if owner_uid is None else owner_uid
         self._one_at_a_time = asyncio.Lock()
 
     async def perform(self, operation: Operation) -> Done:
@@ -49,7 +56,7 @@ class LocalHost:
         done: list[Done] = []
 
         async def work() -> Done:
-            done.append(await _perform(operation))
+            done.append(await _perform(operation, self._owner_uid))
             return done[0]
 
         try:
@@ -61,7 +68,7 @@ class LocalHost:
             raise
 
 
-async def _perform(operation: Operation) -> Done:
+async def _perform(operation: Operation, owner_uid: int) -> Done:
     try:
         match operation:
             case BridgeUp():
@@ -79,6 +86,15 @@ async def _perform(operation: Operation) -> Done:
                 await _route_names(operation)
             case UnrouteNames():
                 await _unroute_names(operation)
+            case AttachLoop(file=file, writable=writable):
+                attach = functools.partial(loops.attach, file, owner_uid, writable=writable)
+                return Done(name=await asyncio.to_thread(attach))
+            case DetachLoop(device=device):
+                await asyncio.to_thread(loops.detach, device, owner_uid)
+            case MapSnapshot(vm_id=vm_id, base=base, changes=changes):
+                return Done(name=await mappings.create(vm_id, base, changes, owner_uid))
+            case UnmapSnapshot(vm_id=vm_id):
+                await mappings.remove(vm_id, owner_uid)
             case _:
                 raise AssertionError(f"no way to perform {type(operation).__name__}")
     except BangerError:

@@ -27,6 +27,8 @@ _MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
 #: Of every bridge of ours. Given, because a bridge without one takes that of its first port, and
 #: changes it with its ports.
 BRIDGE_MAC = "02:62:67:00:00:01"
+_LOOP = re.compile(r"loop(0|[1-9][0-9]{0,6})")
+_VM_ID = re.compile(r"[0-9a-f]{12}")
 #: What no host has for itself: RFC 1918, and RFC 6598 for where those are taken.
 _PRIVATE = tuple(
     IPv4Network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
@@ -49,6 +51,16 @@ class Operation(
 
     def check(self) -> None:
         """Raise BadRequest for what banger would not ask for."""
+
+
+class WithFile(Operation, frozen=True):
+    """An operation on a file that the caller has opened: no path of his is ever followed.
+
+    ``file`` is the descriptor, which stays the caller's. It goes to another process as such, never
+    as its number.
+    """
+
+    file: int
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -205,9 +217,62 @@ class UnrouteNames(Operation, frozen=True, tag="unroute_names"):
             check_bridge_name(self.bridge)
 
 
+class AttachLoop(WithFile, frozen=True, tag="attach_loop"):
+    """A loop device for a regular file of the owner's, its name: that which there is, or a new one.
+
+    The file is whole sectors of 512 bytes, and open for what is asked.
+    """
+
+    writable: bool = False
+
+
+class DetachLoop(Operation, frozen=True, tag="detach_loop"):
+    """Take back `AttachLoop`. Raises Conflict while something is made of the device."""
+
+    device: str
+
+    def check(self) -> None:
+        _check_loop(self.device)
+
+
+class MapSnapshot(Operation, frozen=True, tag="map_snapshot"):
+    """A device-mapper snapshot for a machine, ``banger-`` and its id: what is on one loop device of
+    ours, with what is written to it kept on another."""
+
+    vm_id: str
+    base: str
+    changes: str
+
+    def check(self) -> None:
+        _check_vm_id(self.vm_id)
+        _check_loop(self.base)
+        _check_loop(self.changes)
+        if self.base == self.changes:
+            raise BadRequest(f"{self.base} cannot keep its own changes")
+
+
+class UnmapSnapshot(Operation, frozen=True, tag="unmap_snapshot"):
+    """Take back `MapSnapshot`. Raises Conflict while somebody has it open."""
+
+    vm_id: str
+
+    def check(self) -> None:
+        _check_vm_id(self.vm_id)
+
+
 #: The set, for whoever decodes one that came over a socket.
 AnyOperation: TypeAlias = (
-    BridgeUp | BridgeDown | OpenTap | SetGuests | AllowResolved | RouteNames | UnrouteNames
+    BridgeUp
+    | BridgeDown
+    | OpenTap
+    | SetGuests
+    | AllowResolved
+    | RouteNames
+    | UnrouteNames
+    | AttachLoop
+    | DetachLoop
+    | MapSnapshot
+    | UnmapSnapshot
 )
 
 
@@ -262,6 +327,16 @@ def disjoint(networks: Sequence[IPv4Network]) -> bool:
     return all(
         one.broadcast_address < other.network_address for one, other in itertools.pairwise(ordered)
     )
+
+
+def _check_loop(device: str) -> None:
+    if _LOOP.fullmatch(device) is None:
+        raise BadRequest(f"{device!r} is not a loop device")
+
+
+def _check_vm_id(vm_id: str) -> None:
+    if _VM_ID.fullmatch(vm_id) is None:
+        raise BadRequest(f"{vm_id!r} is not the id of a machine")
 
 
 def _check_guest(guest: Guest, bridge: Bridge) -> None:
