@@ -133,7 +133,8 @@ def foreign_things(namespace: str) -> Iterator[None]:
     for name, *kind in FOREIGN_LINKS:
         inside(namespace, "ip", "link", "add", name, *kind)
     inside(namespace, "ip", "address", "add", FOREIGN_ADDRESS, "dev", "br0")
-    inside(namespace, "ip", "link", "set", "br0", "up")
+    # Without an address of IPv6, which would come in its own time.
+    inside(namespace, "ip", "link", "set", "br0", "addrgenmode", "none", "up")
     inside(namespace, "nft", "-f", "-", stdin=FOREIGN_RULES)
     yield
 
@@ -161,7 +162,8 @@ def helper_world() -> Iterator[World]:
 def running_helper(namespace: str, directory: Path) -> Iterator[World]:
     install = write_installation(directory / "install.toml")
     socket = directory / "run" / "helper.sock"
-    argv = ["ip", "netns", "exec", namespace, HELPER, "--socket", socket, "--install-file", install]
+    argv: list[str | Path] = ["ip", "netns", "exec", namespace]
+    argv += [HELPER, "--socket", socket, "--install-file", install]
     with open(directory / "log", "ab") as log:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=log)
     try:
@@ -174,7 +176,7 @@ def running_helper(namespace: str, directory: Path) -> Iterator[World]:
 
 def wait_ready(log: Path, process: subprocess.Popen[bytes]) -> None:
     """Until the last line of the log says so."""
-    argv = ["tail", "-n", "1", f"--pid={process.pid}", "-F", log]
+    argv = ["tail", "-n", "1", f"--pid={process.pid}", "-F", str(log)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as follower:
         assert follower.stdout is not None
         try:

@@ -307,7 +307,7 @@ def test_it_takes_no_place_that_another_thing_has(world: World, kind: str) -> No
 
 def refusal(world: World, path: Path, install_file: Path | None = None) -> bytes:
     install_file = install_file or world.directory / "install.toml"
-    argv = [HELPER, "--socket", path, "--install-file", install_file]
+    argv: list[str | Path] = [HELPER, "--socket", path, "--install-file", install_file]
     result = subprocess.run(argv, capture_output=True, timeout=START_S, check=False)
     assert result.returncode == 1
     return result.stderr
@@ -358,7 +358,8 @@ def passed(
     install = write_installation(directory / "install.toml")
     # The shell becomes the helper: the variable has its own process id.
     script = f'LISTEN_FDS={count} LISTEN_PID=$$ exec "$@" 3<&{listener.fileno()}'
-    argv = ["ip", "netns", "exec", namespace, "bash", "-c", script, "bash", HELPER]
+    argv: list[str | Path] = ["ip", "netns", "exec", namespace]
+    argv += ["bash", "-c", script, "bash", HELPER]
     with open(directory / "log", "ab") as log:
         return subprocess.Popen(
             [*argv, "--install-file", install], stderr=log, pass_fds=[listener.fileno()]
@@ -490,7 +491,7 @@ async def test_a_file_of_the_owners_has_one_loop_device_until_it_is_detached(wor
 async def test_a_loop_device_of_anothers_is_left_alone(world: World) -> None:
     host = HelperHost(world.socket)
     path = file_of_owner(world.directory / "theirs")
-    argv = ["losetup", "--find", "--show", path]
+    argv = ["losetup", "--find", "--show", str(path)]
     foreign = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
     name = foreign.stdout.strip().removeprefix("/dev/")
     before = loops_of(world.directory)

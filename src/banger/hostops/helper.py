@@ -134,6 +134,8 @@ class Helper:
             current_op_id.set(request.op_id)
             call.method = wire.method_of(request)
             operation = wire.decode_operation(request, descriptors)
+            # JSON may say twice which it is: what is logged is what is done.
+            call.method = wire.tag_of(type(operation))
             done = await self._host.perform(operation)
         except Exception as error:  # a supervisor's boundary: the helper serves on
             await call.fail(connection, error)
