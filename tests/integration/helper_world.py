@@ -98,11 +98,12 @@ class World:
 
 
 def _lasting(link: dict[str, Any]) -> dict[str, Any]:
-    """What of a link does not change by itself (a bridge's timers do)."""
+    """What of a link does not change by itself, as timers do, and whether somebody is there."""
     data = link.get("linkinfo", {}).get("info_data", {})
-    timers = [key for key in data if key.endswith("timer")]
-    for key in timers:
+    for key in [key for key in data if key.endswith("timer")]:
         del data[key]
+    link["flags"] = sorted(set(link["flags"]) - {"NO-CARRIER", "LOWER_UP"})
+    del link["operstate"]
     return link
 
 

@@ -8,6 +8,7 @@ must not do less than that.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import os
 import socket
@@ -18,7 +19,7 @@ from typing import get_args
 
 import msgspec
 
-from banger.base.errors import BadRequest, BadVersion, UnknownMethod, from_wire
+from banger.base.errors import BadRequest, BadVersion, Unavailable, UnknownMethod, from_wire
 from banger.base.model import ErrorInfo
 from banger.base.opid import is_op_id
 from banger.hostops.ops import AnyOperation, Done, Operation, WithFile
@@ -29,6 +30,9 @@ REQUEST_MAX_BYTES = 4 << 20
 REPLY_MAX_BYTES = 64 << 10
 #: No operation takes or gives more.
 _DESCRIPTORS_MAX = 1
+
+#: Not `socket.recv_fds`: of Python 3.11 it drops its flags, and what it receives is inherited.
+_RIGHTS_BYTES = socket.CMSG_SPACE(_DESCRIPTORS_MAX * array.array("i").itemsize)
 
 _LENGTH = struct.Struct(">I")
 _PIECE_BYTES = 64 << 10
@@ -136,17 +140,17 @@ def encode_error(error: ErrorInfo) -> bytes:
 def decode_reply(data: bytes, descriptors: tuple[int, ...]) -> Done:
     """What came of it; whatever it raises, the descriptors are still the caller's.
 
-    Raises the error that the reply has, BadRequest for what is no reply.
+    Raises the error that the reply has, Unavailable for what is no reply.
     """
     try:
         reply = msgspec.json.decode(data, type=Reply)
     except _MALFORMED as error:
-        raise BadRequest(f"malformed reply: {error}") from None
+        raise Unavailable(f"the helper gave no reply: {error}") from None
     if reply.error is not None:
         told = reply.error
         raise from_wire(told.code, told.message, told.hint, told.op_id)
     if len(descriptors) != reply.descriptor:
-        raise BadRequest("malformed reply: its descriptor is not there, or not announced")
+        raise Unavailable("the helper gave no reply: its descriptor is not there, or not announced")
     return Done(name=reply.name, fd=descriptors[0] if descriptors else -1)
 
 
@@ -205,20 +209,28 @@ async def _receive(connection: socket.socket, length: int, descriptors: list[int
     while len(data) < length:
         wanted = min(length - len(data), _PIECE_BYTES)
         try:
-            piece, came, flags, _ = socket.recv_fds(
-                connection, wanted, _DESCRIPTORS_MAX, socket.MSG_CMSG_CLOEXEC
+            piece, ancillary, flags, _ = connection.recvmsg(
+                wanted, _RIGHTS_BYTES, socket.MSG_CMSG_CLOEXEC
             )
         except BlockingIOError:
             loop = asyncio.get_running_loop()
             await _ready(connection, loop.add_reader, loop.remove_reader)
             continue
-        descriptors += came
+        for level, kind, raw in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                descriptors += _passed(raw)
         if flags & socket.MSG_CTRUNC or len(descriptors) > _DESCRIPTORS_MAX:
             raise BadRequest("more descriptors came than any message has")
         if not piece:
             raise BadRequest("the connection ended within a message")
         data += piece
     return bytes(data)
+
+
+def _passed(raw: bytes) -> array.array[int]:
+    found = array.array("i")
+    found.frombytes(raw[: len(raw) - len(raw) % found.itemsize])
+    return found
 
 
 async def _ready(
