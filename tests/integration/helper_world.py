@@ -98,12 +98,10 @@ class World:
 
 
 def _lasting(link: dict[str, Any]) -> dict[str, Any]:
-    """What of a link does not change by itself, as timers do, and whether somebody is there."""
+    """What of a link does not change by itself, as a bridge's timers do."""
     data = link.get("linkinfo", {}).get("info_data", {})
     for key in [key for key in data if key.endswith("timer")]:
         del data[key]
-    link["flags"] = sorted(set(link["flags"]) - {"NO-CARRIER", "LOWER_UP"})
-    del link["operstate"]
     return link
 
 
@@ -133,9 +131,9 @@ def foreign_things(namespace: str) -> Iterator[None]:
     """In the namespace, for as long as that lives: rules and interfaces of somebody else's."""
     for name, *kind in FOREIGN_LINKS:
         inside(namespace, "ip", "link", "add", name, *kind)
-    inside(namespace, "ip", "address", "add", FOREIGN_ADDRESS, "dev", "br0")
-    # Without an address of IPv6, which would come in its own time.
-    inside(namespace, "ip", "link", "set", "br0", "addrgenmode", "none", "up")
+    # On lo, which is up at once: other links say later that nobody is there.
+    inside(namespace, "ip", "address", "add", FOREIGN_ADDRESS, "dev", "lo")
+    inside(namespace, "ip", "link", "set", "lo", "up")
     inside(namespace, "nft", "-f", "-", stdin=FOREIGN_RULES)
     yield
 
