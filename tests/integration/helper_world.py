@@ -162,6 +162,8 @@ def running_helper(namespace: str, directory: Path) -> Iterator[World]:
     install = write_installation(directory / "install.toml")
     socket = directory / "run" / "helper.sock"
     argv: list[str | Path] = ["ip", "netns", "exec", namespace]
+    # With mounts of its own: others on this machine come and go.
+    argv += ["unshare", "--mount", "--propagation", "private"]
     argv += [HELPER, "--socket", socket, "--install-file", install]
     with open(directory / "log", "ab") as log:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=log)
