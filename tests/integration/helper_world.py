@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 OWNER = "daemon"
 OWNER_UID = pwd.getpwnam(OWNER).pw_uid
 HELPER = Path(sys.executable).parent / "banger-helper"
@@ -49,6 +51,20 @@ FOREIGN_LINKS = (
 )
 #: A foreign network, which no bridge of ours may have.
 FOREIGN_ADDRESS = "10.44.0.1/24"
+
+#: What somebody might put in the place of a name, an address or a number.
+JUNK = st.one_of(
+    st.sampled_from(
+        (
+            *("", "-", "--help", "-f", "..", "../../etc", "/etc/passwd", "banger1/../br0"),
+            *("banger1\0", "banger1\n", "banger1;", 'banger1"', "banger-", "BANGER1", "banger100"),
+            *("banger\uff11", "br0", "eth0", "lo", "inet filter", "banger1 }", "$(id)", "`id`"),
+            *("loop0", "loop01", "a" * 300, "\udcff", "@x", "#", "::1", "1", "10.0.0.1\n"),
+            *("0.0.0.0/0", "127.0.0.1", "10.0.0.01", "224.0.0.1"),
+        )
+    ),
+    st.text(max_size=40),
+)
 
 
 @dataclass(frozen=True)
