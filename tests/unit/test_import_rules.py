@@ -41,7 +41,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
         _DRIVER_FAMILIES, ("banger.base", "banger.hostops", "banger.guest", "banger.drivers.base")
     ),
     # Which drivers there are is one module's business.
-    "banger.drivers.registry": ("banger.base", "banger.drivers.base", *_DRIVER_FAMILIES),
+    "banger.drivers.registry": (
+        "banger.base",
+        "banger.hostops",
+        "banger.drivers.base",
+        *_DRIVER_FAMILIES,
+    ),
     "banger.services": _SERVICES,
     "banger.daemon": _DAEMON,
     # The composition root.

@@ -15,10 +15,11 @@ import pytest
 
 from banger.base.config import load_config
 from banger.base.log import OperationLog
-from banger.base.model import Image, ImageConfig, Kernel, Operation, Vm
+from banger.base.model import Image, ImageConfig, Kernel, NetworkMode, Operation, Vm
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.daemon.parts import Parts
+from banger.drivers.base import Networks
 from banger.services import image as image_module
 from banger.services import kernel as kernel_module
 from banger.services.operations import Progress
@@ -56,7 +57,11 @@ class World(Parts):
                 template_limit=template_limit,
                 standby_limit=standby_limit,
             ),
-            Drivers(self.hypervisor, self.storage, self.network),
+            Drivers(
+                self.hypervisor,
+                self.storage,
+                Networks(NetworkMode.USER, {NetworkMode.USER: self.network}),
+            ),
             store,
         )
 

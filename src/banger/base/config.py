@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from banger.base.bridge import check_bridge_cidr, check_bridge_name
 from banger.base.errors import BadRequest, BangerError
-from banger.base.model import InitMode, check_artifact_name
+from banger.base.model import Egress, InitMode, check_artifact_name
 from banger.base.units import parse_duration_s, parse_size_mib
 from banger.base.url import check_catalog_location
 
@@ -95,6 +96,9 @@ class Config:
     accelerator: str
     storage: str
     network: str
+    bridge_name: str
+    bridge_cidr: str
+    tap_pool_size: int
     default_image_name: str
     ssh_key_path: str
     catalog_url: str
@@ -110,6 +114,7 @@ class Config:
     vm_defaults_disk_size: int
     vm_defaults_system_overlay_size: int
     vm_defaults_init: InitMode
+    vm_defaults_egress: Egress
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,15 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("accelerator", _choice("auto", "kvm", "tcg"), "auto",
             "what QEMU runs vCPUs with; auto takes kvm when a vCPU really runs"),
     Setting("storage", _choice("auto", "qcow2"), "auto", "how disks share an image"),
-    Setting("network", _choice("auto", "user"), "auto", "how VMs reach the network"),
+    Setting("network", _choice("auto", "bridge", "user"), "auto",
+            "how VMs reach the network that do not say; auto takes bridge where banger's helper is"
+            " installed"),
+    Setting("bridge_name", lambda value: check_bridge_name(_text(value)), "banger0",
+            "the bridge of this daemon's VMs, made when the first of them needs it: banger0 to"
+            " banger99"),
+    Setting("bridge_cidr", lambda value: check_bridge_cidr(_text(value)), "10.213.0.0/16",
+            "the private network that VMs on the bridge have their addresses of"),
+    Setting("tap_pool_size", _count(0, 64), 2, "how many taps wait for the next starts"),
     Setting("default_image_name", lambda value: check_artifact_name(_text(value)),
             "debian-bookworm", "the image of a VM that names none"),
     Setting("ssh_key_path", _own_path, "",
@@ -162,6 +175,9 @@ SETTINGS: tuple[Setting, ...] = (
             "size of a new VM's system disk; never below the image's"),
     Setting("vm_defaults.init", lambda value: InitMode(_choice(*InitMode)(value)), "auto",
             "who is PID 1: auto (what the image says), minimal or systemd"),
+    Setting("vm_defaults.egress",
+            lambda value: Egress(_choice(Egress.ALL, Egress.NONE)(value)), "all",
+            "what of the outside a new VM reaches: all or none"),
 )  # fmt: skip
 
 

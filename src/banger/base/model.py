@@ -73,8 +73,29 @@ class InitMode(StrEnum):
 
 
 class NetworkMode(StrEnum):
+    """How a machine reaches the network: by which driver."""
+
     USER = "user"
+    BRIDGE = "bridge"
     NONE = "none"
+
+
+class Egress(StrEnum):
+    """What of the outside a machine reaches."""
+
+    ALL = "all"
+    ALLOWLIST = "allowlist"
+    NONE = "none"
+
+
+class Reach(Record, frozen=True):
+    """What a machine reaches by its network. `base.reach` says what ``allow`` may have."""
+
+    egress: Egress = Egress.ALL
+    #: Networks and names, with ALLOWLIST.
+    allow: tuple[str, ...] = ()
+    #: False: it and others of which this is not true reach each other, where their network can.
+    isolated: bool = True
 
 
 class PublishedPort(Record, frozen=True):
@@ -97,6 +118,7 @@ class VmSpec(Record, frozen=True):
     system_overlay_size_mib: int
     init: InitMode = InitMode.AUTO
     network: NetworkMode = NetworkMode.USER
+    reach: Reach = Reach()
     #: Deleted when the session it was made for ends (``vm run --rm``).
     ephemeral: bool = False
     published_ports: tuple[PublishedPort, ...] = ()
@@ -220,6 +242,8 @@ class Handles(Record, frozen=True):
     boot_id: str = ""
     #: Those that serve its network.
     network: tuple[ProcessId, ...] = ()
+    #: Its interface on a bridge of the host.
+    tap: str = ""
 
 
 class ImageConfig(Record, frozen=True):

@@ -227,7 +227,7 @@ class Dispatch:
             running_vms=sum(vm.runtime.state is VmState.RUNNING for vm in vms),
             hypervisor=services.drivers.hypervisor.name,
             storage=services.drivers.storage.name,
-            network=services.drivers.network.name,
+            network=services.drivers.networks.default.value,
             standbys=services.standbys.count,
         )
 

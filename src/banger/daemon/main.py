@@ -32,6 +32,9 @@ from banger.daemon.parts import Parts
 from banger.drivers import registry
 from banger.drivers.base import Check, Level
 from banger.drivers.registry import Selection
+from banger.hostops.absent import NoHost
+from banger.hostops.local import LocalHost
+from banger.hostops.ops import HostOps, bridge_of
 from banger.rpc.server import Server, error_info
 from banger.services.doctor import Doctor
 from banger.services.vm_start import Drivers
@@ -132,9 +135,12 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         storage=config.storage,
         network=config.network,
         probe_cache=paths.probe_cache,
+        host=_host(),
+        bridge=bridge_of(config.bridge_name, config.bridge_cidr),
+        tap_pool_size=config.tap_pool_size,
     )
     drivers = Drivers(
-        hypervisor=selection.hypervisor, storage=selection.storage, network=selection.network
+        hypervisor=selection.hypervisor, storage=selection.storage, networks=selection.networks
     )
     store = await Store.open(paths.database)
     try:
@@ -153,6 +159,11 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
             await parts.close()
     finally:
         await store.close()
+
+
+def _host() -> HostOps:
+    """Who does what needs root."""
+    return LocalHost() if os.geteuid() == 0 else NoHost()
 
 
 def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Services:

@@ -59,14 +59,15 @@ class Parts:
         self.operations = Operations()
         self.agents = Agents()
         self.handles = HandleCache(paths)
-        self.liveness = Liveness(drivers.hypervisor, drivers.network, self.handles)
+        self.liveness = Liveness(drivers.hypervisor, drivers.networks, self.handles)
         self._put_images_together()
         self.publishing = Publishing(self.agents, self.liveness, lambda vm: self.vms.in_use(vm))
+        self.networking = Networking(paths, drivers.networks, self.liveness, store.vms)
         self.capabilities = Capabilities(
             [
                 SystemDisk(paths, drivers.storage),
                 WorkDisk(paths, drivers.storage, self.images),
-                Networking(paths, drivers.network, self.liveness),
+                self.networking,
                 Identity(self.liveness, self.agents),
                 self.publishing,
             ]
@@ -76,7 +77,7 @@ class Parts:
             config=config,
             store=store,
             hypervisor=drivers.hypervisor,
-            network=drivers.network,
+            networks=drivers.networks,
             capabilities=self.capabilities,
             kernels=self.kernels,
             operations=self.operations,
@@ -99,6 +100,7 @@ class Parts:
             store=store,
             hypervisor=drivers.hypervisor,
             storage=drivers.storage,
+            networks=drivers.networks,
             capabilities=self.capabilities,
             images=self.images,
             kernels=self.kernels,
@@ -197,6 +199,7 @@ class Parts:
             vms=self.vms,
             starter=starter,
             snapshots=self.snapshots,
+            default_network=self.drivers.networks.default,
         )
 
     async def _forget(self, image: Image) -> None:
@@ -210,6 +213,7 @@ class Parts:
             paths=self.paths,
             store=self.store,
             capabilities=self.capabilities,
+            networking=self.networking,
             vms=self.vms,
             liveness=self.liveness,
             images=self.images,
@@ -237,3 +241,5 @@ class Parts:
         await self.vms.close()
         await self.publishing.close()
         await self.agents.close()
+        for network in self.drivers.networks.by_mode.values():
+            await network.close()

@@ -11,6 +11,7 @@ class NoHost:
 
     problem = "it needs root, and the daemon has no helper"
     hint = 'install one: sudo banger system install; or do without: network = "user"'
+    installed = False
 
     async def perform(self, operation: Operation) -> Done:
         """Always raises PermissionDenied."""

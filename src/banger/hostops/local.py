@@ -34,6 +34,7 @@ class LocalHost:
 
     problem = ""
     hint = ""
+    installed = False
 
     def __init__(self) -> None:
         self._one_at_a_time = asyncio.Lock()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from banger.base import proc
 from banger.base.errors import BangerError
@@ -32,13 +33,22 @@ class Doctor:
             *self._choices,
             *await drivers.hypervisor.checks(),
             *await drivers.storage.checks(),
-            *await drivers.network.checks(),
+            *await self._network_checks(),
             *await self._image_checks(),
             await _git_check(),
             *(_optional(tool) for tool in _OPTIONAL),
             check_free_disk(self._paths.vms_dir),
             check_free_disk(self._paths.images_dir, needed_bytes=2 << 30),
         ]
+
+    async def _network_checks(self) -> list[Check]:
+        """Of a network that VMs have when asked, what is missing is no failure."""
+        networks, found = self._drivers.networks, []
+        for mode, network in networks.by_mode.items():
+            for check in await network.checks():
+                optional = mode is not networks.default and check.level is Level.FAIL
+                found.append(replace(check, level=Level.WARN) if optional else check)
+        return found
 
     async def _image_checks(self) -> list[Check]:
         return [
