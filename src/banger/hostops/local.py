@@ -77,6 +77,7 @@ async def _perform(operation: Operation) -> Done:
 async def _bridge_up(operation: BridgeUp) -> None:
     """The tables come first: no packet is forwarded that they have not seen."""
     bridge = operation.bridge
+    was_up = await asyncio.to_thread(_links().is_up, bridge.name)  # refuses what is not ours
     if not await _has_tables(bridge.name):
         await _nft(
             firewall.no_tables(bridge.name) + firewall.tables(bridge, operation.resolver_port)
@@ -84,7 +85,7 @@ async def _bridge_up(operation: BridgeUp) -> None:
     try:
         await asyncio.to_thread(_links().bring_up, bridge)
     except BaseException:
-        if not await asyncio.to_thread(_links().is_up, bridge.name):
+        if not was_up:
             await _nft(firewall.no_tables(bridge.name))
         raise
 
