@@ -14,7 +14,11 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from homes import Home
+from product import Banger
 
 #: RFC 2544's range for such networks.
 UPLINK = "198.18.0.2"
@@ -105,3 +109,22 @@ def _enter(descriptor: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.setns(descriptor, _CLONE_NEWNET) != 0:
         raise OSError(ctypes.get_errno(), "setns")
+
+
+@dataclass(frozen=True)
+class HostedBanger(Banger):
+    """The command `banger` on the host of a lab, and with it its daemon and machines."""
+
+    namespace: str = ""
+
+    def argv(self, *words: str | Path) -> list[str]:
+        return ["ip", "netns", "exec", self.namespace, *super().argv(*words)]
+
+
+@dataclass(frozen=True)
+class HostedHome(Home):
+    namespace: str
+
+    @property
+    def banger(self) -> Banger:
+        return HostedBanger(super().banger.environment, namespace=self.namespace)
