@@ -491,8 +491,9 @@ class Network:
         await self.gate.passed()
         plug.log.touch()
         self.reaches[plug.vm_id] = plug.reach
+        address = plug.address or "172.16.0.2"
         return NetworkAttachment(
-            guest=GuestNetwork("02:00:00:00:00:01", "172.16.0.2/24", "172.16.0.1", "172.16.0.3"),
+            guest=GuestNetwork("02:00:00:00:00:01", f"{address}/24", "172.16.0.1", "172.16.0.3"),
             link=self.link,
             fd=os.open(os.devnull, os.O_RDONLY),
             pids=(self.processes.start("network", plug.vm_id),),
