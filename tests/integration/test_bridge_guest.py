@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from homes import copy_artifacts
-from lab import ELSEWHERE, UPLINK, WORLD, HostedHome, Lab, lab
+from lab import ELSEWHERE, UPLINK, WORLD, HostedBanger, HostedHome, Lab, lab
 from product import IMAGE, Banger, until
 
 pytestmark = pytest.mark.guest
@@ -205,6 +205,23 @@ def test_killed_daemons_cut_nobody_off(
     assert "banger0" in town.state()["links"]
     hosted.ok("vm", "list")
     assert "banger0" not in town.state()["links"]
+
+
+@pytest.mark.parametrize("stage", ["prepare", "restore", "setup"])
+def test_a_daemon_that_is_killed_while_a_machine_starts_leaves_nothing(
+    town: Lab, home: HostedHome, stage: str
+) -> None:
+    home.banger.ok("vm", "run", "--rm", "-q", "--image", IMAGE, "--", "true")  # a template is there
+    home.banger.ok("daemon", "stop")
+    before = town.state()
+    fault = HostedBanger(
+        home.banger.environment | {"BANGER_FAULT": f"SIGKILL@vm.create:{stage}"}, home.namespace
+    )
+    fault.fails("vm", "run", "-d", "-q", "--image", IMAGE, status=125)
+    assert home.banger.json("vm", "list") == []
+    assert home.machines() == []
+    home.banger.ok("daemon", "stop")
+    assert town.state() == before
 
 
 def test_twenty_machines_come_and_go_and_the_host_is_as_before(town: Lab, home: HostedHome) -> None:

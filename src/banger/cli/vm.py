@@ -106,7 +106,7 @@ def show(*, vm_ref: str, as_json: bool) -> None:
 
 def _fields(vm: Vm) -> Iterator[tuple[str, str]]:
     """What has a value, of the record, its spec and its runtime; a field may have several lines."""
-    for record in (vm, vm.spec, vm.runtime, vm.workspace):
+    for record in (vm, vm.spec, vm.spec.reach, vm.runtime, vm.workspace):
         for key, value in ({} if record is None else msgspec.structs.asdict(record)).items():
             if not isinstance(value, Record):
                 for number, line in enumerate(_text(value).splitlines()):
