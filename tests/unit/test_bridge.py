@@ -12,7 +12,7 @@ from banger.base.errors import BangerError, Unavailable
 from banger.base.model import Egress, Reach
 from banger.drivers.base import Level, Plug, Plugged
 from banger.drivers.network.bridge import BridgeNetwork
-from banger.hostops.absent import NoHost
+from banger.hostops.client import HelperHost
 from banger.hostops.ops import (
     Done,
     Guest,
@@ -198,7 +198,7 @@ async def test_a_machine_can_have_an_interface_that_leads_nowhere(
 
 
 async def test_without_privileges_it_says_what_to_do() -> None:
-    network = BridgeNetwork(NoHost(), BRIDGE, pool_size=0)
+    network = BridgeNetwork(HelperHost(Path("/nowhere")), BRIDGE, pool_size=0)
     (check,) = await network.checks()
     assert check.level is Level.FAIL
     assert "system install" in check.hint

@@ -9,13 +9,13 @@ import pytest
 from banger.base.errors import BadRequest
 from banger.base.model import NetworkMode
 from banger.drivers import registry
-from banger.hostops.absent import NoHost
+from banger.hostops.client import HelperHost
 from banger.hostops.ops import HostOps, bridge_of
 
 AUTO = {"hypervisor": "auto", "accelerator": "auto", "storage": "auto", "network": "auto"}
 
 
-class _InstalledHost(NoHost):
+class _InstalledHost(HelperHost):
     installed = True
 
 
@@ -23,7 +23,7 @@ def select(settings: dict[str, str], host: HostOps | None = None) -> registry.Se
     return registry.select(
         **settings,
         probe_cache=Path("/nowhere"),
-        host=host or NoHost(),
+        host=host or HelperHost(Path("/nowhere")),
         bridge=bridge_of("banger0", "10.213.0.0/16"),
         tap_pool_size=2,
     )

@@ -32,7 +32,7 @@ from banger.daemon.parts import Parts
 from banger.drivers import registry
 from banger.drivers.base import Check, Level
 from banger.drivers.registry import Selection
-from banger.hostops.absent import NoHost
+from banger.hostops.client import HelperHost
 from banger.hostops.local import LocalHost
 from banger.hostops.ops import HostOps, bridge_of
 from banger.rpc.server import Server, error_info
@@ -163,7 +163,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
 
 def _host() -> HostOps:
     """Who does what needs root."""
-    return LocalHost() if os.geteuid() == 0 else NoHost()
+    return LocalHost() if os.geteuid() == 0 else HelperHost()
 
 
 def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Services:

@@ -32,10 +32,14 @@ _HOST_SETS = ("sociable", "everywhere", "allowed")
 
 
 def tables(bridge: Bridge, resolver_port: int) -> str:
-    """Both tables, without a guest. They must not be there."""
+    """Both tables, as they are to be, without a guest or with those that they have.
+
+    One transaction: in place of the rules that are there come these, and no packet passes between.
+    """
     name, gateway = bridge.name, bridge.gateway
+    anew = "".join(f"table {family} {name}\nflush table {family} {name}\n" for family in FAMILIES)
     return f"""\
-table bridge {name} {{
+{anew}table bridge {name} {{
     set sociable {{
         type ifname
     }}
@@ -139,11 +143,14 @@ def guests(bridge: Bridge, wanted: Sequence[Guest], forget: Iterable[tuple[str, 
         "everywhere": [each.address for each in wanted if each.everywhere],
         "allowed": [f"{each.address} . {net}" for each in wanted for net in each.allow],
     }
+    forgotten = {"resolved": [f"{guest} . {address}" for guest, address in forget]}
     lines = [
         *flushes,
         *_elements("add", f"bridge {name}", bridged),
         *_elements("add", f"inet {name}", routed),
-        *_elements("delete", f"inet {name}", {"resolved": [f"{a} . {b}" for a, b in forget]}),
+        # One that has timed out since it was listed could not be deleted: they are added first.
+        *_elements("add", f"inet {name}", forgotten),
+        *_elements("delete", f"inet {name}", forgotten),
     ]
     return "".join(f"{line}\n" for line in lines)
 

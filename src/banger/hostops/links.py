@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import struct
 from ipaddress import IPv4Network
@@ -17,7 +18,7 @@ from typing import Any
 from pyroute2 import IPRoute
 
 from banger.base.errors import Conflict, PreconditionFailed
-from banger.hostops.ops import Bridge
+from banger.hostops.ops import BRIDGE_MAC, Bridge
 
 _TUN = Path("/dev/net/tun")
 # linux/if_tun.h
@@ -25,18 +26,25 @@ _TUNSETIFF = 0x400454CA
 _IFF_TAP = 0x0002
 _IFF_NO_PI = 0x1000
 _IFF_VNET_HDR = 0x4000
+#: Only a new one: a name that is taken is an error.
+_IFF_TUN_EXCL = 0x8000
 _IFREQ = struct.Struct("16sH22x")
 _AF_INET = 2
-_TABLE_LOCAL = 255
 
-#: Given, because a bridge without one takes that of its first port, and changes it with its ports.
-_BRIDGE_MAC = "02:62:67:00:00:01"
 _ALIAS = "banger"
 _FORWARDED = f"{_ALIAS}: this host forwarded before"
 _DID_NOT_FORWARD = f"{_ALIAS}: this host did not forward before"
 #: A link that is there for nothing but that systemd-resolved is told of it.
 NAMES = "banger-names"
+_NAMES_MAC = "02:62:67:00:00:02"
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+_MACS = {"bridge": BRIDGE_MAC, "dummy": _NAMES_MAC}
+
+
+def check_free(bridge: Bridge) -> None:
+    """Raise Conflict for a link of its name which is not ours, and where its network is in use."""
+    with IPRoute() as netlink:
+        _check_free(netlink, bridge, _find(netlink, bridge.name))
 
 
 def bring_up(bridge: Bridge) -> bool:
@@ -47,17 +55,19 @@ def bring_up(bridge: Bridge) -> bool:
     with IPRoute() as netlink:
         index = _find(netlink, bridge.name)
         made = index == 0
+        _check_free(netlink, bridge, index)
         if made:
-            _check_free(netlink, bridge)
-            netlink.link("add", ifname=bridge.name, kind="bridge", br_mcast_snooping=0)
+            netlink.link(
+                "add", ifname=bridge.name, kind="bridge", address=BRIDGE_MAC, br_mcast_snooping=0
+            )
             index = _index(netlink, bridge.name)
         try:
-            if made:
+            if not _alias(netlink.get_links(index)[0]):
                 before = _FORWARD.read_text().strip() != "0"
                 alias = _FORWARDED if before else _DID_NOT_FORWARD
-                netlink.link("set", index=index, address=_BRIDGE_MAC, IFLA_IFALIAS=alias)
-                # Guests have no IPv6: this host should not offer them any by it.
-                _no_ipv6(bridge.name)
+                netlink.link("set", index=index, IFLA_IFALIAS=alias)
+            # Guests have no IPv6: this host should not offer them any by it.
+            _no_ipv6(bridge.name)
             _have_address(netlink, index, bridge)
             netlink.link("set", index=index, state="up")
             _FORWARD.write_text("1")
@@ -69,7 +79,7 @@ def bring_up(bridge: Bridge) -> bool:
 
 
 def take_down(name: str) -> None:
-    """Remove the bridge, and forward no more if this host did not before. Idempotent.
+    """Remove the bridge and its taps, and forward no more if this host did not before. Idempotent.
 
     Raises Conflict for a link of that name which is not ours.
     """
@@ -88,10 +98,9 @@ def bring_up_names() -> None:
     """Have a dummy link for names. Raises Conflict for a link of its name which is not ours."""
     with IPRoute() as netlink:
         if not _find(netlink, NAMES, "dummy"):
-            netlink.link("add", ifname=NAMES, kind="dummy")
-            netlink.link("set", index=_index(netlink, NAMES), IFLA_IFALIAS=_ALIAS)
+            netlink.link("add", ifname=NAMES, kind="dummy", address=_NAMES_MAC)
         _no_ipv6(NAMES)
-        netlink.link("set", index=_index(netlink, NAMES), state="up")
+        netlink.link("set", index=_index(netlink, NAMES), IFLA_IFALIAS=_ALIAS, state="up")
 
 
 def take_down_names() -> None:
@@ -118,7 +127,8 @@ def open_tap(bridge: str) -> tuple[str, int]:
                 f"{_TUN}: {error.strerror}", hint="load its module: modprobe tun"
             ) from error
         try:
-            request = _IFREQ.pack(name.encode(), _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR)
+            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
+            request = _IFREQ.pack(name.encode(), flags)
             fcntl.ioctl(fd, _TUNSETIFF, request)
             _no_ipv6(name)
             netlink.link("set", index=_index(netlink, name), master=master, state="up")
@@ -135,13 +145,23 @@ def _no_ipv6(name: str) -> None:
 
 
 def _remove(netlink: IPRoute, name: str) -> None:
-    ours = _alias(_link(netlink, name))
-    netlink.link("del", index=_index(netlink, name))
-    if ours != _DID_NOT_FORWARD:
-        return
-    # Another bridge of ours needs it still, and gives it back in place of this one.
+    """The bridge goes last: what was broken off before that is done when it is repeated."""
+    index = _index(netlink, name)
+    if _alias(_link(netlink, name)) == _DID_NOT_FORWARD:
+        _forward_as_before(netlink, index)
+    tap = re.compile(rf"{name}-[0-9a-f]{{6}}")
     for link in netlink.get_links():
-        if (_alias(link) or "").startswith(_ALIAS):
+        # Whoever holds the descriptor of one can have it outlive that.
+        if link.get_attr("IFLA_MASTER") == index and tap.fullmatch(link.get_attr("IFLA_IFNAME")):
+            netlink.link("del", index=link["index"])
+    netlink.link("del", index=index)
+
+
+def _forward_as_before(netlink: IPRoute, index: int) -> None:
+    """Not at all; but another bridge of ours needs it still, and gives it back in place of this."""
+    for link in netlink.get_links():
+        others = link["index"] != index and link.get_attr("IFLA_IFNAME") != NAMES
+        if others and (_alias(link) or "").startswith(_ALIAS):
             netlink.link("set", index=link["index"], IFLA_IFALIAS=_DID_NOT_FORWARD)
             return
     _FORWARD.write_text("0")
@@ -154,19 +174,26 @@ def _find(netlink: IPRoute, name: str, wanted: str = "bridge") -> int:
         return 0
     info = link.get_attr("IFLA_LINKINFO")
     kind = info.get_attr("IFLA_INFO_KIND") if info else ""
-    if kind != wanted or not (_alias(link) or "").startswith(_ALIAS):
+    # One without an alias is ours by its address: its maker came no further.
+    alias = _alias(link)
+    ours = alias.startswith(_ALIAS) if alias else link.get_attr("IFLA_ADDRESS") == _MACS[wanted]
+    if kind != wanted or not ours:
         raise Conflict(
             f"there is a network interface {name}, which is not banger's",
-            hint="set bridge_name to another: banger0 to banger99",
+            hint="set bridge_name to another: banger0 to banger99"
+            if wanted == "bridge"
+            else f"remove it, if nobody needs it: ip link delete {name}",
         )
     return int(link["index"])
 
 
-def _check_free(netlink: IPRoute, bridge: Bridge) -> None:
-    """Raise Conflict where this host has, or reaches, addresses of the bridge's network."""
+def _check_free(netlink: IPRoute, bridge: Bridge, index: int) -> None:
+    """Raise Conflict where this host has, or reaches, addresses of the bridge's network, but by
+    the link with this index."""
     for route in netlink.get_routes(family=_AF_INET):
         destination = route.get_attr("RTA_DST")
-        if destination is None:  # the default route leads wherever no other does
+        # The default route leads wherever no other does.
+        if destination is None or (index and route.get_attr("RTA_OIF") == index):
             continue
         network = IPv4Network(f"{destination}/{route['dst_len']}")
         if network.overlaps(bridge.network):

@@ -6,22 +6,28 @@ One at a time: they read what is there and change it.
 from __future__ import annotations
 
 import asyncio
+import functools
+import os
 from types import ModuleType
 
 from banger.base import proc
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
-from banger.hostops import firewall, resolved
+from banger.hostops import firewall, loops, mappings, resolved
 from banger.hostops.ops import (
     AllowResolved,
+    AttachLoop,
     Bridge,
     BridgeDown,
     BridgeUp,
+    DetachLoop,
     Done,
+    MapSnapshot,
     OpenTap,
     Operation,
     RouteNames,
     SetGuests,
+    UnmapSnapshot,
     UnrouteNames,
 )
 
@@ -36,17 +42,34 @@ class LocalHost:
     hint = ""
     installed = False
 
-    def __init__(self) -> None:
+    def __init__(self, owner_uid: int | None = None) -> None:
+        """For this user, whose files and devices alone are touched: our own, if none is named."""
+        self._owner_uid = os.getuid() if owner_uid is None else owner_uid
         self._one_at_a_time = asyncio.Lock()
 
     async def perform(self, operation: Operation) -> Done:
         """See `HostOps.perform`. Once begun it is done, or fails, whoever cancels it."""
         operation.check()
         async with self._one_at_a_time:
-            return await to_its_end(_perform(operation))
+            return await self._to_its_end(operation)
+
+    async def _to_its_end(self, operation: Operation) -> Done:
+        done: list[Done] = []
+
+        async def work() -> Done:
+            done.append(await _perform(operation, self._owner_uid))
+            return done[0]
+
+        try:
+            return await to_its_end(work())
+        except asyncio.CancelledError:
+            for each in done:  # nobody gets what came of it
+                if each.fd >= 0:
+                    os.close(each.fd)
+            raise
 
 
-async def _perform(operation: Operation) -> Done:
+async def _perform(operation: Operation, owner_uid: int) -> Done:
     try:
         match operation:
             case BridgeUp():
@@ -59,11 +82,20 @@ async def _perform(operation: Operation) -> Done:
             case SetGuests():
                 await _set_guests(operation)
             case AllowResolved(bridge=bridge, guest=guest, addresses=addresses):
-                await _nft(firewall.resolved(bridge, guest, addresses))
+                await _nft_of(bridge, firewall.resolved(bridge, guest, addresses))
             case RouteNames():
                 await _route_names(operation)
             case UnrouteNames():
                 await _unroute_names(operation)
+            case AttachLoop(file=file, writable=writable):
+                attach = functools.partial(loops.attach, file, owner_uid, writable=writable)
+                return Done(name=await asyncio.to_thread(attach))
+            case DetachLoop(device=device):
+                await asyncio.to_thread(loops.detach, device, owner_uid)
+            case MapSnapshot(vm_id=vm_id, base=base, changes=changes):
+                return Done(name=await mappings.create(vm_id, base, changes, owner_uid))
+            case UnmapSnapshot(vm_id=vm_id):
+                await mappings.remove(vm_id, owner_uid)
             case _:
                 raise AssertionError(f"no way to perform {type(operation).__name__}")
     except BangerError:
@@ -75,17 +107,23 @@ async def _perform(operation: Operation) -> Done:
 
 
 async def _bridge_up(operation: BridgeUp) -> None:
-    """The tables come first: no packet is forwarded that they have not seen."""
+    """The tables come before the bridge: no packet is forwarded that they have not seen.
+
+    They are set each time: whatever reloaded the firewall has taken them away, an earlier version
+    has set others. Guests that they know stay.
+    """
     bridge = operation.bridge
-    was_up = await asyncio.to_thread(_links().is_up, bridge.name)  # refuses what is not ours
-    if not await _has_tables(bridge.name):
-        await _nft(
-            firewall.no_tables(bridge.name) + firewall.tables(bridge, operation.resolver_port)
-        )
+    # Before the tables, which would filter an interface of somebody else's with this name.
+    await asyncio.to_thread(_links().check_free, bridge)
+    rules = firewall.tables(bridge, operation.resolver_port)
+    try:
+        await _nft(rules)
+    except PreconditionFailed:  # sets of an earlier version, perhaps, which cannot be changed
+        await _nft(firewall.no_tables(bridge.name) + rules)
     try:
         await asyncio.to_thread(_links().bring_up, bridge)
     except BaseException:
-        if not was_up:
+        if not await asyncio.to_thread(_links().is_up, bridge.name):
             await _nft(firewall.no_tables(bridge.name))
         raise
 
@@ -100,7 +138,7 @@ async def _set_guests(operation: SetGuests) -> None:
     bridge, guests = operation.bridge, operation.guests
     keep = {each.address for each in guests} - set(operation.forget)
     forget = [pair for pair in await _resolved_pairs(bridge) if pair[0] not in keep]
-    await _nft(firewall.guests(bridge, guests, forget))
+    await _nft_of(bridge, firewall.guests(bridge, guests, forget))
 
 
 async def _route_names(operation: RouteNames) -> None:
@@ -108,21 +146,35 @@ async def _route_names(operation: RouteNames) -> None:
     link = operation.bridge or _links().NAMES
     if not operation.bridge:
         await asyncio.to_thread(_links().bring_up_names)
+    elif not await asyncio.to_thread(_links().is_up, link):
+        raise PreconditionFailed(f"there is no bridge {link}")
     await resolved.route(link, operation.server, operation.port)
 
 
 async def _unroute_names(operation: UnrouteNames) -> None:
     if not operation.bridge:
         await asyncio.to_thread(_links().take_down_names)  # what resolved knows of it goes with it
-    elif await asyncio.to_thread(_links().is_up, operation.bridge):
-        resolved.check_runs()
+    elif resolved.runs() and await asyncio.to_thread(_links().is_up, operation.bridge):
         await resolved.unroute(operation.bridge)
 
 
 async def _resolved_pairs(bridge: Bridge) -> list[tuple[str, str]]:
     argv = [NFT, "-j", "list", "set", "inet", bridge.name, "resolved"]
-    listing = await proc.run(argv, timeout_s=_NFT_TIMEOUT_S, env=proc.BARE_ENVIRONMENT)
+    try:
+        listing = await proc.run(argv, timeout_s=_NFT_TIMEOUT_S, env=proc.BARE_ENVIRONMENT)
+    except proc.ProcessFailed as error:
+        raise _no_rules(bridge.name) from error
     return firewall.resolved_pairs(listing.stdout)
+
+
+async def _nft_of(bridge: Bridge, rules: str) -> None:
+    """Rules that are about the tables of a bridge that is up."""
+    try:
+        await _nft(rules)
+    except PreconditionFailed as error:
+        if await _has_tables(bridge.name):
+            raise
+        raise _no_rules(bridge.name) from error
 
 
 async def _has_tables(name: str) -> bool:
@@ -131,6 +183,13 @@ async def _has_tables(name: str) -> bool:
     )
     there = listing.stdout.decode().splitlines()
     return all(f"table {family} {name}" in there for family in firewall.FAMILIES)
+
+
+def _no_rules(name: str) -> PreconditionFailed:
+    return PreconditionFailed(
+        f"the rules of {name} are not there: it is down, or the firewall was loaded anew",
+        hint="restart the daemon, which sets them: banger daemon restart",
+    )
 
 
 async def _nft(rules: str) -> None:

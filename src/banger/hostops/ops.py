@@ -23,8 +23,15 @@ from banger.base.errors import BadRequest
 _TAP = re.compile(r"(banger[0-9]{1,2})-[0-9a-f]{6}")
 #: Of those that nobody else gives out: locally administered, unicast (IEEE 802, 8.2).
 _MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
+#: Of every bridge of ours. Given, because a bridge without one takes that of its first port, and
+#: changes it with its ports.
+BRIDGE_MAC = "02:62:67:00:00:01"
+_LOOP = re.compile(r"loop(0|[1-9][0-9]{0,6})")
+_VM_ID = re.compile(r"[0-9a-f]{12}")
 GUESTS_MAX = 4096
 ALLOWED_MAX = 256
+#: Of all guests of a bridge together.
+ALLOWED_TOTAL_MAX = 65536
 RESOLVED_MAX = 64
 #: For how long an address that a name led to may be used by a guest that does not use it.
 RESOLVED_S = 3600
@@ -38,6 +45,16 @@ class Operation(
 
     def check(self) -> None:
         """Raise BadRequest for what banger would not ask for."""
+
+
+class WithFile(Operation, frozen=True):
+    """An operation on a file that the caller has opened: no path of his is ever followed.
+
+    ``file`` is the descriptor, which stays the caller's. It goes to another process as such, never
+    as its number.
+    """
+
+    file: int
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -138,11 +155,15 @@ class SetGuests(Operation, frozen=True, tag="set_guests"):
         self.bridge.check()
         if len(self.guests) > GUESTS_MAX:
             raise BadRequest(f"{len(self.guests)} guests are too many for a bridge")
+        if sum(len(guest.allow) for guest in self.guests) > ALLOWED_TOTAL_MAX:
+            raise BadRequest("the guests of a bridge may reach too many networks together")
         for guest in self.guests:
             _check_guest(guest, self.bridge)
         for field in ("tap", "mac", "address"):
             if len({getattr(guest, field) for guest in self.guests}) < len(self.guests):
                 raise BadRequest(f"two guests have one {field}")
+        if len(self.forget) > GUESTS_MAX:
+            raise BadRequest(f"{len(self.forget)} guests are too many for a bridge")
         for address in self.forget:
             _check_member(address, self.bridge)
 
@@ -190,20 +211,82 @@ class UnrouteNames(Operation, frozen=True, tag="unroute_names"):
             check_bridge_name(self.bridge)
 
 
+class AttachLoop(WithFile, frozen=True, tag="attach_loop"):
+    """A loop device for a regular file of the owner's, its name: that which there is, or a new one.
+
+    The file is whole sectors of 512 bytes, and open for what is asked.
+    """
+
+    writable: bool = False
+
+
+class DetachLoop(Operation, frozen=True, tag="detach_loop"):
+    """Take back `AttachLoop`. Raises Conflict while something is made of the device."""
+
+    device: str
+
+    def check(self) -> None:
+        _check_loop(self.device)
+
+
+class MapSnapshot(Operation, frozen=True, tag="map_snapshot"):
+    """A device-mapper snapshot for a machine, ``banger-`` and its id: what is on one loop device of
+    ours, with what is written to it kept on another."""
+
+    vm_id: str
+    base: str
+    changes: str
+
+    def check(self) -> None:
+        _check_vm_id(self.vm_id)
+        _check_loop(self.base)
+        _check_loop(self.changes)
+        if self.base == self.changes:
+            raise BadRequest(f"{self.base} cannot keep its own changes")
+
+
+class UnmapSnapshot(Operation, frozen=True, tag="unmap_snapshot"):
+    """Take back `MapSnapshot`. Raises Conflict while somebody has it open."""
+
+    vm_id: str
+
+    def check(self) -> None:
+        _check_vm_id(self.vm_id)
+
+
 #: The set, for whoever decodes one that came over a socket.
 AnyOperation: TypeAlias = (
-    BridgeUp | BridgeDown | OpenTap | SetGuests | AllowResolved | RouteNames | UnrouteNames
+    BridgeUp
+    | BridgeDown
+    | OpenTap
+    | SetGuests
+    | AllowResolved
+    | RouteNames
+    | UnrouteNames
+    | AttachLoop
+    | DetachLoop
+    | MapSnapshot
+    | UnmapSnapshot
 )
 
 
 class HostOps(Protocol):
-    """Who performs them: this process (`local`), the helper (`client`), or nobody (`absent`)."""
+    """Who performs them: this process (`local`), the helper (`client`), or nobody."""
 
-    #: Empty, or why it cannot perform any, and what to do about that.
-    problem: str
-    hint: str
-    #: Whether somebody has set this host up for banger: its network is then the one to use.
-    installed: bool
+    @property
+    def problem(self) -> str:
+        """Empty, or why it cannot perform any."""
+        ...
+
+    @property
+    def hint(self) -> str:
+        """What to do about that."""
+        ...
+
+    @property
+    def installed(self) -> bool:
+        """Whether somebody has set this host up for banger: its network is the one to use then."""
+        ...
 
     async def perform(self, operation: Operation) -> Done:
         """Have it done.
@@ -229,11 +312,21 @@ def disjoint(networks: Sequence[IPv4Network]) -> bool:
     )
 
 
+def _check_loop(device: str) -> None:
+    if _LOOP.fullmatch(device) is None:
+        raise BadRequest(f"{device!r} is not a loop device")
+
+
+def _check_vm_id(vm_id: str) -> None:
+    if _VM_ID.fullmatch(vm_id) is None:
+        raise BadRequest(f"{vm_id!r} is not the id of a machine")
+
+
 def _check_guest(guest: Guest, bridge: Bridge) -> None:
     match = _TAP.fullmatch(guest.tap)
     if match is None or match[1] != bridge.name:
         raise BadRequest(f"{guest.tap!r} is not a tap of {bridge.name}")
-    if _MAC.fullmatch(guest.mac) is None:
+    if _MAC.fullmatch(guest.mac) is None or guest.mac == BRIDGE_MAC:
         raise BadRequest(f"{guest.mac!r} is not a MAC address for a guest")
     _check_member(guest.address, bridge)
     if len(guest.allow) > ALLOWED_MAX:

@@ -17,9 +17,13 @@ _RUNS = Path("/run/systemd/resolve/stub-resolv.conf")
 _TIMEOUT_S = 20.0
 
 
+def runs() -> bool:
+    return _RUNS.exists()
+
+
 def check_runs() -> None:
     """Raise PreconditionFailed where resolved does not run."""
-    if not _RUNS.exists():
+    if not runs():
         raise PreconditionFailed("systemd-resolved does not run")
 
 

@@ -1,0 +1,89 @@
+"""The daemon's end of the helper: privileged operations, for a daemon that is not root."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+from banger.base.errors import BadRequest, PermissionDenied, Unavailable
+from banger.base.install import HELPER_SOCKET
+from banger.base.opid import current_op_id, new_op_id
+from banger.hostops import wire
+from banger.hostops.ops import Done, Operation
+
+#: The longest that one may take there, and those before it: the helper performs one at a time.
+_TIMEOUT_S = 120.0
+#: Fewer than the helper takes: there may be another daemon, root's.
+_CALLS_MAX = 8
+_HINT = "look at it: banger system status"
+
+
+class HelperHost:
+    """Implements `HostOps`. Each operation is a connection of its own, which goes with it."""
+
+    def __init__(self, path: Path = HELPER_SOCKET) -> None:
+        self._path = path
+        self._calls = asyncio.Semaphore(_CALLS_MAX)
+
+    @property
+    def problem(self) -> str:
+        """See `HostOps`: whether the socket is there, and ours to connect to."""
+        if not self._path.is_socket():
+            return f"it needs root, and there is no helper at {self._path}"
+        if not os.access(self._path, os.W_OK):
+            return f"it needs root, and the helper at {self._path} serves another user"
+        return ""
+
+    @property
+    def hint(self) -> str:
+        if not self.problem:
+            return ""
+        return 'install one: sudo banger system install; or do without: network = "user"'
+
+    @property
+    def installed(self) -> bool:
+        """See `HostOps`."""
+        return not self.problem
+
+    async def perform(self, operation: Operation) -> Done:
+        """See `HostOps.perform`. A cancelled caller does not wait: what comes of it is closed."""
+        operation.check()
+        if problem := self.problem:
+            raise PermissionDenied(f"{type(operation).__name__}: {problem}", hint=self.hint)
+        async with self._calls:
+            try:
+                async with asyncio.timeout(_TIMEOUT_S):
+                    return await self._call(operation)
+            except TimeoutError:
+                raise Unavailable(
+                    f"the helper did not answer within {_TIMEOUT_S:g} s", hint=_HINT
+                ) from None
+            except OSError as error:
+                raise Unavailable(
+                    f"the helper at {self._path} cannot be reached: {error.strerror}", hint=_HINT
+                ) from error
+
+    async def _call(self, operation: Operation) -> Done:
+        op_id = current_op_id.get() or new_op_id()
+        request, passed = wire.encode_request(operation, op_id)
+        flags = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        # Its end closes what is on its way to us.
+        with socket.socket(socket.AF_UNIX, flags) as connection:
+            connection.connect(os.fspath(self._path))  # at once, or refused: it is a Unix socket
+            # One that does not hear us to the end has said why.
+            with suppress(BrokenPipeError, ConnectionResetError):
+                await wire.send(connection, request, passed)
+            try:
+                reply, descriptors = await wire.receive(connection, wire.REPLY_MAX_BYTES)
+            except BadRequest as error:
+                raise Unavailable(
+                    f"the helper gave no reply: {error.message}", hint=_HINT
+                ) from None
+        try:
+            return wire.decode_reply(reply, descriptors)
+        except BaseException:
+            wire.close_all(descriptors)
+            raise
