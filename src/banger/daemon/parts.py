@@ -11,6 +11,7 @@ from banger.base.model import Image
 from banger.base.paths import Paths
 from banger.daemon.maintenance import Maintenance
 from banger.daemon.reconcile import Reconciler
+from banger.services.addresses import Addresses
 from banger.services.agents import Agents
 from banger.services.capabilities import Capabilities
 from banger.services.disks import SystemDisk, WorkDisk
@@ -57,6 +58,7 @@ class Parts:
         self.drivers = drivers
         self.store = store
         self.operations = Operations()
+        self.addresses = Addresses()
         self.agents = Agents()
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.network, self.handles)
@@ -82,7 +84,13 @@ class Parts:
             operations=self.operations,
         )
         self.vms = VmService(
-            paths, store, self.handles, self.liveness, self.agents, self.capabilities
+            paths,
+            store,
+            self.handles,
+            self.liveness,
+            self.agents,
+            self.capabilities,
+            self.addresses,
         )
         self.standbys = Standbys(
             paths=paths,
@@ -206,6 +214,7 @@ class Parts:
 
     async def reconcile(self) -> None:
         """See `reconcile`: before anybody is served."""
+        self.addresses.load(await self.store.vms())
         await Reconciler(
             paths=self.paths,
             store=self.store,
