@@ -30,7 +30,7 @@ from banger.base.paths import Paths, prepare_private_dir
 from banger.daemon.dispatch import Dispatch, Services
 from banger.daemon.parts import Parts
 from banger.drivers import registry
-from banger.drivers.base import Check, Level
+from banger.drivers.base import Check, Level, NameServer
 from banger.drivers.registry import Selection
 from banger.rpc.server import Server, error_info
 from banger.services.doctor import Doctor
@@ -139,9 +139,12 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
     store = await Store.open(paths.database)
     try:
         parts = Parts(paths, config, drivers, store)
+        names = registry.name_server(config.dns_address, parts.addresses, [parts.addresses.network])
         try:
             await parts.reconcile()
-            server = Server(paths.daemon_socket, Dispatch(_services(parts, selection, stopping)))
+            await names.open()
+            services = _services(parts, selection, names, stopping)
+            server = Server(paths.daemon_socket, Dispatch(services))
             async with parts.stats.polling():
                 try:
                     async with parts.maintenance().running():
@@ -150,12 +153,15 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
                     # Together: a session's end may wait for the lock of an operation.
                     await asyncio.gather(server.stop(), parts.operations.close())
         finally:
+            await names.close()
             await parts.close()
     finally:
         await store.close()
 
 
-def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Services:
+def _services(
+    parts: Parts, selection: Selection, names: NameServer, stopping: asyncio.Event
+) -> Services:
     return Services(
         paths=parts.paths,
         drivers=parts.drivers,
@@ -183,7 +189,8 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         fork_runs=parts.fork_runs,
         results=parts.results,
         ssh=parts.ssh,
-        doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
+        names=names,
+        doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection), names),
         stop=stopping.set,
     )
 

@@ -5,15 +5,17 @@ Only the composition root imports this: everybody else is handed drivers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TypeVar
 
 from banger.base.errors import BadRequest
-from banger.drivers.base import Hypervisor, Network, Storage
+from banger.drivers.base import Hypervisor, NameServer, Network, Storage, VmNames
 from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.hypervisor.qemu_argv import Accelerator
+from banger.drivers.network.dns import DnsServer
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
 
@@ -84,6 +86,13 @@ def select(
         network=make_network(),
         choices=(why_hypervisor, why_storage, why_network),
     )
+
+
+def name_server(
+    address: tuple[str, int] | None, names: VmNames, networks: Sequence[IPv4Network]
+) -> NameServer:
+    """A server, not open yet, that answers with these names and the way back in these networks."""
+    return DnsServer(address, names, networks)
 
 
 def _pick(setting: str, value: str, drivers: Mapping[str, D]) -> tuple[D, Choice]:
