@@ -43,6 +43,7 @@ class World(Parts):
         *,
         template_limit: int = 0,
         standby_limit: int = 0,
+        forward_ports: bool = False,
     ) -> None:
         self.processes = processes
         self.agent = agent
@@ -55,6 +56,7 @@ class World(Parts):
                 load_config(paths.config_file, {}),
                 template_limit=template_limit,
                 standby_limit=standby_limit,
+                forward_ports=forward_ports,
             ),
             Drivers(self.hypervisor, self.storage, self.network),
             store,
@@ -102,6 +104,7 @@ class World(Parts):
             self.store,
             template_limit=self.config.template_limit,
             standby_limit=self.config.standby_limit,
+            forward_ports=self.config.forward_ports,
         )
         following.hypervisor.pids = self.hypervisor.pids
         following.hypervisor.tops = self.hypervisor.tops
@@ -186,11 +189,16 @@ async def copy_seed(source: Path, copy: Path, size_mib: int) -> None:
 
 @asynccontextmanager
 async def made_world(
-    root: Path, patch: pytest.MonkeyPatch, *, template_limit: int = 0, standby_limit: int = 0
+    root: Path,
+    patch: pytest.MonkeyPatch,
+    *,
+    template_limit: int = 0,
+    standby_limit: int = 0,
+    forward_ports: bool = False,
 ) -> AsyncIterator[World]:
     """A world below `root`, with an image called ``base`` and its kernel.
 
-    Every start is a boot, unless templates are asked for.
+    Every start is a boot, and no guest is asked for its ports, unless that is asked for.
     """
     paths = Paths(root / "c", root / "d", root / "s", root / "r", root / "cache")
     paths.state_dir.mkdir(parents=True)
@@ -211,6 +219,7 @@ async def made_world(
         store,
         template_limit=template_limit,
         standby_limit=standby_limit,
+        forward_ports=forward_ports,
     )
     try:
         yield world

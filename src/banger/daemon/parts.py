@@ -13,10 +13,12 @@ from banger.daemon.maintenance import Maintenance
 from banger.daemon.reconcile import Reconciler
 from banger.services.addresses import Addresses
 from banger.services.agents import Agents
+from banger.services.automatic_ports import AutomaticPorts
 from banger.services.capabilities import Capabilities
 from banger.services.disks import SystemDisk, WorkDisk
 from banger.services.fork_run import ForkRuns
 from banger.services.forks import ForkService
+from banger.services.forwards import Forwards
 from banger.services.handles import HandleCache
 from banger.services.health import Health
 from banger.services.identity import Identity
@@ -58,12 +60,16 @@ class Parts:
         self.drivers = drivers
         self.store = store
         self.operations = Operations()
-        self.addresses = Addresses()
+        self.addresses = Addresses(asked=lambda vm_id: self.automatic_ports.look(vm_id))
         self.agents = Agents()
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.network, self.handles)
         self._put_images_together()
-        self.publishing = Publishing(self.agents, self.liveness, lambda vm: self.vms.in_use(vm))
+        self.forwards = Forwards(self.agents, lambda vm: self.vms.in_use(vm))
+        self.publishing = Publishing(self.forwards, self.liveness)
+        self.automatic_ports = AutomaticPorts(
+            self.forwards, self.agents, enabled=config.forward_ports
+        )
         self.capabilities = Capabilities(
             [
                 SystemDisk(paths, drivers.storage),
@@ -71,6 +77,7 @@ class Parts:
                 Networking(paths, drivers.network, self.liveness),
                 Identity(self.liveness, self.agents),
                 self.publishing,
+                self.automatic_ports,
             ]
         )
         self.templates = TemplateService(
@@ -130,7 +137,9 @@ class Parts:
         self.forks = ForkService(self.vms, self.snapshots, self.creator, self.lifecycle)
         self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents)
         self.prune = Prune(self.vms, self.lifecycle, drivers.storage)
-        self.ports = PortService(self.vms, self.lifecycle, self.agents, self.publishing)
+        self.ports = PortService(
+            self.vms, self.lifecycle, self.agents, self.publishing, self.automatic_ports
+        )
         self.workspaces = WorkspaceService(paths, store, self.vms)
         self.results = ResultsService(paths)
         self.ssh = SshService(paths, self.vms, self.agents, config.ssh_key_path)
@@ -244,5 +253,6 @@ class Parts:
         """Wait for clean-ups, close listeners and channels. VMs run on."""
         await self.standbys.close()
         await self.vms.close()
-        await self.publishing.close()
+        await self.automatic_ports.close()
+        await self.forwards.close()
         await self.agents.close()

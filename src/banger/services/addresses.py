@@ -7,7 +7,7 @@ from it, and an address is claimed in it before it is written, so that no two VM
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from ipaddress import IPv4Address, IPv4Network
 
 import msgspec
@@ -51,10 +51,15 @@ def free_address(network: IPv4Network, vm_id: str, taken: Collection[str]) -> st
 
 
 class Addresses:
-    """As long as the daemon lives."""
+    """As long as the daemon lives. `asked` is told the id of each VM that somebody looks for."""
 
-    def __init__(self, network: IPv4Network = LOOPBACK_NETWORK) -> None:
+    def __init__(
+        self,
+        network: IPv4Network = LOOPBACK_NETWORK,
+        asked: Callable[[str], object] = lambda _: None,
+    ) -> None:
         self.network = network
+        self._asked = asked
         #: By the VM's id; and who has an address or a name.
         self._addresses: dict[str, str] = {}
         self._names: dict[str, str] = {}
@@ -107,7 +112,10 @@ class Addresses:
 
     def address_of(self, vm_name: str) -> str:
         """Empty when there is no VM of that name."""
-        return self._addresses.get(self._by_name.get(vm_name, ""), "")
+        if not (vm_id := self._by_name.get(vm_name, "")):
+            return ""
+        self._asked(vm_id)
+        return self._addresses.get(vm_id, "")
 
     def name_of(self, address: str) -> str:
         """The VM that has this address; empty when none has."""
