@@ -36,16 +36,22 @@ class Zones:
         self._names = names
         self._networks = tuple(networks)
 
+    def owns(self, labels: Labels) -> bool:
+        """Whether a name is in one of the zones, there or not."""
+        if labels[-1:] == _ZONE:
+            return True
+        if labels[-2:] != _REVERSE or (asked := _network_of(labels[:-2])) is None:
+            return False
+        return any(asked.subnet_of(each) for each in self._networks)
+
     def answer(self, query: Query) -> bytes:
         if query.edns_version:
             return bad_version(query)
         if query.qtype in _TRANSFERS:
             return reply(query, Rcode.REFUSED)
-        if query.labels[-1:] == _ZONE:
-            return self._forward(query)
-        if query.labels[-2:] == _REVERSE:
-            return self._backward(query)
-        return reply(query, Rcode.REFUSED)
+        if not self.owns(query.labels):
+            return reply(query, Rcode.REFUSED)
+        return self._forward(query) if query.labels[-1:] == _ZONE else self._backward(query)
 
     def _forward(self, query: Query) -> bytes:
         if len(query.labels) == 1:
@@ -61,8 +67,7 @@ class Zones:
 
     def _backward(self, query: Query) -> bytes:
         asked = _network_of(query.labels[:-2])
-        if asked is None or not any(asked.subnet_of(each) for each in self._networks):
-            return reply(query, Rcode.REFUSED)
+        assert asked is not None  # it is ours
         # A zone is cut at whole bytes: as if each /16 were one.
         zone = query.labels[-4:]
         if asked.prefixlen < 32:

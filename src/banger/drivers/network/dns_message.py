@@ -129,8 +129,9 @@ def reply(
     *,
     authoritative: bool = False,
     recursion: bool = False,
+    cut: bool = False,
 ) -> bytes:
-    """The answer to `query`, with the question alone and TC where it would be too long."""
+    """The answer to `query`; the question alone and TC where it would be too long, or is `cut`."""
     header = DNSHeader(
         id=query.id,
         bitmap=_QR | (_RD if query.recursion_desired else 0) | rcode,
@@ -141,7 +142,7 @@ def reply(
     options = [EDNS0(udp_len=UDP_MAX_BYTES)] if query.edns else []
     made = DNSRecord(header, q=question, rr=list(answers), auth=list(authority), ar=options)
     packed = bytes(made.pack())
-    if len(packed) <= query.limit:
+    if len(packed) <= query.limit and not cut:
         return packed
     header.tc = 1
     return bytes(DNSRecord(header, q=question, ar=options).pack())
