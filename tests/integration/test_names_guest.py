@@ -204,6 +204,7 @@ def test_a_name_servers_port_that_is_taken_is_told_of(bare_home: Home) -> None:
         where = f"127.0.0.1:{taken.getsockname()[1]}"
         bare_home.configure(f'dns_address = "{where}"')
         banger = bare_home.banger
+        banger.ok("daemon", "start")
         assert banger.json("daemon", "status")["dns"] == (
             f"{where}: not open: Address already in use"
         )

@@ -174,7 +174,7 @@ def _understood(answer: bytes, asked: Labels) -> list[RR] | None:
 
     None for an answer that is an error, or that cannot be read.
     """
-    if not answer or answer[3] & 0x0F not in (Rcode.NOERROR, Rcode.NXDOMAIN):
+    if len(answer) < 12 or answer[3] & 0x0F not in (Rcode.NOERROR, Rcode.NXDOMAIN):
         return None
     counts = (int.from_bytes(answer[at : at + 2], "big") for at in (4, 6, 8, 10))
     if len(answer) > _WHOLE_MAX_BYTES or sum(counts) > _RECORDS_MAX:
@@ -194,8 +194,8 @@ def _understood(answer: bytes, asked: Labels) -> list[RR] | None:
             return chain
         ttl = min(alias.ttl, _TTL_MAX_S)
         target = alias.rdata.label
-        chain.append(RR(alias.rname, QTYPE.CNAME, ttl=ttl, rdata=CNAME(target)))
-        name = labels_of(target)
+        if (name := labels_of(target)) is not None:
+            chain.append(RR(alias.rname, QTYPE.CNAME, ttl=ttl, rdata=CNAME(target)))
     return None  # too many, or one of them is no name
 
 
