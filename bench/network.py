@@ -50,7 +50,6 @@ def measure(home: Home) -> list[Figure]:
             return [
                 _compared("32 MB out of a guest, bridge", partial(_send, home, ())),
                 _compared("32 MB into a guest, bridge", partial(_send, home, ("--reverse",))),
-                _compared("TCP connection and answer, bridge", partial(_request, home)),
                 _compared("ping, bridge", partial(_ping, home)),
             ]
         finally:
@@ -74,16 +73,6 @@ def _send(home: Home, options: tuple[str, ...], vm: str) -> float:
     argv = ("iperf3", "--client", _ADDRESS, "--bytes", _BYTES, "--json", *options)
     report = json.loads(home.banger("vm", "exec", vm, "--", *argv))
     return float(report["end"]["sum_received"]["seconds"])
-
-
-def _request(home: Home, vm: str) -> float:
-    """Seconds until a server has answered, a new connection each: the mean of some."""
-    script = (
-        "import socket, time; began = time.perf_counter()\n"
-        f"for _ in range({_PINGS}): socket.create_connection(('{_ADDRESS}', 5201)).close()\n"
-        f"print((time.perf_counter() - began) / {_PINGS})"
-    )
-    return float(home.banger("vm", "exec", vm, "--", "python3", "-c", script))
 
 
 def _ping(home: Home, vm: str) -> float:

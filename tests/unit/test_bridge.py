@@ -21,6 +21,7 @@ from banger.hostops.ops import (
     SetGuests,
     bridge_of,
 )
+from banger.services.addresses import Addresses
 
 BRIDGE = bridge_of("banger0", "10.99.0.0/24")
 OPEN = Reach()
@@ -73,7 +74,7 @@ def host() -> Host:
 
 @pytest.fixture
 async def network(host: Host) -> AsyncIterator[BridgeNetwork]:
-    made = BridgeNetwork(host, BRIDGE, pool_size=0)
+    made = BridgeNetwork(host, BRIDGE, Addresses({}), pool_size=0)
     yield made
     await made.close()
 
@@ -167,7 +168,7 @@ async def test_a_change_that_fails_is_none(host: Host, network: BridgeNetwork) -
 
 
 async def test_machines_that_a_daemon_finds_are_let_through_all_at_once(host: Host) -> None:
-    network = BridgeNetwork(host, BRIDGE, pool_size=0)
+    network = BridgeNetwork(host, BRIDGE, Addresses({}), pool_size=0)
     found = [Plugged(f"vm-{n}", OPEN, f"10.99.0.{n}", f"banger0-{n:06x}") for n in (10, 11, 12)]
     await network.resume(found)
     assert host.kinds() == ["BridgeUp", "SetGuests"]
@@ -177,7 +178,7 @@ async def test_machines_that_a_daemon_finds_are_let_through_all_at_once(host: Ho
 
 
 async def test_a_few_taps_wait_and_are_closed_at_the_end(host: Host) -> None:
-    network = BridgeNetwork(host, BRIDGE, pool_size=2)
+    network = BridgeNetwork(host, BRIDGE, Addresses({}), pool_size=2)
     await join(network, "one", 10)
     assert network._filling is not None
     await network._filling
@@ -198,7 +199,7 @@ async def test_a_machine_can_have_an_interface_that_leads_nowhere(
 
 
 async def test_without_privileges_it_says_what_to_do() -> None:
-    network = BridgeNetwork(HelperHost(Path("/nowhere")), BRIDGE, pool_size=0)
+    network = BridgeNetwork(HelperHost(Path("/nowhere")), BRIDGE, Addresses({}), pool_size=0)
     (check,) = await network.checks()
     assert check.level is Level.FAIL
     assert "system install" in check.hint

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from banger.base.errors import PreconditionFailed, Unavailable
-from banger.base.model import Egress, Reach, VmState
-from banger.services.addresses import free_address
+from banger.base.model import Egress, NetworkMode, Reach, VmState
 from banger.services.vm_spec import CreateRequest, ReachRequest
 from fakes import failing
 from world import World, ended, made_world
 
+NARROW = IPv4Network("10.99.0.0/29")
 CLOSED = ReachRequest(egress=Egress.NONE)
 
 
@@ -28,7 +28,8 @@ async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
 @pytest.fixture
 def narrow(world: World) -> World:
     """A world whose guests have addresses of their own: of a network with five."""
-    world.network.guests = IPv4Network("10.99.0.0/29")
+    world.network.guests = NARROW
+    world.addresses.networks[NetworkMode.USER] = NARROW
     return world
 
 
@@ -62,7 +63,7 @@ async def test_an_address_is_free_again_when_its_machine_is_gone(narrow: World) 
 async def test_an_address_of_another_network_is_not_kept(narrow: World) -> None:
     before = await narrow.create()
     await narrow.stop("box")
-    narrow.network.guests = IPv4Network("10.55.0.0/24")
+    narrow.addresses.networks[NetworkMode.USER] = IPv4Network("10.55.0.0/24")
     after = await narrow.start("box")
     assert before.runtime.guest_ip.startswith("10.99.")
     assert after.runtime.guest_ip.startswith("10.55.")
@@ -163,15 +164,3 @@ async def test_a_machine_that_waits_for_a_vm_reaches_nothing_until_it_is_one(
         second = await world.create("second")
         assert {second.id} == set(waiting)
         assert world.network.reaches[second.id] == Reach()
-
-
-def test_no_address_is_one_that_programs_take_for_something_else() -> None:
-    network = IPv4Network("10.99.0.0/22")
-    taken: set[str] = set()
-    while len(taken) < 4 * 254 - 1:
-        taken.add(free_address(network, "vm", taken))
-    assert {each.rpartition(".")[2] for each in taken} == {str(n) for n in range(1, 255)}
-    assert "10.99.0.1" not in taken
-    with pytest.raises((Unavailable, PreconditionFailed)):
-        free_address(network, "vm", taken)
-    assert free_address(network, "vm", ()) == free_address(network, "vm", ())

@@ -11,6 +11,7 @@ from banger.base.model import NetworkMode
 from banger.drivers import registry
 from banger.hostops.client import HelperHost
 from banger.hostops.ops import HostOps, bridge_of
+from banger.services.addresses import Addresses
 
 AUTO = {"hypervisor": "auto", "accelerator": "auto", "storage": "auto", "network": "auto"}
 
@@ -26,6 +27,7 @@ def select(settings: dict[str, str], host: HostOps | None = None) -> registry.Se
         host=host or HelperHost(Path("/nowhere")),
         bridge=bridge_of("banger0", "10.213.0.0/16"),
         tap_pool_size=2,
+        names=Addresses({}),
     )
 
 

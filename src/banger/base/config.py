@@ -11,6 +11,7 @@ import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,29 @@ def _size(value: object) -> int:
     return parse_size_mib(str(value)) if isinstance(value, int) else parse_size_mib(_text(value))
 
 
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BadRequest(f"{value!r} is neither true nor false")
+    return value
+
+
+def parse_dns_address(value: object) -> tuple[str, int] | None:
+    """``127.0.0.1:5354``; None for ``off``. Loopback only: names of VMs are nobody else's."""
+    text = _text(value)
+    if text == "off":
+        return None
+    host, _, port = text.rpartition(":")
+    try:
+        is_loopback = IPv4Address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise BadRequest(
+            f'"{text}" is not a loopback address and a port', hint="like 127.0.0.1:5354; or: off"
+        )
+    return host, int(port)
+
+
 def _duration(least_s: float) -> Callable[[object], float]:
     """A duration: 0, which means never, or at least `least_s` seconds."""
 
@@ -99,6 +123,9 @@ class Config:
     bridge_name: str
     bridge_cidr: str
     tap_pool_size: int
+    #: Host and port; None: no name server.
+    dns_address: tuple[str, int] | None
+    forward_ports: bool
     default_image_name: str
     ssh_key_path: str
     catalog_url: str
@@ -147,6 +174,10 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("bridge_cidr", lambda value: check_bridge_cidr(_text(value)), "10.213.0.0/16",
             "the private network that VMs on the bridge have their addresses of"),
     Setting("tap_pool_size", _count(0, 64), 2, "how many taps wait for the next starts"),
+    Setting("dns_address", parse_dns_address, "127.0.0.1:5354",
+            "where the daemon answers NAME.vm by DNS: a loopback address and a port; or off"),
+    Setting("forward_ports", _switch, True,
+            "whether the ports from 1024 up that listen in VMs are open at their own addresses"),
     Setting("default_image_name", lambda value: check_artifact_name(_text(value)),
             "debian-bookworm", "the image of a VM that names none"),
     Setting("ssh_key_path", _own_path, "",
@@ -220,7 +251,7 @@ def effective(file: Path, environment: Mapping[str, str] = os.environ) -> list[E
         origin = str(file) if setting.key in given else "default"
         if setting.key == "log_level" and _LOG_LEVEL_VARIABLE in environment:
             value, origin = environment[_LOG_LEVEL_VARIABLE], _LOG_LEVEL_VARIABLE
-        shown.append(Effective(setting, str(value), origin))
+        shown.append(Effective(setting, _written(value), origin))
     return shown
 
 
@@ -246,7 +277,12 @@ This page is made from the table in `src/banger/base/config.py` by `make docs`.
 
 
 def _default_cell(setting: Setting) -> str:
-    return "none" if setting.default == "" else f"`{setting.default}`"
+    return "none" if setting.default == "" else f"`{_written(setting.default)}`"
+
+
+def _written(value: object) -> str:
+    """As TOML has it, but for quotes."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _given(file: Path) -> dict[str, object]:

@@ -130,6 +130,9 @@ class VmRuntime(Record, frozen=True):
 
     state: VmState
     guest_ip: str = ""
+    #: `NAME.vm`, and where this host reaches the VM by that name.
+    dns_name: str = ""
+    address: str = ""
     api_socket: str = ""
     agent_socket: str = ""
     log_path: str = ""
@@ -464,3 +467,5 @@ class DaemonStatus(Record, frozen=True):
     network: str
     #: Machines that wait for the next start.
     standbys: int = 0
+    #: Where names are answered, or why they are not.
+    dns: str = ""

@@ -48,7 +48,6 @@ _COMMANDS = {
 }
 
 #: Headings of the list, each with its rank: the lowest are the last to go on a narrow terminal.
-#: (With the network of today every machine has the same address.)
 _LIST_COLUMNS = {"NAME": 0, "STATE": 1, "IMAGE": 4, "ADDRESS": 8, "UP": 5,
                  "CPU": 2, "MEMORY": 3, "VCPU": 6, "DISK": 7}  # fmt: skip
 
@@ -74,7 +73,7 @@ def list_vms(*, as_json: bool) -> None:
                 each.name,
                 each.runtime.state.value,
                 each.image_name,
-                (_is_running(each) and each.runtime.guest_ip) or "-",
+                (_is_running(each) and each.runtime.address) or "-",
                 format_age(seconds_since(each.started_at)) if _is_running(each) else "-",
                 figures.cpu(each.usage),
                 figures.memory(each.usage),

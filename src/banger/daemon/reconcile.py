@@ -120,6 +120,7 @@ class Reconciler:
             get_logger().info("vm runs on", pid=self._liveness.pid(vm), **vm_attributes(vm))
             self._vms.watch(vm)
             await self._let_run_on(vm)
+            vm = await self._addressed(vm)
             await self._capabilities.resume(vm)
         else:
             get_logger().warning("vm is gone", **vm_attributes(vm))
@@ -152,6 +153,14 @@ class Reconciler:
             await self._layers.settle(vm)
         except (BangerError, OSError) as error:
             get_logger().error("vm not looked at", error=str(error), **vm_attributes(vm))
+
+    async def _addressed(self, vm: Vm) -> Vm:
+        """The VM with an address: a banger that knew of none may have made its record."""
+        try:
+            return await self._vms.addressed(vm)
+        except (BangerError, OSError) as error:
+            get_logger().error("vm without an address", error=str(error), **vm_attributes(vm))
+            return vm
 
     def _report_strangers(self, known: set[str], machines: Mapping[Path, int]) -> None:
         """VM directories and machines without a record; sockets of nobody's are removed."""

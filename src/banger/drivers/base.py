@@ -406,3 +406,30 @@ class Network(Protocol):
     async def close(self) -> None:
         """The daemon ends; machines run on."""
         ...
+
+
+class VmNames(Protocol):
+    """What VMs are called, for a name server. Asked for each query, so it must be quick."""
+
+    def address_of(self, vm_name: str) -> str:
+        """Empty when there is no VM of that name."""
+        ...
+
+    def name_of(self, address: str) -> str:
+        """The VM that has this address; empty when none has."""
+        ...
+
+
+class NameServer(Protocol):
+    """Answers by DNS what `VmNames` says."""
+
+    #: ``HOST:PORT``; empty when it is turned off.
+    where: str
+    #: Why it does not listen, when it should.
+    problem: str
+
+    async def open(self) -> None:
+        """Listen, if that can be. Raises nothing: see `problem`."""
+        ...
+
+    async def close(self) -> None: ...

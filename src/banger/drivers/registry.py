@@ -5,17 +5,19 @@ Only the composition root imports this: everybody else is handed drivers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TypeVar
 
 from banger.base.errors import BadRequest
 from banger.base.model import NetworkMode
-from banger.drivers.base import Hypervisor, Networks, Storage
+from banger.drivers.base import Hypervisor, NameServer, Networks, Storage, VmNames
 from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.hypervisor.qemu_argv import Accelerator
 from banger.drivers.network.bridge import BridgeNetwork
+from banger.drivers.network.dns import DnsServer
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
 from banger.hostops.ops import Bridge, HostOps
@@ -71,6 +73,7 @@ def select(
     host: HostOps,
     bridge: Bridge,
     tap_pool_size: int,
+    names: VmNames,
 ) -> Selection:
     """The drivers for these settings; touches nothing on the host. `host` does what needs root.
 
@@ -95,7 +98,7 @@ def select(
         networks=Networks(
             default=NetworkMode(why_network.name),
             by_mode={
-                NetworkMode.BRIDGE: BridgeNetwork(host, bridge, pool_size=tap_pool_size),
+                NetworkMode.BRIDGE: BridgeNetwork(host, bridge, names, pool_size=tap_pool_size),
                 NetworkMode.USER: PasstNetwork(),
             },
         ),
@@ -113,6 +116,13 @@ def _network_choice(setting: str, host: HostOps) -> Choice:
     if host.installed:
         return Choice("network", NetworkMode.BRIDGE, "auto: banger is installed on this host")
     return Choice("network", NetworkMode.USER, "auto: it needs nothing of this host")
+
+
+def name_server(
+    address: tuple[str, int] | None, names: VmNames, networks: Sequence[IPv4Network]
+) -> NameServer:
+    """A server, not open yet, that answers with these names and the way back in these networks."""
+    return DnsServer(address, names, networks)
 
 
 def _pick(setting: str, value: str, drivers: Mapping[str, D]) -> tuple[D, Choice]:

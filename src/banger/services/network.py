@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
-from ipaddress import IPv4Address
 
 from banger.base.errors import BangerError, PreconditionFailed
 from banger.base.log import get_logger
 from banger.base.model import Egress, Reach, Vm
 from banger.base.paths import Paths
 from banger.drivers.base import Check, Network, Networks, Plug, Plugged
-from banger.services.addresses import free_address
+from banger.services.addresses import Addresses
 from banger.services.capabilities import Capability, Start
 from banger.services.liveness import Liveness
 
@@ -21,7 +19,7 @@ _NOTHING = Reach(egress=Egress.NONE)
 
 
 class Networking(Capability):
-    """A VM made without a network has none. ``all_vms`` gives every record."""
+    """A VM made without a network has none."""
 
     name = "network"
 
@@ -30,15 +28,12 @@ class Networking(Capability):
         paths: Paths,
         networks: Networks,
         liveness: Liveness,
-        all_vms: Callable[[], Awaitable[list[Vm]]],
+        addresses: Addresses,
     ) -> None:
         self._paths = paths
         self._networks = networks
         self._liveness = liveness
-        self._all_vms = all_vms
-        #: Addresses of guests that no record has yet, by VM.
-        self._claims: dict[str, str] = {}
-        self._claiming = asyncio.Lock()
+        self._addresses = addresses
 
     async def resume_all(self, running: Iterable[Vm]) -> None:
         """A daemon has started, and these are all VMs that run. Failures are logged: VMs go on."""
@@ -67,7 +62,7 @@ class Networking(Capability):
                 vm_id=vm.id,
                 log=self._paths.vm(vm.id).network_log,
                 reach=vm.spec.reach if vm.name else _NOTHING,
-                address=await self._address(vm, network),
+                address=self._address(vm, network),
             )
             start.network = await network.attach(plug)
 
@@ -97,7 +92,6 @@ class Networking(Capability):
             await network.apply(self._plugged(after))
 
     async def cleanup(self, vm: Vm) -> None:
-        self._claims.pop(vm.id, None)
         for network in self._networks.by_mode.values():  # it may have been joined to another
             await network.detach(vm.id)
         await self._liveness.end_network(vm)
@@ -110,20 +104,11 @@ class Networking(Capability):
         return Plugged(
             vm_id=vm.id,
             reach=vm.spec.reach,
-            address=self._claims.get(vm.id, vm.runtime.guest_ip),
+            address=vm.runtime.address,
             tap=handles.tap,
             pids=tuple(each.pid for each in handles.network),
         )
 
-    async def _address(self, vm: Vm, network: Network) -> str:
-        """The guest's: that of the record, or another that no VM has. Claimed until clean-up."""
-        if network.guests is None:
-            return ""
-        async with self._claiming:
-            others = {each.runtime.guest_ip for each in await self._all_vms() if each.id != vm.id}
-            others |= {address for vm_id, address in self._claims.items() if vm_id != vm.id}
-            address = vm.runtime.guest_ip
-            if not address or address in others or IPv4Address(address) not in network.guests:
-                address = free_address(network.guests, vm.id, others)
-            self._claims[vm.id] = address
-            return address
+    def _address(self, vm: Vm, network: Network) -> str:
+        """The guest's, which a machine that waits for a VM has before there is a record."""
+        return self._addresses.claimed(vm).runtime.address if network.guests is not None else ""

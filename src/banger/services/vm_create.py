@@ -6,7 +6,6 @@ with its console log, for inspection.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from contextlib import AsyncExitStack
 
@@ -220,11 +219,4 @@ class VmCreator:
                 continue
 
     async def _insert_as(self, name: str, vm: Vm) -> Vm:
-        vm = msgspec.structs.replace(vm, name=name)
-        try:
-            await self._store.insert_vm(vm)
-        except asyncio.CancelledError:
-            # The transaction is done all the same; nobody else knows this id.
-            await to_its_end(self._store.delete_vm(vm.id))
-            raise
-        return vm
+        return await self._vms.insert(msgspec.structs.replace(vm, name=name))

@@ -23,7 +23,7 @@ from banger.base import proc
 from banger.base.errors import BangerError
 from banger.base.log import get_logger
 from banger.base.model import Egress, Reach
-from banger.base.reach import networks
+from banger.base.reach import names, networks
 from banger.drivers.base import (
     Check,
     GuestNetwork,
@@ -32,9 +32,13 @@ from banger.drivers.base import (
     NetworkAttachment,
     Plug,
     Plugged,
+    VmNames,
 )
+from banger.drivers.network.guest_dns import GuestDns, GuestNames
 from banger.drivers.network.mac import mac_address
 from banger.hostops.ops import (
+    RESOLVED_MAX,
+    AllowResolved,
     Bridge,
     BridgeDown,
     BridgeUp,
@@ -61,15 +65,21 @@ class BridgeNetwork:
     name = "bridge"
     link = Link.TAP
 
-    def __init__(self, host: HostOps, bridge: Bridge, *, pool_size: int) -> None:
+    def __init__(self, host: HostOps, bridge: Bridge, names: VmNames, *, pool_size: int) -> None:
+        """``names`` are those that guests are told of."""
         self.guests: IPv4Network | None = bridge.network
         self._network = bridge.network
+        self._names = names
         self._host = host
         self._bridge = bridge
         self._pool_size = pool_size
         self._pool: list[tuple[str, int]] = []
-        self._guests: dict[str, Guest] = {}
+        #: Those that are let through.
+        self._machines: dict[str, Plugged] = {}
         self._up = False
+        #: While the bridge is up, and its port can be had.
+        self._resolver: GuestDns | None = None
+        self._resolver_problem = ""
         #: Held while the host is changed: what is known here is then what is so.
         self._changing = asyncio.Lock()
         self._filling: asyncio.Task[None] | None = None
@@ -85,6 +95,8 @@ class BridgeNetwork:
             return [Check(name, Level.FAIL, error.message, error.hint)]
         if not os.path.exists(_TUN):  # noqa: ASYNC240, PTH110 - a look at what is in memory
             return [Check(name, Level.FAIL, f"there is no {_TUN}", "load it: modprobe tun")]
+        if self._resolver_problem:
+            return [Check(name, Level.WARN, f"its guests find no names: {self._resolver_problem}")]
         return [Check(name, Level.OK, f"{self._bridge.name}, {self._bridge.network}")]
 
     def refusal(self, reach: Reach) -> Check | None:  # noqa: ARG002 - part of the protocol
@@ -94,8 +106,8 @@ class BridgeNetwork:
     async def resume(self, machines: Sequence[Plugged]) -> None:
         """See `Network.resume`."""
         async with self._changing:
-            self._guests = {each.vm_id: self._guest(each) for each in machines if each.tap}
-            if self._guests:
+            self._machines = {each.vm_id: each for each in machines if each.tap}
+            if self._machines:
                 await self._bring_up()
             elif (_LINKS / self._bridge.name).exists() and not self._host.problem:
                 await self._take_down()
@@ -117,14 +129,15 @@ class BridgeNetwork:
     async def apply(self, machine: Plugged) -> None:
         """See `Network.apply`."""
         async with self._changing:
-            if machine.tap and self._guests.get(machine.vm_id) != self._guest(machine):
+            known = self._machines.get(machine.vm_id)
+            if machine.tap and (known is None or _differ(known, machine)):
                 await self._admit(machine)
 
     async def detach(self, vm_id: str) -> None:
         """See `Network.detach`. Where the firewall cannot be told now, it is with the next change:
         it knows a tap that is gone, and whose name will not come again."""
         async with self._changing:
-            if self._guests.pop(vm_id, None) is None:
+            if self._machines.pop(vm_id, None) is None:
                 return
             try:
                 await self._set_guests()
@@ -149,43 +162,31 @@ class BridgeNetwork:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         async with self._changing:
-            if self._up and not self._guests:
-                try:
-                    await self._take_down()
-                except BangerError as error:
-                    get_logger().error("bridge stays", error=error.message)
+            if self._up and not self._machines:
+                await self._try_to_take_down()
             self._close_pool()
+            await self._close_resolver()
 
     def _guest_side(self, mac: str, address: str) -> GuestNetwork:
         gateway = str(self._bridge.gateway)
         return GuestNetwork(mac, f"{address}/{self._network.prefixlen}", gateway, gateway)
 
-    def _guest(self, machine: Plugged) -> Guest:
-        return Guest(
-            tap=machine.tap,
-            mac=mac_address(machine.vm_id),
-            address=machine.address,
-            everywhere=machine.reach.egress is Egress.ALL,
-            allow=networks(machine.reach),
-            sociable=not machine.reach.isolated,
-        )
-
     # With `_changing` held.
 
     async def _admit(self, machine: Plugged) -> None:
-        before = self._guests.get(machine.vm_id)
-        self._guests[machine.vm_id] = self._guest(machine)
+        before = self._machines.get(machine.vm_id)
+        self._machines[machine.vm_id] = machine
         try:
             # What names led to by then may be none of what it may reach now.
             await self._set_guests(forget=(machine.address,))
         except BaseException:
-            del self._guests[machine.vm_id]
+            del self._machines[machine.vm_id]
             if before is not None:
-                self._guests[machine.vm_id] = before
+                self._machines[machine.vm_id] = before
             raise
 
     async def _set_guests(self, forget: tuple[str, ...] = ()) -> None:
-        guests = tuple(self._guests.values())
+        guests = tuple(map(_guest, self._machines.values()))
         operation = SetGuests(bridge=self._bridge, guests=guests, forget=forget)
         try:
             await self._host.perform(operation)
@@ -203,9 +204,17 @@ class BridgeNetwork:
         await self._host.perform(self._bridge_up)
         self._up = True
         await self._set_guests()
+        await self._open_resolver()
+
+    async def _try_to_take_down(self) -> None:
+        try:
+            await self._take_down()
+        except BangerError as error:
+            get_logger().error("bridge stays", error=error.message)
 
     async def _take_down(self) -> None:
         self._close_pool()
+        await self._close_resolver()
         await self._host.perform(BridgeDown(bridge=self._bridge.name))
         self._up = False
 
@@ -214,7 +223,7 @@ class BridgeNetwork:
     async def _tap(self) -> tuple[str, int]:
         """A tap on the bridge, which is up then: name and descriptor, which is the caller's."""
         async with self._changing:
-            if not self._guests:  # else it is up, and another's machine holds it
+            if not self._machines:  # else it is up, and another's machine holds it
                 await self._bring_up()
             if self._pool:
                 tap = self._pool.pop()
@@ -250,8 +259,64 @@ class BridgeNetwork:
     async def _leave_when_idle(self) -> None:
         await asyncio.sleep(_IDLE_S)
         async with self._changing:
-            if self._up and not self._guests:
-                try:
-                    await self._take_down()
-                except BangerError as error:
-                    get_logger().error("bridge stays", error=error.message)
+            if self._up and not self._machines:
+                await self._try_to_take_down()
+
+    # Names.
+
+    async def _open_resolver(self) -> None:
+        """Answer guests that ask their gateway. Where that cannot be, they have no names, and
+        `checks` says why."""
+        if self._resolver is not None:
+            return
+        resolver = GuestDns(
+            names=self._names,
+            networks=[self._network],
+            policy=self._may_ask,
+            resolved=self._let_through,
+        )
+        try:
+            await resolver.open(str(self._bridge.gateway), RESOLVER_PORT)
+        except OSError as error:
+            self._resolver_problem = f"{self._bridge.gateway}:{RESOLVER_PORT}: {error.strerror}"
+            get_logger().error("no resolver for guests", error=self._resolver_problem)
+            return
+        self._resolver, self._resolver_problem = resolver, ""
+
+    async def _close_resolver(self) -> None:
+        if self._resolver is not None:
+            await self._resolver.close()
+            self._resolver = None
+
+    def _may_ask(self, address: str) -> GuestNames | None:
+        for machine in self._machines.values():
+            if machine.address == address:
+                return GuestNames(
+                    egress=machine.reach.egress,
+                    own_name=self._names.name_of(address),
+                    allowed=names(machine.reach),
+                    sees_vms=not machine.reach.isolated,
+                )
+        return None
+
+    async def _let_through(self, guest: str, found: Sequence[tuple[str, int]]) -> None:
+        """What a name led to. For how long is not up to who owns the name (`RESOLVED_S`)."""
+        addresses = tuple(dict.fromkeys(address for address, _ in found))[:RESOLVED_MAX]
+        operation = AllowResolved(bridge=self._bridge, guest=guest, addresses=addresses)
+        await self._host.perform(operation)
+
+
+def _guest(machine: Plugged) -> Guest:
+    return Guest(
+        tap=machine.tap,
+        mac=mac_address(machine.vm_id),
+        address=machine.address,
+        everywhere=machine.reach.egress is Egress.ALL,
+        allow=networks(machine.reach),
+        sociable=not machine.reach.isolated,
+    )
+
+
+def _differ(one: Plugged, other: Plugged) -> bool:
+    """Whether the firewall or the resolver treats them in different ways."""
+    return (_guest(one), names(one.reach)) != (_guest(other), names(other.reach))
