@@ -1,8 +1,8 @@
 """A host of its own, and a world for it to reach: two network namespaces, joined by a cable.
 
-``host`` has an uplink and a default route; ``world`` answers at `WORLD` and `ELSEWHERE`. What
-banger does to a host is done there, beside things of somebody else's (a bridge, a table) that must
-stay as they are.
+``host`` has an uplink and a default route; ``world`` answers at `WORLD`, `ELSEWHERE` and `PUBLIC`,
+and has a name server at `WORLD` while `names` says so. What banger does to a host is done there,
+beside things of somebody else's (a bridge, a table) that must stay as they are.
 """
 
 from __future__ import annotations
@@ -10,12 +10,18 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import shutil
 import subprocess
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dnslib import QTYPE, DNSQuestion, DNSRecord
+from dnslib.server import DNSLogger, DNSServer
+from dnslib.zoneresolver import ZoneResolver
 
 from homes import Home
 from product import Banger
@@ -24,6 +30,8 @@ from product import Banger
 UPLINK = "198.18.0.2"
 WORLD = "198.18.0.1"
 ELSEWHERE = "198.18.1.1"
+#: One that any program takes for an address of the Internet. Nothing leaves the namespaces.
+PUBLIC = "11.0.0.1"
 
 _CLONE_NEWNET = 0x40000000
 _FOREIGN_TABLE = """
@@ -81,6 +89,46 @@ class Lab:
         }
 
 
+class _Resolver(ZoneResolver):  # type: ignore[misc]
+    """As resolvers do, it follows aliases to their end."""
+
+    def resolve(self, request: Any, handler: Any) -> Any:
+        reply = super().resolve(request, handler)
+        while reply.rr and reply.rr[-1].rtype == QTYPE.CNAME != request.q.qtype:
+            asked = DNSRecord(q=DNSQuestion(str(reply.rr[-1].rdata.label), request.q.qtype))
+            found = super().resolve(asked, handler).rr
+            if not found:
+                break
+            reply.add_answer(*found)
+        return reply
+
+
+@contextmanager
+def names(lab: Lab, zone: str) -> Iterator[None]:
+    """A name server out there that knows this zone, and that the host asks: see ip-netns(8)."""
+    own = Path("/etc/netns", lab.host)
+    own.mkdir(parents=True)
+    try:
+        (own / "resolv.conf").write_text(f"nameserver {WORLD}\n")
+        with lab.inside(lab.world):
+            servers = [
+                DNSServer(_Resolver(zone), address=WORLD, tcp=tcp, logger=DNSLogger("-request"))
+                for tcp in (False, True)
+            ]
+        threads = [threading.Thread(target=each.server.serve_forever) for each in servers]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            for server, thread in zip(servers, threads, strict=True):
+                server.server.shutdown()
+                server.server.server_close()
+                thread.join()
+    finally:
+        shutil.rmtree(own)
+
+
 @contextmanager
 def lab(name: str) -> Iterator[Lab]:
     """Make one; `name` is short and this test's own. Nothing of it is left."""
@@ -94,7 +142,7 @@ def lab(name: str) -> Iterator[Lab]:
         made.run(made.world, "ip", "link", "add", "cable", *cable)
         for namespace, link, addresses in (
             (made.host, "uplink", (UPLINK,)),
-            (made.world, "cable", (WORLD, ELSEWHERE)),
+            (made.world, "cable", (WORLD, ELSEWHERE, PUBLIC)),
         ):
             for address in addresses:
                 made.run(namespace, "ip", "addr", "add", f"{address}/24", "dev", link)

@@ -14,12 +14,19 @@ from pathlib import Path
 import pytest
 
 from homes import copy_artifacts
-from lab import ELSEWHERE, UPLINK, WORLD, HostedBanger, HostedHome, Lab, lab
+from lab import ELSEWHERE, PUBLIC, UPLINK, WORLD, HostedBanger, HostedHome, Lab, lab, names
 from product import IMAGE, Banger, until
 
 pytestmark = pytest.mark.guest
 
 _PORT = 8000
+_ZONE = f"""
+www.example.org. 60 IN CNAME cdn.example.net.
+cdn.example.net. 60 IN A {PUBLIC}
+www.example.com. 60 IN A {PUBLIC}
+example.org. 60 IN A {PUBLIC}
+inside.example.org. 60 IN A {WORLD}
+"""
 _SERVE = (
     "use IO::Socket::INET; my $s = IO::Socket::INET->new(Listen => 5, LocalPort => 7000,"
     " ReuseAddr => 1) or die; while (my $c = $s->accept) { print $c `hostname`; close $c }"
@@ -53,7 +60,7 @@ def _greeter(port: int) -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def town() -> Iterator[Lab]:
-    with lab(f"bg{os.getpid()}") as made:
+    with lab(f"bg{os.getpid()}") as made, names(made, _ZONE):
         yield made
 
 
@@ -107,6 +114,12 @@ def _reaches(banger: Banger, vm: str, address: str, port: int = _PORT) -> bool:
     return done.returncode == 0 and done.stdout != b""
 
 
+def _resolved(banger: Banger, vm: str, name: str) -> str:
+    """The address that the guest finds; empty when it finds none."""
+    done = banger.run("vm", "exec", vm, "--", "getent", "ahostsv4", name)
+    return done.stdout.decode().partition(" ")[0].strip()
+
+
 def _serve(banger: Banger, vm: str) -> None:
     """Have a server at port 7000 of a guest, for as long as that runs."""
     banger.ok("vm", "exec", vm, "--", "sh", "-c", f"setsid perl -e '{_SERVE}' >/dev/null 2>&1 &")
@@ -156,6 +169,44 @@ def test_machines_reach_each_other_when_both_were_asked_to(
     assert _reaches(hosted, stranger, address, 7000)
     hosted.ok("vm", "set", server, "--isolated")
     assert not _reaches(hosted, friend, address, 7000)
+
+
+def test_a_name_opens_what_it_leads_to_for_the_machine_that_asked(
+    hosted: Banger, world: list[str], make_vm: Callable[..., str]
+) -> None:
+    vm, other = (make_vm("--allow", "*.example.org") for _ in range(2))
+    assert not _reaches(hosted, vm, PUBLIC)
+    assert _resolved(hosted, vm, "www.example.org") == PUBLIC
+    assert _reaches(hosted, vm, PUBLIC)
+    # Neither for others, nor by what is not allowed, nor where a name may not lead.
+    assert not _reaches(hosted, other, PUBLIC)
+    assert not _reaches(hosted, vm, WORLD)
+    for name in ("www.example.com", "inside.example.org", "example.org"):
+        assert _resolved(hosted, vm, name) == ""
+    # Nobody else is asked: not even the server that the host asks.
+    assert not _reaches(hosted, vm, WORLD, 53)
+    hosted.ok("vm", "set", vm, "--allow", "www.example.com")
+    assert not _reaches(hosted, vm, PUBLIC)
+    assert _resolved(hosted, vm, "www.example.com") == PUBLIC
+    assert _reaches(hosted, vm, PUBLIC)
+
+
+def test_machines_on_a_bridge_have_names(
+    town: Lab, hosted: Banger, make_vm: Callable[..., str]
+) -> None:
+    friend, other, alone = make_vm("--no-isolated"), make_vm("--no-isolated"), make_vm()
+    address = _address(hosted, other)
+    shown = hosted.json("vm", "show", other)["runtime"]
+    assert (shown["dns_name"], shown["address"]) == (f"{other}.vm", address)
+    dig = ("dig", "+short", "@127.0.0.1", "-p", "5354")
+    assert town.run(town.host, *dig, f"{other}.vm").split() == [address]
+    assert town.run(town.host, *dig, "-x", address).split() == [f"{other}.vm."]
+    assert _resolved(hosted, friend, f"{other}.vm") == address
+    assert _resolved(hosted, alone, f"{other}.vm") == ""
+    assert _resolved(hosted, alone, f"{alone}.vm") == _address(hosted, alone)
+    assert _resolved(hosted, alone, "www.example.com") == PUBLIC
+    hosted.ok("vm", "set", alone, "--egress", "none")
+    assert _resolved(hosted, alone, "www.example.com") == ""
 
 
 def test_the_host_reaches_a_machine_at_its_address(

@@ -179,7 +179,9 @@ def test_a_connection_outlives_its_listener_and_a_port_in_use_is_told_of(home: H
         except ConnectionRefusedError:
             return None
 
-    with until(connected, "the port is open", 10) as connection:
+    open_ = until(connected, "the port is open", 10)
+    assert open_ is not None
+    with open_ as connection:
         until(lambda: refused(web, 8004), "the port is closed", 10)
         connection.sendall(b"x")
         assert connection.recv(10) == b"late"
