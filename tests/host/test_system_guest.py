@@ -39,7 +39,7 @@ test -e hostops/helper.py || cat >hostops/helper.py
 /opt/banger/bin/python3 -m compileall -q hostops
 """
 
-#: All that is on the disk but what changes by itself: names, kinds, owners, modes, where links lead,
+#: What is on the disk but what changes by itself: names, kinds, owners, modes, where links lead,
 #: and of files sizes and times. Below alice's home is what the documentation says is hers.
 _ALL_FILES = r"""
 find / -xdev -path /var/log/journal -prune -o -path /home/alice -prune -o \
