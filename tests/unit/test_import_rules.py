@@ -52,7 +52,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     # The composition root.
     "banger.daemon.main": (*_DAEMON, "banger.daemon", "banger.drivers.registry"),
     "banger.sdk": ("banger", "banger.base", "banger.rpc"),
-    "banger.cli": ("banger", "banger.base", "banger.rpc", "banger.sdk"),
+    # What root's own command does, without a daemon.
+    "banger.system": ("banger", "banger.base"),
+    "banger.cli": ("banger", "banger.base", "banger.rpc", "banger.sdk", "banger.system"),
 }
 
 #: What may be imported from outside the standard library, where that is limited at all.

@@ -29,6 +29,7 @@ from banger.base.model import NetworkMode
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths, prepare_private_dir
 from banger.daemon.dispatch import Dispatch, Services
+from banger.daemon.notify import take_notifier
 from banger.daemon.parts import Parts
 from banger.drivers import registry
 from banger.drivers.base import Check, Level, NameServer
@@ -100,6 +101,7 @@ def _failure(error: Exception) -> BangerError:
 
 
 async def _run(paths: Paths, log_file: TextIO, ready_fd: int) -> None:
+    notify = take_notifier()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -113,7 +115,9 @@ async def _run(paths: Paths, log_file: TextIO, ready_fd: int) -> None:
             await server.start()
             get_logger().info("bangerd ready", version=__version__, pid=os.getpid())
             _tell_starter(ready_fd, b"ready\n")
+            notify(f"READY=1\nSTATUS=banger {__version__}")
             await stopping.wait()
+            notify("STOPPING=1")
             get_logger().info("bangerd stopping")
         get_logger().info("bangerd stopped")
     finally:
