@@ -1,4 +1,4 @@
-.PHONY: demo test check faults bench docs setup clean
+.PHONY: demo test test-host check faults bench docs setup clean
 
 demo:  ## set up, build the default image once, run one command on a real VM
 	@scripts/demo
@@ -8,6 +8,9 @@ test: setup  ## everything: checks, unit tests, integration tests on real VMs
 
 check: setup  ## format, lint, types, unit tests
 	@scripts/check tests/unit
+
+test-host: setup  ## what needs systemd, device-mapper, vsock or KVM, on a guest as the host
+	@.venv/bin/python -m pytest tests/host
 
 faults: setup  ## the whole fault matrix; writes docs/reliability.md
 	@.venv/bin/python -m pytest tests/faults --all-faults

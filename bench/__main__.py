@@ -18,6 +18,7 @@ from bench import (
     first_command,
     forks,
     images,
+    network,
     reconcile,
     rpc,
     stages,
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[Home], list[Figure]]] = {
     "forks": forks.measure,
     "workspaces": workspaces.measure,
     "images": images.measure,
+    "network": network.measure,
     "stages": stages.measure,
 }
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from qemu.qmp import QMPClient, QMPError
 
 from banger.base.config import load_config
-from banger.base.model import Image, Kernel
+from banger.base.model import Image, Kernel, Reach
 from banger.base.paths import Paths
-from banger.drivers.base import Disk, DiskFormat, Machine, MemoryFile
+from banger.drivers.base import Disk, DiskFormat, Machine, MemoryFile, Plug
 from banger.drivers.hypervisor.qemu import QemuHypervisor, tsc_khz
 from banger.drivers.hypervisor.qemu_argv import HostFacts, Inherited, qemu_argv
 from banger.drivers.hypervisor.qemu_monitor import load_state, save_state
@@ -150,10 +150,12 @@ class BareQemu:
         """A QEMU process and the first conversation with it; it is killed at the end."""
         hypervisor = QemuHypervisor("auto", self._paths.probe_cache)
         accelerator, _ = await hypervisor.choose_accelerator()
-        network = await PasstNetwork().attach(machine.vm_id, self._directory / "network.log")
+        network = await PasstNetwork().attach(
+            Plug(machine.vm_id, self._directory / "network.log", Reach())
+        )
         ours, theirs = socket.socketpair()
         with ours, theirs, machine.hypervisor_log.open("ab") as log:
-            inherited = Inherited(theirs.fileno(), network.fd)
+            inherited = Inherited(theirs.fileno(), network.fd, network.link)
             facts = HostFacts(accelerator, tsc_khz())
             qemu = subprocess.Popen(
                 qemu_argv(machine, facts, inherited, network.guest.mac, incoming=incoming),

@@ -1,4 +1,5 @@
-"""What all tests share: a private home, `--keep-guests`, and a look at what was left behind.
+"""What all tests share: a private home, the product in it, `--keep-guests`, and a look at what was
+left behind.
 
 No test sees the developer's own banger: HOME and the XDG directories are below one directory made
 for the session. What still names that directory at the end was started by this session: it is
@@ -8,15 +9,18 @@ ended, and is an error.
 from __future__ import annotations
 
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from _pytest.nodes import Node
 
 import leftovers
 from homes import new_home
+from product import IMAGE, Banger
 
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[list[str]]()
@@ -49,25 +53,34 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    item.stash[_failed] = report.failed or item.stash.get(_failed, False)
+    if report.failed:
+        for node in item.listchain():
+            node.stash[_failed] = True
     return report
 
 
+@pytest.fixture(scope="session")
+def keeps(pytestconfig: pytest.Config) -> Callable[[Node], bool]:
+    """Whether the guest of a test, or of a module of tests, is to be kept: it failed, or one of
+    them, and `--keep-guests` was given. For fixtures with a scope; others take `keep_guest`."""
+
+    def kept(node: Node) -> bool:
+        wanted: bool = pytestconfig.getoption("--keep-guests")
+        keep = wanted and node.stash.get(_failed, False)
+        if keep:
+            pytestconfig.stash[_kept].append(node.nodeid)
+        return keep
+
+    return kept
+
+
 @pytest.fixture
-def keep_guest(request: pytest.FixtureRequest) -> Callable[[], bool]:
-    """Whether the guest of this test is to be kept: it failed, and `--keep-guests` was given.
+def keep_guest(request: pytest.FixtureRequest, keeps: Callable[[Node], bool]) -> Callable[[], bool]:
+    """Whether the guest of this test is to be kept.
 
     For the teardown of a fixture that owns a VM: ``if not keep_guest(): delete it``.
     """
-
-    def keep() -> bool:
-        wanted: bool = request.config.getoption("--keep-guests")
-        kept = wanted and request.node.stash.get(_failed, False)
-        if kept:
-            request.config.stash[_kept].append(request.node.nodeid)
-        return kept
-
-    return keep
+    return lambda: keeps(request.node)
 
 
 @dataclass(frozen=True)
@@ -111,3 +124,20 @@ def private_home(request: pytest.FixtureRequest) -> Iterator[PrivateHome]:
         shutil.rmtree(home.directory)
     left = [*map(str, processes), *held]
     assert not left, "left behind: " + "; ".join(left)
+
+
+@pytest.fixture(scope="session")
+def banger(private_home: object) -> Iterator[Banger]:  # it sets the environment
+    """The command, with a daemon that is stopped at the session's end."""
+    # A shell's background jobs are started with SIGINT ignored, and would pass that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    command = Banger()
+    yield command
+    command.run("daemon", "stop")
+
+
+@pytest.fixture(scope="session")
+def image(banger: Banger) -> str:
+    """The small Debian image, built once for the session."""
+    banger.ok("image", "build", IMAGE)
+    return IMAGE

@@ -5,33 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from homes import Home, copy_artifacts, new_home
-from product import IMAGE, Banger
+from product import Banger
 
 _numbers = itertools.count()
-
-
-@pytest.fixture(scope="session")
-def banger(private_home: object) -> Iterator[Banger]:  # it sets the environment
-    """The command, with a daemon that is stopped at the session's end."""
-    # A shell's background jobs are started with SIGINT ignored, and would pass that on.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    command = Banger()
-    yield command
-    command.run("daemon", "stop")
-
-
-@pytest.fixture(scope="session")
-def image(banger: Banger) -> str:
-    """The small Debian image, built once for the session."""
-    banger.ok("image", "build", IMAGE)
-    return IMAGE
 
 
 @pytest.fixture

@@ -182,18 +182,19 @@ def running_helper(namespace: str, directory: Path) -> Iterator[World]:
     argv += ["unshare", "--mount", "--propagation", "private"]
     argv += [HELPER, "--socket", socket, "--install-file", install]
     with open(directory / "log", "ab") as log:
+        already = log.tell()
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=log)
     try:
-        wait_ready(directory / "log", process)
+        wait_ready(directory / "log", process, already)
         yield World(namespace, directory, process)
     finally:
         process.kill()
         process.wait()
 
 
-def wait_ready(log: Path, process: subprocess.Popen[bytes]) -> None:
-    """Until the last line of the log says so."""
-    argv = ["tail", "-n", "1", f"--pid={process.pid}", "-F", str(log)]
+def wait_ready(log: Path, process: subprocess.Popen[bytes], already: int = 0) -> None:
+    """Until its log says so, after what it had `already`, in bytes."""
+    argv = ["tail", "-c", f"+{already + 1}", f"--pid={process.pid}", "-F", str(log)]
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as follower:
         assert follower.stdout is not None
         try:

@@ -41,6 +41,7 @@ from banger.guest.requests import (
     Connect,
     Exec,
     FileStat,
+    Listeners,
     Pack,
     PackFlag,
     Ping,
@@ -631,6 +632,35 @@ async def test_stats_and_sockets_are_json(channel: AgentChannel) -> None:
         assert f'"port":{listener.getsockname()[1]},"pid":{os.getpid()}' in result.stdout.decode()
     stats = await call(channel, Stats(), timeout_s=_TIMEOUT_S)
     assert f'"count":{os.cpu_count()}}}' in stats.stdout.decode()
+
+
+async def test_listeners_are_told_of_when_they_change_and_at_once_when_asked(
+    channel: AgentChannel,
+) -> None:
+    async with await channel.open(Listeners()) as stream:
+
+        async def line() -> str:
+            heard = b""
+            while not heard.endswith(b"\n"):
+                event = await asyncio.wait_for(stream.receive(), _TIMEOUT_S)
+                assert isinstance(event, Data)
+                heard += event.data
+            return heard.decode()
+
+        first = await line()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            port = listener.getsockname()[1]
+            mine = f'{{"protocol":"tcp","address":"127.0.0.1","port":{port},"pid":0,"command":""}}'
+            assert mine not in first
+            await stream.send(b"?")
+            while mine not in await line():
+                pass  # others on this machine listen, too
+        while mine in await line():
+            pass
+        await stream.send_eof()
+        while isinstance(event := await asyncio.wait_for(stream.receive(), _TIMEOUT_S), Data):
+            pass
+        assert event == Exit(ExitKind.EXITED, 0, "")
 
 
 async def test_a_connection_is_relayed_with_its_half_closes(channel: AgentChannel) -> None:

@@ -35,6 +35,7 @@ NOT_IN_THE_CLI = {
     "banger.rpc.server",
     "banger.services",
     "banger.store",
+    "banger.system",
 }
 
 #: Both are imported when they are called: `vm cp` runs tar, `vm stats --watch` draws.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from banger.base.errors import Conflict, PreconditionFailed, Unavailable
+from banger.base.errors import Conflict, PermissionDenied, PreconditionFailed
 from banger.base.opid import current_op_id
 from banger.hostops.client import HelperHost
 from banger.hostops.ops import (
@@ -392,5 +392,5 @@ async def test_without_a_helper_it_is_said(tmp_path: Path) -> None:
     host = HelperHost(tmp_path / "none")
     assert "no helper" in host.problem
     assert "banger system install" in host.hint
-    with pytest.raises(Unavailable, match="cannot be reached"):
+    with pytest.raises(PermissionDenied, match="no helper"):
         await host.perform(UnmapSnapshot(vm_id="0" * 12))

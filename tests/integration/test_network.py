@@ -204,6 +204,40 @@ def test_a_vm_without_a_network_has_no_interface_and_works(
     assert banger.guest(vm, "cat", stdin=b"x" * 100_000) == "x" * 100_000
 
 
+def test_what_a_guest_may_reach_is_all_or_nothing_and_changes_while_it_runs(
+    banger: Banger, make_vm: Callable[..., str], lan: Host
+) -> None:
+    vm = make_vm("--egress", "none")
+    for protocol in ("tcp", "udp"):
+        assert _try(banger, vm, protocol, lan.address, lan.port) == ""
+    assert lan.visits == []
+    banger.ok("vm", "set", vm, "--egress", "all")
+    assert _try(banger, vm, "tcp", lan.address, lan.port) == "hello from the host\n"
+    banger.ok("vm", "set", vm, "--egress", "none")
+    assert _try(banger, vm, "tcp", lan.address, lan.port) == ""
+    # Its next start does not forget it.
+    banger.ok("vm", "restart", vm)
+    assert _try(banger, vm, "tcp", lan.address, lan.port) == ""
+
+
+def test_what_user_networking_cannot_do_is_refused_with_what_can(
+    banger: Banger, vm: str, image: str
+) -> None:
+    for options, said in (
+        (("--allow", "example.org"), "cannot hold a machine to what is allowed"),
+        (("--no-isolated",), "machines in user networking cannot reach each other"),
+    ):
+        before = banger.json("vm", "list")
+        error = banger.fails("vm", "run", "-d", "--image", image, *options, status=125)
+        assert said in error
+        assert "--network bridge" in error
+        assert banger.json("vm", "list") == before
+        assert said in banger.fails("vm", "set", vm, *options, status=1)
+    assert banger.json("vm", "show", vm)["spec"]["reach"]["isolated"] is True
+    error = banger.fails("vm", "run", "-d", "--image", image, "--allow", "a b", status=125)
+    assert '"a b" is neither a network nor a name' in error
+
+
 def test_guests_do_not_see_each_other(banger: Banger, vm: str, make_vm: Callable[..., str]) -> None:
     """Every guest has a network to itself, with the same addresses."""
     other = make_vm()

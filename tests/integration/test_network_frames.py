@@ -20,6 +20,8 @@ import pytest
 import ethernet
 from banger.base import procfs
 from banger.base.errors import Unavailable
+from banger.base.model import Reach
+from banger.drivers.base import Plug
 from banger.drivers.network.user import DNS, GATEWAY, GUEST_ADDRESS, PasstNetwork
 
 VM_ID = "vm-0123456789ab"
@@ -97,7 +99,7 @@ def lan_address() -> str:
 
 @asynccontextmanager
 async def attached(log: Path) -> AsyncIterator[Guest]:
-    attachment = await PasstNetwork().attach(VM_ID, log)
+    attachment = await PasstNetwork().attach(Plug(VM_ID, log, Reach()))
     with socket.socket(fileno=os.dup(attachment.fd)):
         guest = Guest(attachment.fd)
         try:
@@ -269,10 +271,12 @@ async def test_the_network_ends_with_the_hypervisors_end_of_it(tmp_path: Path) -
 _DIES_ATTACHED = """
 import asyncio, os, signal, sys
 from pathlib import Path
+from banger.base.model import (Reach)
+from banger.drivers.base import (Plug)
 from banger.drivers.network.user import PasstNetwork
 
 async def main():
-    await PasstNetwork().attach(sys.argv[1], Path(sys.argv[2]))
+    await PasstNetwork().attach(Plug(sys.argv[1], Path(sys.argv[2]), Reach()))
     os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main())
@@ -308,5 +312,5 @@ async def test_passt_that_does_not_start_is_an_error_with_its_words(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     log = tmp_path / "network.log"
     with pytest.raises(Unavailable, match="passt does not start: cannot make a namespace; inspect"):
-        await PasstNetwork().attach(VM_ID, log)
+        await PasstNetwork().attach(Plug(VM_ID, log, Reach()))
     assert processes(log) == {}

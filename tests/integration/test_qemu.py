@@ -17,7 +17,8 @@ import pytest
 
 from banger.base import proc, procfs
 from banger.base.errors import Unavailable
-from banger.drivers.base import Disk, DiskFormat, Machine, MachineStatus, MemoryFile
+from banger.base.model import Reach
+from banger.drivers.base import Disk, DiskFormat, Link, Machine, MachineStatus, MemoryFile, Plug
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.network.user import PasstNetwork
@@ -92,7 +93,7 @@ async def test_a_machine_boots_answers_and_quits(
             Disk("modules", base, DiskFormat.RAW, read_only=True),
         ),
     )
-    network = await PasstNetwork().attach(VM_ID, tmp_path / "network.log")
+    network = await PasstNetwork().attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
     pid = await hypervisor.launch(machine, network)
     try:
         assert hypervisor.control_socket(procfs.command_line(pid)) == machine.control_socket
@@ -128,7 +129,7 @@ async def saved(
 ) -> tuple[Path, Path]:
     """The memory and the state of a machine that has said its line."""
     memory, state = machine.kernel.with_name("mem,ory"), machine.kernel.with_name("sta,te")
-    with network.unplugged() as nowhere:
+    async with network.unplugged() as nowhere:
         pid = await hypervisor.launch(
             replace(machine, memory_file=MemoryFile(memory, private=False)), nowhere
         )
@@ -166,7 +167,7 @@ async def test_machines_are_restored_side_by_side_and_leave_what_was_saved_as_it
             memory_file=MemoryFile(memory, private=True),
         )
         copies.append(copy)
-        attachment = await network.attach(copy.vm_id, tmp_path / "network.log")
+        attachment = await network.attach(Plug(copy.vm_id, tmp_path / "network.log", Reach()))
         pids.append(await hypervisor.restore(copy, attachment, state))
     for copy in copies:
         assert await hypervisor.status(copy.control_socket) is MachineStatus.RUNNING
@@ -193,11 +194,9 @@ async def test_a_machine_that_cannot_be_restored_says_why_and_leaves_nothing(
         state.unlink()
     else:
         copy = replace(copy, memory_mib=128)
-    with (
-        pytest.raises((Unavailable, OSError)) as caught,
-        network.unplugged() as nowhere,
-    ):
-        await hypervisor.restore(copy, nowhere, state)
+    async with network.unplugged() as nowhere:
+        with pytest.raises((Unavailable, OSError)) as caught:
+            await hypervisor.restore(copy, nowhere, state)
     assert harm == "missing" or "inspect" in str(caught.value)
     with pytest.raises(Unavailable):
         await hypervisor.status(machine.control_socket)
@@ -221,28 +220,27 @@ async def test_a_machine_whose_memory_is_its_own_cannot_be_saved_for_others(
 async def test_a_shape_is_of_all_that_a_state_depends_on_and_of_nothing_else(
     machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
 ) -> None:
-    shape = await hypervisor.shape(machine, network=False)
+    shape = await hypervisor.shape(machine, None)
     for same in (
         replace(machine, vm_id="vm-other"),
         replace(machine, control_socket=tmp_path / "c", agent_socket=tmp_path / "a"),
         replace(machine, console_log=tmp_path / "log", hypervisor_log=tmp_path / "log"),
         replace(machine, memory_file=MemoryFile(tmp_path / "memory", private=True)),
     ):
-        assert await hypervisor.shape(same, network=False) == shape
+        assert await hypervisor.shape(same, None) == shape
     disk = Disk("system", tmp_path / "disk", DiskFormat.QCOW2)
-    with_disk = await hypervisor.shape(replace(machine, disks=(disk,)), network=False)
+    with_disk = await hypervisor.shape(replace(machine, disks=(disk,)), None)
     elsewhere = replace(machine, disks=(replace(disk, path=tmp_path / "elsewhere"),))
-    assert await hypervisor.shape(elsewhere, network=False) == with_disk
+    assert await hypervisor.shape(elsewhere, None) == with_disk
     others = {
         with_disk,
-        await hypervisor.shape(machine, network=True),
-        await hypervisor.shape(replace(machine, vcpu_count=2), network=False),
-        await hypervisor.shape(replace(machine, memory_mib=128), network=False),
-        await hypervisor.shape(
-            replace(machine, kernel_parameters=("banger.init=systemd",)), network=False
-        ),
+        await hypervisor.shape(machine, Link.STREAM),
+        await hypervisor.shape(machine, Link.TAP),
+        await hypervisor.shape(replace(machine, vcpu_count=2), None),
+        await hypervisor.shape(replace(machine, memory_mib=128), None),
+        await hypervisor.shape(replace(machine, kernel_parameters=("banger.init=systemd",)), None),
     }
-    assert len(others | {shape}) == 6
+    assert len(others | {shape}) == 7
 
 
 @pytest.mark.guest
@@ -260,7 +258,7 @@ async def test_the_console_log_keeps_what_was_said_before_a_restart(
 async def test_kill_9_of_a_machine_leaves_no_network_process_and_no_zombie(
     machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
 ) -> None:
-    network = await PasstNetwork().attach(VM_ID, tmp_path / "network.log")
+    network = await PasstNetwork().attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
     pid = await hypervisor.launch(machine, network)
     os.kill(pid, signal.SIGKILL)
     await exit_of(pid)
@@ -273,7 +271,7 @@ async def test_a_machine_that_cannot_start_says_why_and_where_to_look(
     machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
 ) -> None:
     machine.hypervisor_log.write_text("an older start's complaint\n")
-    network = await PasstNetwork().attach(VM_ID, tmp_path / "network.log")
+    network = await PasstNetwork().attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
     missing = replace(machine, kernel=tmp_path / "nowhere")
     with pytest.raises(Unavailable) as caught:
         await hypervisor.launch(missing, network)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Sequence
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
 from banger.base import procfs
 from banger.base.errors import PreconditionFailed, Unavailable
+from banger.base.model import Egress, NetworkMode, Reach
 from banger.drivers.base import (
     Capture,
     Check,
@@ -23,9 +25,13 @@ from banger.drivers.base import (
     GuestNetwork,
     HypervisorFeatures,
     Level,
+    Link,
     Machine,
     MachineStatus,
     NetworkAttachment,
+    Networks,
+    Plug,
+    Plugged,
 )
 from banger.guest import requests
 from banger.guest.frames import (
@@ -321,8 +327,8 @@ class Hypervisor:
         assert self.storage is not None
         await self.storage.collapse(self.tops[control_socket][disk])
 
-    async def shape(self, machine: Machine, *, network: bool) -> str:
-        shape = (machine.vcpu_count, machine.memory_mib, machine.kernel_parameters, network)
+    async def shape(self, machine: Machine, link: Link | None) -> str:
+        shape = (machine.vcpu_count, machine.memory_mib, machine.kernel_parameters, link)
         return f"{self.version} {shape}"
 
     async def _start(self, machine: Machine, network: NetworkAttachment | None, gate: Gate) -> int:
@@ -449,33 +455,65 @@ class Storage:
 
 class Network:
     name = "fake"
+    link = Link.STREAM
+    guests: IPv4Network | None = None
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self.found: list[Check] = []
         self.gate = Gate()
+        self.apply_gate = Gate()
+        #: What each machine that is joined to it may reach.
+        self.reaches: dict[str, Reach] = {}
 
     async def checks(self) -> list[Check]:
         return self.found
 
-    async def attach(self, vm_id: str, log: Path) -> NetworkAttachment:
+    def refusal(self, reach: Reach) -> Check | None:
+        if reach.egress is Egress.ALLOWLIST:
+            return Check("network", Level.FAIL, "not here", "elsewhere")
+        return None
+
+    async def resume(self, machines: Sequence[Plugged]) -> None:
+        self.reaches = {each.vm_id: each.reach for each in machines}
+
+    async def apply(self, machine: Plugged) -> None:
+        await self.apply_gate.passed()
+        self.reaches[machine.vm_id] = machine.reach
+
+    async def detach(self, vm_id: str) -> None:
+        self.reaches.pop(vm_id, None)
+
+    async def close(self) -> None:
+        pass
+
+    async def attach(self, plug: Plug) -> NetworkAttachment:
         await self.gate.passed()
-        log.touch()
+        plug.log.touch()
+        self.reaches[plug.vm_id] = plug.reach
+        address = plug.address or "172.16.0.2"
         return NetworkAttachment(
-            guest=GuestNetwork("02:00:00:00:00:01", "172.16.0.2/24", "172.16.0.1", "172.16.0.3"),
+            guest=GuestNetwork("02:00:00:00:00:01", f"{address}/24", "172.16.0.1", "172.16.0.3"),
+            link=self.link,
             fd=os.open(os.devnull, os.O_RDONLY),
-            pids=(self.processes.start("network", vm_id),),
+            pids=(self.processes.start("network", plug.vm_id),),
         )
 
-    @contextlib.contextmanager
-    def unplugged(self) -> Iterator[NetworkAttachment]:
+    @contextlib.asynccontextmanager
+    async def unplugged(self) -> AsyncIterator[NetworkAttachment]:
         yield NetworkAttachment(
             guest=GuestNetwork("02:00:00:00:00:02", "172.16.0.2/24", "172.16.0.1", "172.16.0.3"),
+            link=self.link,
             fd=os.open(os.devnull, os.O_RDONLY),
         )
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
         return argv == ("network", vm_id)
+
+
+def networks(processes: Processes) -> Networks:
+    """One network, which all VMs are joined to that have any."""
+    return Networks(NetworkMode.USER, {NetworkMode.USER: Network(processes)})
 
 
 def failed_check(name: str, hint: str = "") -> Check:

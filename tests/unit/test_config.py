@@ -42,7 +42,7 @@ def test_without_a_file_every_setting_has_its_default(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.key)
 def test_every_default_is_a_value_that_the_file_may_hold(tmp_path: Path, setting: Setting) -> None:
     key, default = setting.key, setting.default
-    written = f'"{default}"' if isinstance(default, str) else str(default)
+    written = f'"{default}"' if isinstance(default, str) else str(default).lower()
     assert load(tmp_path, f"{key} = {written}\n") == load_config(tmp_path / "none.toml", {})
 
 

@@ -24,6 +24,7 @@ from banger.base.model import ImageConfig, Operation, OperationState, Vm, VmStat
 from banger.base.opid import is_op_id
 from banger.daemon import sessions
 from banger.daemon.dispatch import Dispatch, Services
+from banger.drivers import registry
 from banger.guest import requests
 from banger.rpc.client import Client
 from banger.rpc.protocol import Exit, FrameType, decode_exit, encode_json, frame
@@ -42,6 +43,7 @@ class Daemon:
     def __init__(self, world: World) -> None:
         self.world = world
         self.stopping = asyncio.Event()
+        names = registry.name_server(None, world.addresses, [])
         self.server = Server(
             world.paths.daemon_socket,
             Dispatch(
@@ -72,7 +74,8 @@ class Daemon:
                     fork_runs=world.fork_runs,
                     results=world.results,
                     ssh=world.ssh,
-                    doctor=Doctor(world.paths, world.drivers, []),
+                    names=names,
+                    doctor=Doctor(world.paths, world.drivers, [], names),
                     stop=self.stopping.set,
                 )
             ),
@@ -156,7 +159,8 @@ async def test_the_status_tells_what_is_served(daemon: Daemon) -> None:
     await daemon.world.stop("other")
     status = await daemon.call("daemon.status")
     assert (status["version"], status["vms"], status["running_vms"]) == (__version__, 2, 1)
-    assert (status["hypervisor"], status["storage"], status["network"]) == ("fake",) * 3
+    drivers = (status["hypervisor"], status["storage"], status["network"])
+    assert drivers == ("fake", "fake", "user")
 
 
 async def test_stopping_is_answered_and_then_done(daemon: Daemon) -> None:

@@ -38,6 +38,7 @@ class Host:
 
     problem = ""
     hint = ""
+    installed = True
 
     def __init__(self) -> None:
         self.asked: list[tuple[Operation, str]] = []
@@ -308,11 +309,14 @@ async def test_a_helper_that_is_gone_or_silent_is_unavailable(
     short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     host = HelperHost(short_path / "s")
-    assert host.problem
-    with pytest.raises(Unavailable, match="cannot be reached"):
+    with pytest.raises(PermissionDenied, match="there is no helper") as refused:
         await host.perform(TAP)
+    assert refused.value.hint == host.hint
+    assert "banger system install" in host.hint
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(short_path / "s"))
+        with pytest.raises(Unavailable, match="cannot be reached"):
+            await host.perform(TAP)
         listener.listen()
         assert not host.problem
         assert not host.hint

@@ -41,13 +41,20 @@ LAYERS: dict[str, tuple[str, ...]] = {
         _DRIVER_FAMILIES, ("banger.base", "banger.hostops", "banger.guest", "banger.drivers.base")
     ),
     # Which drivers there are is one module's business.
-    "banger.drivers.registry": ("banger.base", "banger.drivers.base", *_DRIVER_FAMILIES),
+    "banger.drivers.registry": (
+        "banger.base",
+        "banger.hostops",
+        "banger.drivers.base",
+        *_DRIVER_FAMILIES,
+    ),
     "banger.services": _SERVICES,
     "banger.daemon": _DAEMON,
     # The composition root.
     "banger.daemon.main": (*_DAEMON, "banger.daemon", "banger.drivers.registry"),
     "banger.sdk": ("banger", "banger.base", "banger.rpc"),
-    "banger.cli": ("banger", "banger.base", "banger.rpc", "banger.sdk"),
+    # What root's own command does, without a daemon.
+    "banger.system": ("banger", "banger.base"),
+    "banger.cli": ("banger", "banger.base", "banger.rpc", "banger.sdk", "banger.system"),
 }
 
 #: What may be imported from outside the standard library, where that is limited at all.

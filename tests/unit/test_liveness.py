@@ -16,7 +16,7 @@ from banger.base.model import Handles, ProcessId, Vm, VmState
 from banger.base.paths import Paths
 from banger.services.handles import HandleCache
 from banger.services.liveness import Liveness
-from fakes import Agent, Hypervisor, Network, Processes, descriptors
+from fakes import Agent, Hypervisor, Processes, descriptors, networks
 from records import a_vm
 
 SOCKET = "/run/x/control.sock"
@@ -62,7 +62,7 @@ def real(paths: Paths, ourselves: Ourselves, monkeypatch: pytest.MonkeyPatch) ->
         return True
 
     monkeypatch.setattr(procfs, "kill", no_kill)
-    yield Liveness(ourselves, Network(Processes()), HandleCache(paths))
+    yield Liveness(ourselves, networks(Processes()), HandleCache(paths))
     assert not killed
 
 
@@ -142,7 +142,7 @@ def hypervisor(processes: Processes) -> Hypervisor:
 
 @pytest.fixture
 def liveness(paths: Paths, processes: Processes, hypervisor: Hypervisor) -> Liveness:
-    return Liveness(hypervisor, Network(processes), HandleCache(paths))
+    return Liveness(hypervisor, networks(processes), HandleCache(paths))
 
 
 def started(liveness: Liveness, processes: Processes, hypervisor: Hypervisor) -> Vm:

@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from banger.base.errors import PreconditionFailed
-from banger.drivers.base import Level
+from banger.base.model import Egress, Reach
+from banger.drivers.base import Level, Plug
+from banger.drivers.network.mac import mac_address
 from banger.drivers.network.user import (
     PasstNetwork,
     filter_argv,
     has_default_route,
-    mac_address,
     passt_argv,
 )
 
@@ -52,7 +53,7 @@ def test_passt_binds_udp_to_the_loopback_only_where_there_is_no_uplink(tmp_path:
 
 def test_the_filter_is_recognised_by_the_vms_id() -> None:
     owns = PasstNetwork().owns
-    argv = tuple(filter_argv("vm-1", 5, 6))
+    argv = tuple(filter_argv("vm-1", 5, 6, Egress.ALL))
     assert owns(argv, "vm-1")
     assert not owns(argv, "vm-12")
     assert not owns(argv, "vm-")
@@ -68,4 +69,4 @@ async def test_without_passt_there_is_a_failed_check_and_no_attachment(
     assert check.level is Level.FAIL
     assert check.hint == "install it with: apt-get install passt"
     with pytest.raises(PreconditionFailed, match="passt is not installed"):
-        await PasstNetwork().attach("vm-1", tmp_path / "network.log")
+        await PasstNetwork().attach(Plug("vm-1", tmp_path / "network.log", Reach()))

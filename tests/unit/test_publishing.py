@@ -33,8 +33,9 @@ from banger.base.model import PublishedPort, Vm, VmState
 from banger.base.ports import format_address
 from banger.guest.requests import Connect, Sockets
 from banger.services import listeners
+from banger.services.guest_sockets import decode_sockets
 from banger.services.listeners import bind, explain, holder_of, numbered, open_listener
-from banger.services.ports import decode_sockets, with_port, without_port
+from banger.services.ports import with_port, without_port
 from banger.services.vm_spec import CreateRequest
 from loopback import any_port, dial, hang_up, is_reset
 from records import a_vm
@@ -164,7 +165,7 @@ async def test_a_port_is_open_from_start_to_stop(world: World) -> None:
     await world.delete("web", force=True)
     assert await is_closed(port)
     await world.assert_nothing_left()
-    assert world.publishing._vms == {}
+    assert world.forwards._vms == {}
 
 
 async def test_a_machine_that_ends_by_itself_closes_its_ports(world: World) -> None:
@@ -219,7 +220,7 @@ async def test_a_port_that_is_taken_while_the_guest_boots_leaves_nothing(world: 
     assert done.error is not None
     assert done.error.code == "conflict"
     await world.assert_nothing_left()
-    assert world.publishing._vms == {}
+    assert world.forwards._vms == {}
 
 
 async def test_a_running_vm_can_publish_and_unpublish(world: World) -> None:
@@ -308,7 +309,7 @@ async def test_the_next_daemon_opens_the_ports_again(world: World) -> None:
 async def test_a_daemon_that_ends_closes_the_ports(world: World) -> None:
     port = await any_port()
     await world.create("web", published_ports=(port,))
-    await world.publishing.close()
+    await world.forwards.close()
     assert await is_closed(port)
 
 

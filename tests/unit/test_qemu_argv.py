@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from banger.drivers.base import Disk, DiskFormat, Machine, MemoryFile
+from banger.drivers.base import Disk, DiskFormat, Link, Machine, MemoryFile
 from banger.drivers.hypervisor.qemu import QemuHypervisor, tsc_khz
 from banger.drivers.hypervisor.qemu_argv import (
     Accelerator,
@@ -41,13 +41,14 @@ KVM = HostFacts(Accelerator.KVM, tsc_khz=2596120)
 
 
 def words(host: HostFacts = TCG, machine: Machine = MACHINE, network_fd: int = -1) -> str:
-    return " ".join(qemu_argv(machine, host, Inherited(7, network_fd), "02:00:00:00:00:01"))
+    link = None if network_fd < 0 else Link.STREAM
+    return " ".join(qemu_argv(machine, host, Inherited(7, network_fd, link), "02:00:00:00:00:01"))
 
 
 def test_the_whole_command_line() -> None:
     for_tcg = "tsc_early_khz=2596120 no_timer_check cryptomgr.notests"
     system_file = "file.driver=file,file.filename=/v/system.qcow2,file.discard=unmap"
-    assert qemu_argv(MACHINE, TCG, Inherited(7, 8), "02:00:00:00:00:01") == (
+    assert qemu_argv(MACHINE, TCG, Inherited(7, 8, Link.STREAM), "02:00:00:00:00:01") == (
         "qemu-system-x86_64",
         *("-name", "banger-vm-1"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),

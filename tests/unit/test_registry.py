@@ -7,33 +7,58 @@ from pathlib import Path
 import pytest
 
 from banger.base.errors import BadRequest
+from banger.base.model import NetworkMode
 from banger.drivers import registry
+from banger.hostops.client import HelperHost
+from banger.hostops.ops import HostOps, bridge_of
+from banger.services.addresses import Addresses
 
 AUTO = {"hypervisor": "auto", "accelerator": "auto", "storage": "auto", "network": "auto"}
 
 
+class _InstalledHost(HelperHost):
+    installed = True
+
+
+def select(settings: dict[str, str], host: HostOps | None = None) -> registry.Selection:
+    return registry.select(
+        **settings,
+        probe_cache=Path("/nowhere"),
+        host=host or HelperHost(Path("/nowhere")),
+        bridge=bridge_of("banger0", "10.213.0.0/16"),
+        tap_pool_size=2,
+        names=Addresses({}),
+    )
+
+
 def test_auto_leads_to_what_needs_no_root() -> None:
-    selection = registry.select(**AUTO, probe_cache=Path("/nowhere"))
+    selection = select(AUTO)
     assert selection.hypervisor.name == "qemu"
     assert selection.storage.name == "qcow2"
-    assert selection.network.name == "user"
+    assert selection.networks.default is NetworkMode.USER
     assert selection.storage.format in selection.hypervisor.features.disk_formats
+
+
+def test_where_banger_is_installed_machines_are_on_its_bridge() -> None:
+    selection = select(AUTO, _InstalledHost())
+    assert selection.networks.default is NetworkMode.BRIDGE
+    assert select({**AUTO, "network": "user"}, _InstalledHost()).networks.default == "user"
 
 
 def test_each_choice_has_its_reason() -> None:
     settings = {**AUTO, "storage": "qcow2"}
-    choices = registry.select(**settings, probe_cache=Path("/nowhere")).choices
+    choices = select(settings).choices
     assert [(choice.setting, choice.name, choice.reason) for choice in choices] == [
         ("hypervisor", "qemu", "auto: the only one there is"),
         ("storage", "qcow2", "as configured"),
-        ("network", "user", "auto: the only one there is"),
+        ("network", "user", "auto: it needs nothing of this host"),
     ]
 
 
 @pytest.mark.parametrize("setting", sorted(AUTO))
 def test_every_available_name_can_be_selected_and_no_other(setting: str) -> None:
     for name in registry.available()[setting]:
-        registry.select(**{**AUTO, setting: name}, probe_cache=Path("/nowhere"))
+        select({**AUTO, setting: name})
     with pytest.raises(BadRequest, match=f'there is no {setting} driver "vbox"') as caught:
-        registry.select(**{**AUTO, setting: "vbox"}, probe_cache=Path("/nowhere"))
+        select({**AUTO, setting: "vbox"})
     assert caught.value.hint.startswith("use auto, ")

@@ -93,7 +93,7 @@ def test_any_reference_names_one_vm_or_is_an_error_that_fits(
     names: dict[str, str], reference: str
 ) -> None:
     vms = [a_vm(name, vm_id=vm_id) for vm_id, name in names.items() if vm_id]
-    service = VmService(None, Records(vms), None, None, None, None)  # type: ignore[arg-type]
+    service = VmService(None, Records(vms), None, None, None, None, None)  # type: ignore[arg-type]
     matching = {vm.id for vm in vms if vm.id.startswith(reference) or vm.name.startswith(reference)}
     exact = {vm.id for vm in vms if reference in (vm.id, vm.name)}
     try:

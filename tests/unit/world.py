@@ -15,12 +15,14 @@ import pytest
 
 from banger.base.config import load_config
 from banger.base.log import OperationLog
-from banger.base.model import Image, ImageConfig, Kernel, Operation, Vm
+from banger.base.model import Image, ImageConfig, Kernel, NetworkMode, Operation, Vm
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.daemon.parts import Parts
+from banger.drivers.base import Networks
 from banger.services import image as image_module
 from banger.services import kernel as kernel_module
+from banger.services.addresses import Addresses
 from banger.services.operations import Progress
 from banger.services.vm_spec import ChangeRequest, CreateRequest
 from banger.services.vm_start import Drivers
@@ -43,6 +45,7 @@ class World(Parts):
         *,
         template_limit: int = 0,
         standby_limit: int = 0,
+        forward_ports: bool = False,
     ) -> None:
         self.processes = processes
         self.agent = agent
@@ -55,8 +58,14 @@ class World(Parts):
                 load_config(paths.config_file, {}),
                 template_limit=template_limit,
                 standby_limit=standby_limit,
+                forward_ports=forward_ports,
             ),
-            Drivers(self.hypervisor, self.storage, self.network),
+            Drivers(
+                self.hypervisor,
+                self.storage,
+                Networks(NetworkMode.USER, {NetworkMode.USER: self.network}),
+            ),
+            Addresses({}),
             store,
         )
 
@@ -102,6 +111,7 @@ class World(Parts):
             self.store,
             template_limit=self.config.template_limit,
             standby_limit=self.config.standby_limit,
+            forward_ports=self.config.forward_ports,
         )
         following.hypervisor.pids = self.hypervisor.pids
         following.hypervisor.tops = self.hypervisor.tops
@@ -186,11 +196,16 @@ async def copy_seed(source: Path, copy: Path, size_mib: int) -> None:
 
 @asynccontextmanager
 async def made_world(
-    root: Path, patch: pytest.MonkeyPatch, *, template_limit: int = 0, standby_limit: int = 0
+    root: Path,
+    patch: pytest.MonkeyPatch,
+    *,
+    template_limit: int = 0,
+    standby_limit: int = 0,
+    forward_ports: bool = False,
 ) -> AsyncIterator[World]:
     """A world below `root`, with an image called ``base`` and its kernel.
 
-    Every start is a boot, unless templates are asked for.
+    Every start is a boot, and no guest is asked for its ports, unless that is asked for.
     """
     paths = Paths(root / "c", root / "d", root / "s", root / "r", root / "cache")
     paths.state_dir.mkdir(parents=True)
@@ -211,6 +226,7 @@ async def made_world(
         store,
         template_limit=template_limit,
         standby_limit=standby_limit,
+        forward_ports=forward_ports,
     )
     try:
         yield world

@@ -11,11 +11,13 @@ import os
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
+from banger.base.bridge import check_bridge_cidr, check_bridge_name
 from banger.base.errors import BadRequest, BangerError
-from banger.base.model import InitMode, check_artifact_name
+from banger.base.model import Egress, InitMode, check_artifact_name
 from banger.base.units import parse_duration_s, parse_size_mib
 from banger.base.url import check_catalog_location
 
@@ -66,6 +68,29 @@ def _size(value: object) -> int:
     return parse_size_mib(str(value)) if isinstance(value, int) else parse_size_mib(_text(value))
 
 
+def _switch(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise BadRequest(f"{value!r} is neither true nor false")
+    return value
+
+
+def parse_dns_address(value: object) -> tuple[str, int] | None:
+    """``127.0.0.1:5354``; None for ``off``. Loopback only: names of VMs are nobody else's."""
+    text = _text(value)
+    if text == "off":
+        return None
+    host, _, port = text.rpartition(":")
+    try:
+        is_loopback = IPv4Address(host).is_loopback
+    except ValueError:
+        is_loopback = False
+    if not is_loopback or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise BadRequest(
+            f'"{text}" is not a loopback address and a port', hint="like 127.0.0.1:5354; or: off"
+        )
+    return host, int(port)
+
+
 def _duration(least_s: float) -> Callable[[object], float]:
     """A duration: 0, which means never, or at least `least_s` seconds."""
 
@@ -95,6 +120,12 @@ class Config:
     accelerator: str
     storage: str
     network: str
+    bridge_name: str
+    bridge_cidr: str
+    tap_pool_size: int
+    #: Host and port; None: no name server.
+    dns_address: tuple[str, int] | None
+    forward_ports: bool
     default_image_name: str
     ssh_key_path: str
     catalog_url: str
@@ -110,6 +141,7 @@ class Config:
     vm_defaults_disk_size: int
     vm_defaults_system_overlay_size: int
     vm_defaults_init: InitMode
+    vm_defaults_egress: Egress
 
 
 @dataclass(frozen=True)
@@ -133,7 +165,19 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("accelerator", _choice("auto", "kvm", "tcg"), "auto",
             "what QEMU runs vCPUs with; auto takes kvm when a vCPU really runs"),
     Setting("storage", _choice("auto", "qcow2"), "auto", "how disks share an image"),
-    Setting("network", _choice("auto", "user"), "auto", "how VMs reach the network"),
+    Setting("network", _choice("auto", "bridge", "user"), "auto",
+            "how VMs reach the network that do not say; auto takes bridge where banger's helper is"
+            " installed"),
+    Setting("bridge_name", lambda value: check_bridge_name(_text(value)), "banger0",
+            "the bridge of this daemon's VMs, made when the first of them needs it: banger0 to"
+            " banger99"),
+    Setting("bridge_cidr", lambda value: check_bridge_cidr(_text(value)), "10.213.0.0/16",
+            "the private network that VMs on the bridge have their addresses of"),
+    Setting("tap_pool_size", _count(0, 64), 2, "how many taps wait for the next starts"),
+    Setting("dns_address", parse_dns_address, "127.0.0.1:5354",
+            "where the daemon answers NAME.vm by DNS: a loopback address and a port; or off"),
+    Setting("forward_ports", _switch, True,
+            "whether the ports from 1024 up that listen in VMs are open at their own addresses"),
     Setting("default_image_name", lambda value: check_artifact_name(_text(value)),
             "debian-bookworm", "the image of a VM that names none"),
     Setting("ssh_key_path", _own_path, "",
@@ -162,6 +206,9 @@ SETTINGS: tuple[Setting, ...] = (
             "size of a new VM's system disk; never below the image's"),
     Setting("vm_defaults.init", lambda value: InitMode(_choice(*InitMode)(value)), "auto",
             "who is PID 1: auto (what the image says), minimal or systemd"),
+    Setting("vm_defaults.egress",
+            lambda value: Egress(_choice(Egress.ALL, Egress.NONE)(value)), "all",
+            "what of the outside a new VM reaches: all or none"),
 )  # fmt: skip
 
 
@@ -204,7 +251,7 @@ def effective(file: Path, environment: Mapping[str, str] = os.environ) -> list[E
         origin = str(file) if setting.key in given else "default"
         if setting.key == "log_level" and _LOG_LEVEL_VARIABLE in environment:
             value, origin = environment[_LOG_LEVEL_VARIABLE], _LOG_LEVEL_VARIABLE
-        shown.append(Effective(setting, str(value), origin))
+        shown.append(Effective(setting, _written(value), origin))
     return shown
 
 
@@ -230,7 +277,12 @@ This page is made from the table in `src/banger/base/config.py` by `make docs`.
 
 
 def _default_cell(setting: Setting) -> str:
-    return "none" if setting.default == "" else f"`{setting.default}`"
+    return "none" if setting.default == "" else f"`{_written(setting.default)}`"
+
+
+def _written(value: object) -> str:
+    """As TOML has it, but for quotes."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _given(file: Path) -> dict[str, object]:

@@ -29,6 +29,10 @@ class Installation(msgspec.Struct, frozen=True, kw_only=True):
     owner_uid: int
     #: Of the banger that was installed.
     version: str
+    #: The interpreter that runs both daemons.
+    python: str = ""
+    #: Files and directories that the installation made, which go with it.
+    created: tuple[str, ...] = ()
 
 
 def load_installation(path: Path) -> Installation:

@@ -73,8 +73,29 @@ class InitMode(StrEnum):
 
 
 class NetworkMode(StrEnum):
+    """How a machine reaches the network: by which driver."""
+
     USER = "user"
+    BRIDGE = "bridge"
     NONE = "none"
+
+
+class Egress(StrEnum):
+    """What of the outside a machine reaches."""
+
+    ALL = "all"
+    ALLOWLIST = "allowlist"
+    NONE = "none"
+
+
+class Reach(Record, frozen=True):
+    """What a machine reaches by its network. `base.reach` says what ``allow`` may have."""
+
+    egress: Egress = Egress.ALL
+    #: Networks and names, with ALLOWLIST.
+    allow: tuple[str, ...] = ()
+    #: False: it and others of which this is not true reach each other, where their network can.
+    isolated: bool = True
 
 
 class PublishedPort(Record, frozen=True):
@@ -97,6 +118,7 @@ class VmSpec(Record, frozen=True):
     system_overlay_size_mib: int
     init: InitMode = InitMode.AUTO
     network: NetworkMode = NetworkMode.USER
+    reach: Reach = Reach()
     #: Deleted when the session it was made for ends (``vm run --rm``).
     ephemeral: bool = False
     published_ports: tuple[PublishedPort, ...] = ()
@@ -108,6 +130,9 @@ class VmRuntime(Record, frozen=True):
 
     state: VmState
     guest_ip: str = ""
+    #: `NAME.vm`, and where this host reaches the VM by that name.
+    dns_name: str = ""
+    address: str = ""
     api_socket: str = ""
     agent_socket: str = ""
     log_path: str = ""
@@ -220,6 +245,8 @@ class Handles(Record, frozen=True):
     boot_id: str = ""
     #: Those that serve its network.
     network: tuple[ProcessId, ...] = ()
+    #: Its interface on a bridge of the host.
+    tap: str = ""
 
 
 class ImageConfig(Record, frozen=True):
@@ -440,3 +467,5 @@ class DaemonStatus(Record, frozen=True):
     network: str
     #: Machines that wait for the next start.
     standbys: int = 0
+    #: Where names are answered, or why they are not.
+    dns: str = ""

@@ -14,10 +14,14 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from banger.base.errors import BadRequest, PermissionDenied, PreconditionFailed
+from banger.base.errors import BadRequest, NotFound, PermissionDenied, PreconditionFailed
+from banger.base.install import INSTALL_FILE, load_installation
 
 #: Longest path `bind` and `connect` take for a Unix socket (sun_path is 108 with its NUL).
 UNIX_SOCKET_PATH_MAX = 107
+
+#: Where the sockets of a daemon are that systemd runs; it is made by its unit.
+SYSTEM_RUNTIME_DIR = Path("/run/bangerd")
 
 _COMPONENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,127}")
 
@@ -99,11 +103,15 @@ class Paths:
 
     @classmethod
     def from_environment(cls) -> Paths:
-        """The user's paths by XDG; touches nothing."""
+        """The user's paths by XDG, and on a system that banger is installed on for this user the
+        runtime directory of its unit, for the same database is not to be two daemons'; touches
+        nothing. Raises PreconditionFailed when what is installed is not to be believed."""
         home = Path(os.environ.get("HOME") or Path.home())
         state_dir = _xdg("XDG_STATE_HOME", home / ".local" / "state")
         runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-        if runtime.startswith("/"):
+        if _is_usual(state_dir) and _is_owner():
+            runtime_dir = SYSTEM_RUNTIME_DIR
+        elif runtime.startswith("/"):
             runtime_dir = Path(runtime) / "banger"
         else:
             runtime_dir = _fallback_runtime_dir(state_dir)
@@ -114,6 +122,11 @@ class Paths:
             runtime_dir=runtime_dir,
             cache_dir=_xdg("XDG_CACHE_HOME", home / ".cache"),
         )
+
+    @property
+    def of_system(self) -> bool:
+        """Whether systemd runs the daemon, and nobody else is to start one."""
+        return self.runtime_dir == SYSTEM_RUNTIME_DIR
 
     @property
     def config_file(self) -> Path:
@@ -244,13 +257,33 @@ def _fallback_runtime_dir(state_dir: Path) -> Path:
     state has a directory of its own. A fixed name in /tmp is safe only because
     `prepare_private_dir` refuses one that is a link, has another owner, or is open to others.
     """
+    other = "" if _is_usual(state_dir) else f"-{zlib.crc32(os.fsencode(state_dir)):08x}"
+    return Path(f"/tmp/banger-runtime-{os.getuid()}{other}")  # noqa: S108
+
+
+def _is_usual(state_dir: Path) -> bool:
+    """Whether it is where this user's state is when the environment says nothing else."""
     try:
         home = pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:  # in a container any uid may run without an entry
         home = "/"
-    usual = Path(home) / ".local" / "state" / "banger"
-    other = "" if state_dir == usual else f"-{zlib.crc32(os.fsencode(state_dir)):08x}"
-    return Path(f"/tmp/banger-runtime-{os.getuid()}{other}")  # noqa: S108
+    return state_dir == Path(home) / ".local" / "state" / "banger"
+
+
+def _is_owner() -> bool:
+    """Whether banger is installed on this system for this user."""
+    try:
+        return load_installation(INSTALL_FILE).owner_uid == os.getuid()
+    except NotFound:
+        return False
+
+
+def usual_runtime_dirs(uid: int) -> tuple[Path, ...]:
+    """Where the sockets of a user's own daemon are, as far as can be known without him."""
+    return (
+        Path(f"/run/user/{uid}/banger"),
+        Path(f"/tmp/banger-runtime-{uid}"),  # noqa: S108 - as `_fallback_runtime_dir` has it
+    )
 
 
 def prepare_private_dir(directory: Path) -> None:

@@ -19,6 +19,8 @@ DEFAULT_HOST = "127.0.0.1"
 PORT_MAX = 65535
 #: How many ports one VM may publish: each is a socket of the daemon's.
 PUBLISHED_MAX = 64
+#: Lower ones are root's on the host: they are not opened by themselves.
+AUTOMATIC_MIN = 1024
 
 _NUMBER = re.compile(r"[0-9]{1,5}")
 _BRACKETED = re.compile(r"\[([^\]]*)\]:(.*)", re.DOTALL)
@@ -59,6 +61,8 @@ class GuestPort(Record, frozen=True):
     guest_port: int
     sockets: tuple[GuestSocket, ...] = ()
     published: tuple[HostPort, ...] = ()
+    #: The same port at the VM's own address, where it is open by itself.
+    automatic: HostPort | None = None
     problem: str = ""
 
 

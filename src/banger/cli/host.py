@@ -11,7 +11,7 @@ import click
 import msgspec
 
 from banger import __version__
-from banger.base.errors import Unavailable
+from banger.base.errors import PreconditionFailed, Unavailable
 from banger.base.model import DaemonStatus, Operation, OperationState
 from banger.base.paths import Paths
 from banger.base.units import format_age
@@ -61,6 +61,11 @@ def start() -> None:
 @daemon.command()
 def stop() -> None:
     """Stop it. Machines run on."""
+    if Paths.from_environment().of_system:
+        raise PreconditionFailed(
+            "bangerd is a unit of the system, which would start it again",
+            hint="sudo systemctl stop bangerd",
+        )
     click.echo("bangerd stopped" if _stop() else "bangerd was not running")
 
 

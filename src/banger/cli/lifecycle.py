@@ -32,6 +32,8 @@ from banger.cli.machine import (
     machine_request,
     memory_option,
     quiet_option,
+    reach_options,
+    reach_request,
     vcpu_option,
 )
 from banger.cli.ports import note_ports
@@ -161,6 +163,7 @@ def delete(*, vm_refs: tuple[str, ...], force: bool, quiet: bool, as_json: bool)
     type=click.Choice([mode.value for mode in NetworkMode]),
     help="How it reaches the network.",
 )
+@reach_options
 @click.option(
     "--init",
     type=click.Choice([InitMode.MINIMAL.value, InitMode.SYSTEMD.value]),
@@ -169,7 +172,7 @@ def delete(*, vm_refs: tuple[str, ...], force: bool, quiet: bool, as_json: bool)
 @quiet_option
 @json_option
 def set_(*, vm_ref: str, quiet: bool, as_json: bool, **options: Any) -> None:
-    """Change a machine: its name at any time, the rest while it is stopped.
+    """Change a machine: its name and what it may reach at any time, the rest while it is stopped.
 
     A disk grows only; the guest grows the file system on it at its next start.
     """
@@ -180,8 +183,10 @@ def set_(*, vm_ref: str, quiet: bool, as_json: bool, **options: Any) -> None:
         "disk_size_mib": options["disk_size"],
         "network": options["network"],
         "init": options["init"],
+        "reach": reach_request(options) or None,
     }
-    if all(value is None for value in change.values()):
+    change = {name: value for name, value in change.items() if value is not None}
+    if not change:
         raise click.UsageError("say what to change: --name, --vcpu, --memory, --disk-size, ...")
     with connect() as client:
         params = {"vm": vm_ref, "change": change}

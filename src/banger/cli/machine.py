@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
 
-from banger.base.model import InitMode, NetworkMode
+from banger.base.model import Egress, InitMode, NetworkMode
 from banger.cli.app import ARTIFACT_NAME, SIZE, VM_NAME, complete_image, complete_snapshot
 from banger.cli.ports import publish_option
 
@@ -28,6 +28,26 @@ cold_option = click.option(
     "--cold", is_flag=True, help="Boot it: use no template, and no memory that was saved."
 )
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="Show no progress.")
+
+#: What it may reach.
+_REACH_OPTIONS = (
+    click.option(
+        "--egress",
+        type=click.Choice([each.value for each in Egress]),
+        help="What of the outside it reaches (default: all).",
+    ),
+    click.option(
+        "--allow",
+        multiple=True,
+        metavar="CIDR|NAME",
+        help="A network or name on its allowlist, like 10.0.0.0/8 or *.example.org.",
+    ),
+    click.option(
+        "--isolated/--no-isolated",
+        default=None,
+        help="Whether it is kept from other machines, too (default: it is).",
+    ),
+)
 
 _OPTIONS = (
     click.option("--name", type=VM_NAME, help="Its name (default: one is made up)."),
@@ -54,8 +74,9 @@ _OPTIONS = (
     click.option(
         "--network",
         type=click.Choice([mode.value for mode in NetworkMode]),
-        help="How it reaches the network (default: user).",
+        help="How it reaches the network (default: as configured).",
     ),
+    *_REACH_OPTIONS,
     publish_option,
     boot_timeout_option,
     cold_option,
@@ -65,9 +86,28 @@ _OPTIONS = (
 
 def machine_options(function: F) -> F:
     """All of them; `machine_request` makes a request of their values."""
-    for option in reversed(_OPTIONS):
+    return _with(_OPTIONS, function)
+
+
+def reach_options(function: F) -> F:
+    """Those of what it may reach; `reach_request` makes a request of their values."""
+    return _with(_REACH_OPTIONS, function)
+
+
+def _with(options: Sequence[Callable[[F], F]], function: F) -> F:
+    for option in reversed(options):
         function = option(function)
     return function
+
+
+def reach_request(options: dict[str, Any]) -> dict[str, Any]:
+    """What was said of it; nothing for what was not."""
+    said = {
+        "egress": options["egress"],
+        "allow": options["allow"] or None,
+        "isolated": options["isolated"],
+    }
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def machine_request(options: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +121,7 @@ def machine_request(options: dict[str, Any]) -> dict[str, Any]:
         "disk_size_mib": options["disk_size"],
         "init": options["init"],
         "network": options["network"],
+        "reach": reach_request(options),
         "published_ports": options["ports"],
         "cold": options["cold"],
     }

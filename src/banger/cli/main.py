@@ -27,6 +27,7 @@ _COMMANDS = {
     "operations": ("banger.cli.host:operations", "See long work in progress, and stop it."),
     "daemon": ("banger.cli.host:daemon", "Look at and control bangerd."),
     "doctor": ("banger.cli.host:doctor", "Check what banger needs on this machine."),
+    "system": ("banger.cli.system:system", "Have systemd run banger: install, status, ..."),
     "config": ("banger.cli.config:config", "See the settings."),
     "version": ("banger.cli.host:version", "Print the version."),
     "ssh-config": ("banger.cli.ssh:ssh_config", "Let `ssh NAME.vm` lead into machines."),

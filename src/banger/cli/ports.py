@@ -130,14 +130,17 @@ def ports(*, vm_ref: str, as_json: bool) -> None:
 
 def _how_to_reach(port: GuestPort) -> str:
     ways = ", ".join(map(_way, port.published))
+    if own := port.automatic:
+        ways = ", ".join(filter(None, (_way(own, f"{port.vm_name}.vm"), ways)))
     if port.problem:
         return f"{ways}: {port.problem}" if ways else f"not from outside: {port.problem}"
     return ways or f"not published: banger vm publish {port.vm_name} {_proposal(port.guest_port)}"
 
 
-def _way(port: HostPort) -> str:
+def _way(port: HostPort, name: str = "") -> str:
     where = format_address(port.host, port.host_port)
-    return f"{where} ({port.problem})" if port.problem else where
+    remark = port.problem or name
+    return f"{where} ({remark})" if remark else where
 
 
 def _proposal(guest_port: int) -> str:

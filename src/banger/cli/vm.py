@@ -48,7 +48,6 @@ _COMMANDS = {
 }
 
 #: Headings of the list, each with its rank: the lowest are the last to go on a narrow terminal.
-#: (With the network of today every machine has the same address.)
 _LIST_COLUMNS = {"NAME": 0, "STATE": 1, "IMAGE": 4, "ADDRESS": 8, "UP": 5,
                  "CPU": 2, "MEMORY": 3, "VCPU": 6, "DISK": 7}  # fmt: skip
 
@@ -74,7 +73,7 @@ def list_vms(*, as_json: bool) -> None:
                 each.name,
                 each.runtime.state.value,
                 each.image_name,
-                (_is_running(each) and each.runtime.guest_ip) or "-",
+                (_is_running(each) and each.runtime.address) or "-",
                 format_age(seconds_since(each.started_at)) if _is_running(each) else "-",
                 figures.cpu(each.usage),
                 figures.memory(each.usage),
@@ -106,7 +105,7 @@ def show(*, vm_ref: str, as_json: bool) -> None:
 
 def _fields(vm: Vm) -> Iterator[tuple[str, str]]:
     """What has a value, of the record, its spec and its runtime; a field may have several lines."""
-    for record in (vm, vm.spec, vm.runtime, vm.workspace):
+    for record in (vm, vm.spec, vm.spec.reach, vm.runtime, vm.workspace):
         for key, value in ({} if record is None else msgspec.structs.asdict(record)).items():
             if not isinstance(value, Record):
                 for number, line in enumerate(_text(value).splitlines()):

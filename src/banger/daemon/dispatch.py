@@ -40,7 +40,7 @@ from banger.daemon.sessions import Sessions
 from banger.daemon.trials import Trials
 from banger.daemon.verbs import Verbs
 from banger.daemon.workspaces import Workspaces
-from banger.drivers.base import Check
+from banger.drivers.base import Check, NameServer
 from banger.rpc.protocol import MALFORMED, Request
 from banger.rpc.server import Connection
 from banger.services.doctor import Doctor
@@ -104,6 +104,7 @@ class Services:
     fork_runs: ForkRuns
     results: ResultsService
     ssh: SshService
+    names: NameServer
     doctor: Doctor
     stop: Callable[[], None]
 
@@ -227,8 +228,9 @@ class Dispatch:
             running_vms=sum(vm.runtime.state is VmState.RUNNING for vm in vms),
             hypervisor=services.drivers.hypervisor.name,
             storage=services.drivers.storage.name,
-            network=services.drivers.network.name,
+            network=services.drivers.networks.default.value,
             standbys=services.standbys.count,
+            dns=_dns(services.names),
         )
 
     async def _stop(self, _: Nothing, connection: Connection) -> None:
@@ -305,3 +307,9 @@ class Dispatch:
 
     async def _vm(self, params: VmReference, _: Connection) -> ShownVm:
         return await self._services.stats.shown(await self._services.vms.show(params.vm))
+
+
+def _dns(names: NameServer) -> str:
+    if not names.where:
+        return "off"
+    return f"{names.where}: not open: {names.problem}" if names.problem else names.where

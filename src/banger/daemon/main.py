@@ -25,14 +25,20 @@ from banger import __version__
 from banger.base.config import Config, load_config
 from banger.base.errors import BangerError, Cancelled, Conflict, Internal, PreconditionFailed
 from banger.base.log import configure, get_logger, open_log
+from banger.base.model import NetworkMode
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths, prepare_private_dir
 from banger.daemon.dispatch import Dispatch, Services
+from banger.daemon.notify import take_notifier
 from banger.daemon.parts import Parts
 from banger.drivers import registry
-from banger.drivers.base import Check, Level
+from banger.drivers.base import Check, Level, NameServer
 from banger.drivers.registry import Selection
+from banger.hostops.client import HelperHost
+from banger.hostops.local import LocalHost
+from banger.hostops.ops import HostOps, bridge_of
 from banger.rpc.server import Server, error_info
+from banger.services.addresses import LOOPBACK_NETWORK, Addresses
 from banger.services.doctor import Doctor
 from banger.services.vm_start import Drivers
 from banger.store.store import Store
@@ -95,6 +101,7 @@ def _failure(error: Exception) -> BangerError:
 
 
 async def _run(paths: Paths, log_file: TextIO, ready_fd: int) -> None:
+    notify = take_notifier()
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -108,7 +115,9 @@ async def _run(paths: Paths, log_file: TextIO, ready_fd: int) -> None:
             await server.start()
             get_logger().info("bangerd ready", version=__version__, pid=os.getpid())
             _tell_starter(ready_fd, b"ready\n")
+            notify(f"READY=1\nSTATUS=banger {__version__}")
             await stopping.wait()
+            notify("STOPPING=1")
             get_logger().info("bangerd stopping")
         get_logger().info("bangerd stopped")
     finally:
@@ -126,22 +135,33 @@ def _tell_starter(ready_fd: int, message: bytes) -> None:
 @asynccontextmanager
 async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> AsyncIterator[Server]:
     """The parts, put together; taken apart in reverse order at the end."""
+    host = _host()
+    bridge = bridge_of(config.bridge_name, config.bridge_cidr)
+    addresses = Addresses({NetworkMode.BRIDGE: bridge.network})
     selection = registry.select(
         hypervisor=config.hypervisor,
         accelerator=config.accelerator,
         storage=config.storage,
         network=config.network,
         probe_cache=paths.probe_cache,
+        host=host,
+        bridge=bridge,
+        tap_pool_size=config.tap_pool_size,
+        names=addresses,
     )
+    reverse = [LOOPBACK_NETWORK, bridge.network]
     drivers = Drivers(
-        hypervisor=selection.hypervisor, storage=selection.storage, network=selection.network
+        hypervisor=selection.hypervisor, storage=selection.storage, networks=selection.networks
     )
     store = await Store.open(paths.database)
     try:
-        parts = Parts(paths, config, drivers, store)
+        parts = Parts(paths, config, drivers, addresses, store)
+        names = registry.name_server(config.dns_address, addresses, reverse)
         try:
             await parts.reconcile()
-            server = Server(paths.daemon_socket, Dispatch(_services(parts, selection, stopping)))
+            await names.open()
+            services = _services(parts, selection, names, stopping)
+            server = Server(paths.daemon_socket, Dispatch(services))
             async with parts.stats.polling():
                 try:
                     async with parts.maintenance().running():
@@ -150,12 +170,20 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
                     # Together: a session's end may wait for the lock of an operation.
                     await asyncio.gather(server.stop(), parts.operations.close())
         finally:
+            await names.close()
             await parts.close()
     finally:
         await store.close()
 
 
-def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Services:
+def _host() -> HostOps:
+    """Who does what needs root."""
+    return LocalHost() if os.geteuid() == 0 else HelperHost()
+
+
+def _services(
+    parts: Parts, selection: Selection, names: NameServer, stopping: asyncio.Event
+) -> Services:
     return Services(
         paths=parts.paths,
         drivers=parts.drivers,
@@ -183,7 +211,8 @@ def _services(parts: Parts, selection: Selection, stopping: asyncio.Event) -> Se
         fork_runs=parts.fork_runs,
         results=parts.results,
         ssh=parts.ssh,
-        doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection)),
+        names=names,
+        doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection), names),
         stop=stopping.set,
     )
 

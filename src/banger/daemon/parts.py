@@ -11,11 +11,14 @@ from banger.base.model import Image
 from banger.base.paths import Paths
 from banger.daemon.maintenance import Maintenance
 from banger.daemon.reconcile import Reconciler
+from banger.services.addresses import Addresses
 from banger.services.agents import Agents
+from banger.services.automatic_ports import AutomaticPorts
 from banger.services.capabilities import Capabilities
 from banger.services.disks import SystemDisk, WorkDisk
 from banger.services.fork_run import ForkRuns
 from banger.services.forks import ForkService
+from banger.services.forwards import Forwards
 from banger.services.handles import HandleCache
 from banger.services.health import Health
 from banger.services.identity import Identity
@@ -51,24 +54,39 @@ from banger.store.store import Store
 class Parts:
     """As long as the daemon lives; `close` ends all that is open, but the store."""
 
-    def __init__(self, paths: Paths, config: Config, drivers: Drivers, store: Store) -> None:
+    def __init__(
+        self,
+        paths: Paths,
+        config: Config,
+        drivers: Drivers,
+        addresses: Addresses,
+        store: Store,
+    ) -> None:
         self.paths = paths
         self.config = config
         self.drivers = drivers
         self.store = store
         self.operations = Operations()
+        self.addresses = addresses
         self.agents = Agents()
         self.handles = HandleCache(paths)
-        self.liveness = Liveness(drivers.hypervisor, drivers.network, self.handles)
+        self.liveness = Liveness(drivers.hypervisor, drivers.networks, self.handles)
         self._put_images_together()
-        self.publishing = Publishing(self.agents, self.liveness, lambda vm: self.vms.in_use(vm))
+        self.forwards = Forwards(self.agents, lambda vm: self.vms.in_use(vm))
+        self.publishing = Publishing(self.forwards, self.liveness)
+        self.automatic_ports = AutomaticPorts(
+            self.forwards, self.agents, enabled=config.forward_ports
+        )
+        addresses.asked = self.automatic_ports.look
+        self.networking = Networking(paths, drivers.networks, self.liveness, addresses)
         self.capabilities = Capabilities(
             [
                 SystemDisk(paths, drivers.storage),
                 WorkDisk(paths, drivers.storage, self.images),
-                Networking(paths, drivers.network, self.liveness),
+                self.networking,
                 Identity(self.liveness, self.agents),
                 self.publishing,
+                self.automatic_ports,
             ]
         )
         self.templates = TemplateService(
@@ -76,13 +94,19 @@ class Parts:
             config=config,
             store=store,
             hypervisor=drivers.hypervisor,
-            network=drivers.network,
+            networks=drivers.networks,
             capabilities=self.capabilities,
             kernels=self.kernels,
             operations=self.operations,
         )
         self.vms = VmService(
-            paths, store, self.handles, self.liveness, self.agents, self.capabilities
+            paths,
+            store,
+            self.handles,
+            self.liveness,
+            self.agents,
+            self.capabilities,
+            self.addresses,
         )
         self.standbys = Standbys(
             paths=paths,
@@ -99,6 +123,7 @@ class Parts:
             store=store,
             hypervisor=drivers.hypervisor,
             storage=drivers.storage,
+            networks=drivers.networks,
             capabilities=self.capabilities,
             images=self.images,
             kernels=self.kernels,
@@ -122,7 +147,9 @@ class Parts:
         self.forks = ForkService(self.vms, self.snapshots, self.creator, self.lifecycle)
         self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents)
         self.prune = Prune(self.vms, self.lifecycle, drivers.storage)
-        self.ports = PortService(self.vms, self.lifecycle, self.agents, self.publishing)
+        self.ports = PortService(
+            self.vms, self.lifecycle, self.agents, self.publishing, self.automatic_ports
+        )
         self.workspaces = WorkspaceService(paths, store, self.vms)
         self.results = ResultsService(paths)
         self.ssh = SshService(paths, self.vms, self.agents, config.ssh_key_path)
@@ -197,6 +224,7 @@ class Parts:
             vms=self.vms,
             starter=starter,
             snapshots=self.snapshots,
+            default_network=self.drivers.networks.default,
         )
 
     async def _forget(self, image: Image) -> None:
@@ -206,10 +234,12 @@ class Parts:
 
     async def reconcile(self) -> None:
         """See `reconcile`: before anybody is served."""
+        self.addresses.load(await self.store.vms())
         await Reconciler(
             paths=self.paths,
             store=self.store,
             capabilities=self.capabilities,
+            networking=self.networking,
             vms=self.vms,
             liveness=self.liveness,
             images=self.images,
@@ -235,5 +265,8 @@ class Parts:
         """Wait for clean-ups, close listeners and channels. VMs run on."""
         await self.standbys.close()
         await self.vms.close()
-        await self.publishing.close()
+        await self.automatic_ports.close()
+        await self.forwards.close()
         await self.agents.close()
+        for network in self.drivers.networks.by_mode.values():
+            await network.close()

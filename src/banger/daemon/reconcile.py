@@ -24,6 +24,7 @@ from banger.services.kernel import KernelService
 from banger.services.layers import DiskLayers
 from banger.services.liveness import Liveness
 from banger.services.machine import nobody
+from banger.services.network import Networking
 from banger.services.snapshots import SnapshotService
 from banger.services.standby import MARKER
 from banger.services.templates import TemplateService
@@ -38,6 +39,7 @@ class Reconciler:
         paths: Paths,
         store: Store,
         capabilities: Capabilities,
+        networking: Networking,
         vms: VmService,
         liveness: Liveness,
         images: ImageService,
@@ -50,6 +52,7 @@ class Reconciler:
         self._paths = paths
         self._store = store
         self._capabilities = capabilities
+        self._networking = networking
         self._vms = vms
         self._liveness = liveness
         self._images = images
@@ -65,9 +68,16 @@ class Reconciler:
             machines = self._liveness.machines(procfs.own_processes())
             records = await self._store.vms()
             log.stage("vms", f"{len(records)} records")
-            for vm in records:
+            found = [
+                (vm, alive) for vm in records if (alive := self._alive(vm, machines)) is not None
+            ]
+            # All at once, before any is looked at: a bridge lets through only those it is told of.
+            await self._networking.resume_all(
+                [vm for vm, alive in found if alive and vm.runtime.state is VmState.RUNNING]
+            )
+            for vm, alive in found:
                 try:
-                    await self._reconcile(vm, machines, log)
+                    await self._reconcile(vm, log, alive=alive)
                 except Exception:
                     # A supervisor's boundary: one VM's trouble must not keep the daemon down.
                     get_logger().exception("vm not reconciled", **vm_attributes(vm))
@@ -80,8 +90,15 @@ class Reconciler:
             await self._snapshots.remove_leftovers()
             shutil.rmtree(self._paths.scratch_dir, ignore_errors=True)
 
-    async def _reconcile(self, vm: Vm, machines: Mapping[Path, int], log: OperationLog) -> None:
-        alive = self._liveness.rediscover(vm, machines)
+    def _alive(self, vm: Vm, machines: Mapping[Path, int]) -> bool | None:
+        """Whether the VM's machine runs; None when that cannot be dealt with."""
+        try:
+            return self._liveness.rediscover(vm, machines)
+        except Exception:  # see `run`
+            get_logger().exception("vm not reconciled", **vm_attributes(vm))
+            return None
+
+    async def _reconcile(self, vm: Vm, log: OperationLog, *, alive: bool) -> None:
         half_made = vm.runtime.state is VmState.CREATING
         session_over = vm.spec.ephemeral and vm.runtime.state is not VmState.ERROR
         if half_made or session_over:
@@ -103,6 +120,7 @@ class Reconciler:
             get_logger().info("vm runs on", pid=self._liveness.pid(vm), **vm_attributes(vm))
             self._vms.watch(vm)
             await self._let_run_on(vm)
+            vm = await self._addressed(vm)
             await self._capabilities.resume(vm)
         else:
             get_logger().warning("vm is gone", **vm_attributes(vm))
@@ -135,6 +153,14 @@ class Reconciler:
             await self._layers.settle(vm)
         except (BangerError, OSError) as error:
             get_logger().error("vm not looked at", error=str(error), **vm_attributes(vm))
+
+    async def _addressed(self, vm: Vm) -> Vm:
+        """The VM with an address: a banger that knew of none may have made its record."""
+        try:
+            return await self._vms.addressed(vm)
+        except (BangerError, OSError) as error:
+            get_logger().error("vm without an address", error=str(error), **vm_attributes(vm))
+            return vm
 
     def _report_strangers(self, known: set[str], machines: Mapping[Path, int]) -> None:
         """VM directories and machines without a record; sockets of nobody's are removed."""

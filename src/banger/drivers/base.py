@@ -7,14 +7,16 @@ idempotent where they undo something.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Protocol
 
 from banger.base.errors import Unavailable
+from banger.base.model import NetworkMode, Reach
 
 
 class Level(StrEnum):
@@ -63,16 +65,49 @@ class GuestNetwork:
     dns: str
 
 
+class Link(StrEnum):
+    """What a machine's interface is joined to, a descriptor that its hypervisor inherits."""
+
+    #: A connected stream socket: each frame after its length.
+    STREAM = "stream"
+    #: A tap of the host, with a virtio header before each frame.
+    TAP = "tap"
+
+
+@dataclass(frozen=True)
+class Plug:
+    """A machine that is to be joined to a network. ``log`` is for what serves it."""
+
+    vm_id: str
+    log: Path
+    reach: Reach
+    #: The guest's, of `Network.guests`; empty where all have the same.
+    address: str = ""
+
+
 @dataclass(frozen=True)
 class NetworkAttachment:
     """A network ready for a machine: what the guest sets, and what the host side made for it.
 
-    ``fd`` is a connected stream socket for the hypervisor to inherit (the driver that launches
-    closes our copy), or -1. ``pids`` are the processes that serve it.
+    ``fd`` is for the hypervisor to inherit (the driver that launches closes our copy), or -1.
+    ``pids`` are the processes that serve it, ``tap`` the interface of the host that does.
     """
 
     guest: GuestNetwork
+    link: Link
     fd: int = -1
+    pids: tuple[int, ...] = ()
+    tap: str = ""
+
+
+@dataclass(frozen=True)
+class Plugged:
+    """A machine that is joined to a network and runs, and what it may reach now."""
+
+    vm_id: str
+    reach: Reach
+    address: str = ""
+    tap: str = ""
     pids: tuple[int, ...] = ()
 
 
@@ -210,11 +245,12 @@ class Hypervisor(Protocol):
         """
         ...
 
-    async def shape(self, machine: Machine, *, network: bool) -> str:
+    async def shape(self, machine: Machine, link: Link | None) -> str:
         """What a saved state fits: machines of one shape can be restored from each other's.
 
         It tells of the machine's devices, of the hypervisor and of the host; paths and names are
-        not part of it. Raises PreconditionFailed when the hypervisor is missing.
+        not part of it. `link` is what its interface is joined to, if it has one. Raises
+        PreconditionFailed when the hypervisor is missing.
         """
         ...
 
@@ -310,21 +346,90 @@ class Storage(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Networks:
+    """The networks there are, and which of them a VM is joined to that names none."""
+
+    default: NetworkMode
+    by_mode: Mapping[NetworkMode, Network]
+
+    def of(self, mode: NetworkMode) -> Network | None:
+        """None for a VM without one."""
+        return self.by_mode.get(mode)
+
+    def link(self, mode: NetworkMode) -> Link | None:
+        network = self.of(mode)
+        return network.link if network is not None else None
+
+
 class Network(Protocol):
-    """Connects a machine to the world."""
+    """Connects machines to the world, as each may reach it."""
 
     name: str
+    link: Link
+    #: The addresses that guests have, each its own; None: all have the same.
+    guests: IPv4Network | None
 
     async def checks(self) -> list[Check]: ...
 
-    async def attach(self, vm_id: str, log: Path) -> NetworkAttachment:
-        """Make the host side for one VM. It ends by itself when the machine does."""
+    def refusal(self, reach: Reach) -> Check | None:
+        """What of it this network cannot hold machines to, as a failed check; None: it can."""
         ...
 
-    def unplugged(self) -> AbstractContextManager[NetworkAttachment]:
+    async def resume(self, machines: Sequence[Plugged]) -> None:
+        """These run, and no others: a daemon has started. What is left of others goes.
+
+        Raises BangerError when they cannot be served; what runs is as it was then.
+        """
+        ...
+
+    async def attach(self, plug: Plug) -> NetworkAttachment:
+        """Make the host side for one machine, which reaches what it may from its first packet."""
+        ...
+
+    async def apply(self, machine: Plugged) -> None:
+        """Have it reach what it may now, connections that it has included. Idempotent."""
+        ...
+
+    async def detach(self, vm_id: str) -> None:
+        """The machine has ended, and with it what `attach` made: forget it. Idempotent."""
+        ...
+
+    def unplugged(self) -> AbstractAsyncContextManager[NetworkAttachment]:
         """The same interface, leading nowhere, for as long as the context is open."""
         ...
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
         """Whether a process with this command line is one of those that `attach` started."""
         ...
+
+    async def close(self) -> None:
+        """The daemon ends; machines run on."""
+        ...
+
+
+class VmNames(Protocol):
+    """What VMs are called, for a name server. Asked for each query, so it must be quick."""
+
+    def address_of(self, vm_name: str) -> str:
+        """Empty when there is no VM of that name."""
+        ...
+
+    def name_of(self, address: str) -> str:
+        """The VM that has this address; empty when none has."""
+        ...
+
+
+class NameServer(Protocol):
+    """Answers by DNS what `VmNames` says."""
+
+    #: ``HOST:PORT``; empty when it is turned off.
+    where: str
+    #: Why it does not listen, when it should.
+    problem: str
+
+    async def open(self) -> None:
+        """Listen, if that can be. Raises nothing: see `problem`."""
+        ...
+
+    async def close(self) -> None: ...

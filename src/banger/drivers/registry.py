@@ -5,17 +5,22 @@ Only the composition root imports this: everybody else is handed drivers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TypeVar
 
 from banger.base.errors import BadRequest
-from banger.drivers.base import Hypervisor, Network, Storage
+from banger.base.model import NetworkMode
+from banger.drivers.base import Hypervisor, NameServer, Networks, Storage, VmNames
 from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.hypervisor.qemu_argv import Accelerator
+from banger.drivers.network.bridge import BridgeNetwork
+from banger.drivers.network.dns import DnsServer
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
+from banger.hostops.ops import Bridge, HostOps
 
 AUTO = "auto"
 
@@ -37,7 +42,7 @@ class Selection:
 
     hypervisor: Hypervisor
     storage: Storage
-    network: Network
+    networks: Networks
     choices: tuple[Choice, ...]
 
 
@@ -45,7 +50,7 @@ class Selection:
 _HYPERVISORS: Mapping[str, Callable[[str, Path], Hypervisor]] = {"qemu": QemuHypervisor}
 _ACCELERATORS = tuple(accelerator.value for accelerator in Accelerator)
 _STORAGES: Mapping[str, Callable[[], Storage]] = {"qcow2": Qcow2Storage}
-_NETWORKS: Mapping[str, Callable[[], Network]] = {"user": PasstNetwork}
+_NETWORKS = (NetworkMode.BRIDGE, NetworkMode.USER)
 
 
 def available() -> dict[str, tuple[str, ...]]:
@@ -54,14 +59,23 @@ def available() -> dict[str, tuple[str, ...]]:
         "hypervisor": tuple(_HYPERVISORS),
         "accelerator": _ACCELERATORS,
         "storage": tuple(_STORAGES),
-        "network": tuple(_NETWORKS),
+        "network": tuple(mode.value for mode in _NETWORKS),
     }
 
 
 def select(
-    *, hypervisor: str, accelerator: str, storage: str, network: str, probe_cache: Path
+    *,
+    hypervisor: str,
+    accelerator: str,
+    storage: str,
+    network: str,
+    probe_cache: Path,
+    host: HostOps,
+    bridge: Bridge,
+    tap_pool_size: int,
+    names: VmNames,
 ) -> Selection:
-    """The drivers for these settings; touches nothing on the host.
+    """The drivers for these settings; touches nothing on the host. `host` does what needs root.
 
     (Which accelerator ``auto`` means is found out when a machine starts: see
     `QemuHypervisor.choose_accelerator`, which reports it in `checks`.) Raises BadRequest for a
@@ -69,9 +83,9 @@ def select(
     """
     make_hypervisor, why_hypervisor = _pick("hypervisor", hypervisor, _HYPERVISORS)
     make_storage, why_storage = _pick("storage", storage, _STORAGES)
-    make_network, why_network = _pick("network", network, _NETWORKS)
     if accelerator not in (AUTO, *_ACCELERATORS):
         raise _unknown("accelerator", accelerator, _ACCELERATORS)
+    why_network = _network_choice(network, host)
     chosen, disks = make_hypervisor(accelerator, probe_cache), make_storage()
     if disks.format not in chosen.features.disk_formats:
         raise BadRequest(
@@ -81,9 +95,34 @@ def select(
     return Selection(
         hypervisor=chosen,
         storage=disks,
-        network=make_network(),
+        networks=Networks(
+            default=NetworkMode(why_network.name),
+            by_mode={
+                NetworkMode.BRIDGE: BridgeNetwork(host, bridge, names, pool_size=tap_pool_size),
+                NetworkMode.USER: PasstNetwork(),
+            },
+        ),
         choices=(why_hypervisor, why_storage, why_network),
     )
+
+
+def _network_choice(setting: str, host: HostOps) -> Choice:
+    """Bridging is for hosts that were set up for it: root alone would change those it is on."""
+    names = tuple(mode.value for mode in _NETWORKS)
+    if setting in names:
+        return Choice("network", setting, "as configured")
+    if setting != AUTO:
+        raise _unknown("network", setting, names)
+    if host.installed:
+        return Choice("network", NetworkMode.BRIDGE, "auto: banger is installed on this host")
+    return Choice("network", NetworkMode.USER, "auto: it needs nothing of this host")
+
+
+def name_server(
+    address: tuple[str, int] | None, names: VmNames, networks: Sequence[IPv4Network]
+) -> NameServer:
+    """A server, not open yet, that answers with these names and the way back in these networks."""
+    return DnsServer(address, names, networks)
 
 
 def _pick(setting: str, value: str, drivers: Mapping[str, D]) -> tuple[D, Choice]:

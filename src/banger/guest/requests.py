@@ -300,3 +300,16 @@ class Ping:
 
     def encode(self) -> bytes:
         return _payload(self.KIND)
+
+
+@dataclass(frozen=True)
+class Listeners:
+    """A line of JSON as of `Sockets`, but without whose they are, now and whenever it changes.
+
+    A byte of stdin has the guest look at once, EOF ends it. Unknown to agents of older daemons.
+    """
+
+    KIND: ClassVar[int] = 13
+
+    def encode(self) -> bytes:
+        return _payload(self.KIND)

@@ -8,7 +8,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from banger.base.errors import BadRequest, Unavailable
+from banger.base.errors import BadRequest, PermissionDenied, Unavailable
 from banger.base.install import HELPER_SOCKET
 from banger.base.opid import current_op_id, new_op_id
 from banger.hostops import wire
@@ -43,9 +43,16 @@ class HelperHost:
             return ""
         return 'install one: sudo banger system install; or do without: network = "user"'
 
+    @property
+    def installed(self) -> bool:
+        """See `HostOps`."""
+        return not self.problem
+
     async def perform(self, operation: Operation) -> Done:
         """See `HostOps.perform`. A cancelled caller does not wait: what comes of it is closed."""
         operation.check()
+        if problem := self.problem:
+            raise PermissionDenied(f"{type(operation).__name__}: {problem}", hint=self.hint)
         async with self._calls:
             try:
                 async with asyncio.timeout(_TIMEOUT_S):

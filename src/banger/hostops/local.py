@@ -40,6 +40,7 @@ class LocalHost:
 
     problem = ""
     hint = ""
+    installed = False
 
     def __init__(self, owner_uid: int | None = None) -> None:
         """For this user, whose files and devices alone are touched: our own, if none is named."""

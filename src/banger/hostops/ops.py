@@ -17,10 +17,9 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
+from banger.base.bridge import check_bridge_name, check_bridge_network
 from banger.base.errors import BadRequest
 
-#: A bridge, and with it the nftables tables of its name. Its taps are ``BRIDGE-`` and 6 hex digits.
-_BRIDGE = re.compile(r"banger[0-9]{1,2}")
 _TAP = re.compile(r"(banger[0-9]{1,2})-[0-9a-f]{6}")
 #: Of those that nobody else gives out: locally administered, unicast (IEEE 802, 8.2).
 _MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
@@ -29,11 +28,6 @@ _MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
 BRIDGE_MAC = "02:62:67:00:00:01"
 _LOOP = re.compile(r"loop(0|[1-9][0-9]{0,6})")
 _VM_ID = re.compile(r"[0-9a-f]{12}")
-#: What no host has for itself: RFC 1918, and RFC 6598 for where those are taken.
-_PRIVATE = tuple(
-    IPv4Network(each) for each in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10")
-)
-_PREFIX_LENGTHS = range(16, 30)
 GUESTS_MAX = 4096
 ALLOWED_MAX = 256
 #: Of all guests of a bridge together.
@@ -93,7 +87,7 @@ class Bridge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         network = interface.network
         if self.address != str(interface) or interface.ip != network[1]:
             raise BadRequest(f"{self.address!r} is not the first address of a network")
-        check_guest_network(network)
+        check_bridge_network(network)
 
 
 class Guest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -277,7 +271,7 @@ AnyOperation: TypeAlias = (
 
 
 class HostOps(Protocol):
-    """Who performs them: this process (`local`), the helper (`client`), or nobody (`absent`)."""
+    """Who performs them: this process (`local`), the helper (`client`), or nobody."""
 
     @property
     def problem(self) -> str:
@@ -287,6 +281,11 @@ class HostOps(Protocol):
     @property
     def hint(self) -> str:
         """What to do about that."""
+        ...
+
+    @property
+    def installed(self) -> bool:
+        """Whether somebody has set this host up for banger: its network is the one to use then."""
         ...
 
     async def perform(self, operation: Operation) -> Done:
@@ -299,26 +298,10 @@ class HostOps(Protocol):
         ...
 
 
-def check_bridge_name(name: str) -> str:
-    if _BRIDGE.fullmatch(name) is None:
-        raise BadRequest(
-            f"{name!r} is not a bridge of banger's", hint="its name is banger0 to banger99"
-        )
-    return name
-
-
-def check_guest_network(network: IPv4Network) -> None:
-    """Raise BadRequest for a network that a bridge cannot have."""
-    if network.prefixlen not in _PREFIX_LENGTHS:
-        raise BadRequest(
-            f"{network} has not the size of a bridge's network",
-            hint=f"use a prefix length from {_PREFIX_LENGTHS[0]} to {_PREFIX_LENGTHS[-1]}",
-        )
-    if not any(network.subnet_of(each) for each in _PRIVATE):
-        raise BadRequest(
-            f"{network} is not private: its addresses belong to others",
-            hint=f"use one within {', '.join(map(str, _PRIVATE))}",
-        )
+def bridge_of(name: str, network: str) -> Bridge:
+    """The bridge of a network, whose first address is the host's."""
+    whole = IPv4Network(network)
+    return Bridge(name=name, address=f"{whole[1]}/{whole.prefixlen}")
 
 
 def disjoint(networks: Sequence[IPv4Network]) -> bool:

@@ -10,6 +10,7 @@ import fcntl
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,6 +45,11 @@ T = TypeVar("T")
 START_TIMEOUT_S = 120
 _READ_BYTES = 256 << 10
 
+#: How long a daemon that systemd starts again (an upgrade, a crash) is waited for.
+_SYSTEMS_TIMEOUT_S = 10.0
+_SYSTEMS_INTERVAL_S = 0.05
+_SYSTEMS_HINT = "it is a unit of the system: sudo systemctl start bangerd"
+
 OnEvent = Callable[[msgspec.Raw], None]
 
 
@@ -64,8 +70,9 @@ class Client:
         connection = _connect(paths)
         if connection is None:
             if not start:
-                raise Unavailable("bangerd is not running", hint="any other command starts it")
-            connection = _start(paths)
+                hint = _SYSTEMS_HINT if paths.of_system else "any other command starts it"
+                raise Unavailable("bangerd is not running", hint=hint)
+            connection = _await_systems(paths) if paths.of_system else _start(paths)
         return cls(connection)
 
     def __enter__(self) -> Self:
@@ -224,6 +231,29 @@ def _start(paths: Paths) -> socket.socket:
     if connection is None:
         raise Unavailable("bangerd started but does not answer", hint="see: banger daemon logs")
     return connection
+
+
+def _await_systems(paths: Paths) -> socket.socket:
+    """A connection to the daemon that systemd runs, and only root has started. One that it starts
+    again is there in a moment: a command need not fail because of an upgrade."""
+    deadline = time.monotonic() + _SYSTEMS_TIMEOUT_S
+    while _is_on_its_way():
+        connection = _connect(paths)
+        if connection is not None:
+            return connection
+        if time.monotonic() > deadline:
+            break
+        time.sleep(_SYSTEMS_INTERVAL_S)  # a socket tells nobody that it has come to be
+    raise Unavailable("bangerd is not running", hint=_SYSTEMS_HINT)
+
+
+def _is_on_its_way() -> bool:
+    """Whether systemd runs the daemon, or is about to."""
+    from banger.base.proc import popen  # as in `start_daemon`
+
+    with popen(["systemctl", "is-active", "bangerd.service"]) as process:
+        said, _ = process.communicate()
+    return said.strip() in (b"active", b"activating", b"reloading", b"deactivating")
 
 
 @contextmanager

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 from banger.base import proc
 from banger.base.errors import BangerError
 from banger.base.paths import Paths
-from banger.drivers.base import Check, Level
+from banger.drivers.base import Check, Level, NameServer
 from banger.git.command import version
 from banger.images.preflight import requirements
 from banger.services.preflight import check_free_disk
@@ -18,10 +19,13 @@ _OPTIONAL = ("skopeo", "ssh")
 
 
 class Doctor:
-    def __init__(self, paths: Paths, drivers: Drivers, choices: list[Check]) -> None:
+    def __init__(
+        self, paths: Paths, drivers: Drivers, choices: list[Check], names: NameServer
+    ) -> None:
         self._paths = paths
         self._drivers = drivers
         self._choices = choices
+        self._names = names
 
     async def run(self) -> list[Check]:
         """All checks, in the order they are shown: the choices first, then what they need."""
@@ -32,7 +36,8 @@ class Doctor:
             *self._choices,
             *await drivers.hypervisor.checks(),
             *await drivers.storage.checks(),
-            *await drivers.network.checks(),
+            *await self._network_checks(),
+            _names_check(self._names),
             *await self._image_checks(),
             await _git_check(),
             *(_optional(tool) for tool in _OPTIONAL),
@@ -40,11 +45,34 @@ class Doctor:
             check_free_disk(self._paths.images_dir, needed_bytes=2 << 30),
         ]
 
+    async def _network_checks(self) -> list[Check]:
+        """Of a network that VMs have when asked, what is missing is no failure."""
+        networks, found = self._drivers.networks, []
+        for mode, network in networks.by_mode.items():
+            for check in await network.checks():
+                optional = mode is not networks.default and check.level is Level.FAIL
+                found.append(replace(check, level=Level.WARN) if optional else check)
+        return found
+
     async def _image_checks(self) -> list[Check]:
         return [
             Check(each.name, Level.FAIL if each.problem else Level.OK, each.problem, each.hint)
             for each in await requirements()
         ]
+
+
+def _names_check(names: NameServer) -> Check:
+    """Machines do without: only `NAME.vm` is not found then."""
+    if not names.where:
+        return Check("names", Level.OK, "no name server (dns_address is off)")
+    if not names.problem:
+        return Check("names", Level.OK, f"NAME.vm is answered at {names.where}")
+    return Check(
+        "names",
+        Level.WARN,
+        f"NAME.vm is not answered: {names.where}: {names.problem}",
+        "end what has that port, or set dns_address to another one; then: banger daemon restart",
+    )
 
 
 def _optional(tool: str) -> Check:

@@ -48,30 +48,37 @@ class Breaks:
     """
 
     def __init__(self) -> None:
-        self._epoll = select.epoll()
+        #: There while something is watched: a port without connections costs one descriptor.
+        self._epoll: select.epoll | None = None
         self._watched: dict[int, Callable[[], object]] = {}
-        asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look)
 
     def watch(self, client: socket.socket, broken: Callable[[], object]) -> None:
         """Call `broken` when the kernel holds an error for `client`."""
+        if self._epoll is None:
+            self._epoll = select.epoll()
+            asyncio.get_running_loop().add_reader(self._epoll.fileno(), self._look, self._epoll)
         self._watched[client.fileno()] = broken
         # Errors are told unasked, and so are hang-ups: those once only, they may be in good order.
         self._epoll.register(client, select.EPOLLET)
 
     def forget(self, client: socket.socket) -> None:
         """It is about to be closed."""
+        assert self._epoll is not None  # it was watched
         del self._watched[client.fileno()]
         self._epoll.unregister(client)
+        if not self._watched:
+            self.close()
 
-    def _look(self) -> None:
-        for descriptor, event in self._epoll.poll(0):
-            if event & select.EPOLLERR:
-                self._watched[descriptor]()
+    def _look(self, epoll: select.epoll) -> None:
+        for descriptor, event in [] if epoll.closed else epoll.poll(0):
+            if event & select.EPOLLERR and (broken := self._watched.get(descriptor)):
+                broken()
 
     def close(self) -> None:
-        if not self._epoll.closed:
+        if self._epoll is not None:
             asyncio.get_running_loop().remove_reader(self._epoll.fileno())
             self._epoll.close()
+            self._epoll = None
 
 
 class Forward:
@@ -93,34 +100,49 @@ class Forward:
         self._connect = connect
         self._admission = admission
         self._breaks = Breaks()
+        self._accepting: asyncio.Task[None] | None = None
+        self._retired = False
         self._task = asyncio.create_task(self._run())
+
+    async def retire(self, ended: Callable[[], object]) -> None:
+        """Listen no more, and let the connections go on to their own ends: then call `ended`.
+
+        A server may well close its listener while it still serves whom it has accepted.
+        """
+        self._retired = True
+        self._task.add_done_callback(lambda _: ended())
+        try:
+            if self._accepting is not None:
+                await _end(self._accepting)
+        finally:
+            self._listener.close()
 
     async def close(self) -> None:
         """Listen no more, and reset the connections. Idempotent; done even when cancelled."""
-        self._task.cancel()
         try:
-            await asyncio.wait({self._task})
-        except asyncio.CancelledError:
-            await asyncio.wait({self._task})  # some steps of the loop, and nothing is left open
-            raise
+            await _end(self._task)
         finally:
             self._listener.close()
             self._breaks.close()
 
     async def _run(self) -> None:
         async with asyncio.TaskGroup() as connections:
-            while True:
-                client = await self._accept()
-                try:
-                    # One at a time: the others wait in the kernel's queue.
-                    await self._admission.enter()
-                except BaseException:
-                    client.close()
-                    raise
-                task = connections.create_task(self._serve(client))
-                # A task that is cancelled before its first step never gets to a `finally`.
-                task.add_done_callback(partial(self._ended, client))
-                self._breaks.watch(client, task.cancel)
+            if not self._retired:
+                self._accepting = connections.create_task(self._accept_all(connections))
+
+    async def _accept_all(self, connections: asyncio.TaskGroup) -> None:
+        while True:
+            client = await self._accept()
+            try:
+                # One at a time: the others wait in the kernel's queue.
+                await self._admission.enter()
+            except BaseException:
+                client.close()
+                raise
+            task = connections.create_task(self._serve(client))
+            # A task that is cancelled before its first step never gets to a `finally`.
+            task.add_done_callback(partial(self._ended, client))
+            self._breaks.watch(client, task.cancel)
 
     async def _accept(self) -> socket.socket:
         while True:
@@ -158,6 +180,16 @@ class Forward:
         except* Exception:
             # The connection's supervisor: a bug costs one connection.
             log.exception("published connection failed")
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancel a task and wait for its end, even when cancelled."""
+    task.cancel()
+    try:
+        await asyncio.wait({task})
+    except asyncio.CancelledError:
+        await asyncio.wait({task})  # some steps of the loop, and nothing is left open
+        raise
 
 
 async def _join(client: socket.socket, stream: AgentStream) -> None:

@@ -13,7 +13,7 @@ from banger.base import procfs
 from banger.base.errors import BangerError, Internal
 from banger.base.log import get_logger
 from banger.base.model import Handles, ProcessId, Vm, VmState
-from banger.drivers.base import Hypervisor, Network
+from banger.drivers.base import Hypervisor, Networks
 from banger.services.handles import HandleCache
 
 _QUIT_TIMEOUT_S = 3.0
@@ -25,9 +25,9 @@ _WITH_A_MACHINE = frozenset({VmState.CREATING, VmState.STARTING, VmState.RUNNING
 class Liveness:
     """Joins what is recorded of a VM's processes with what the kernel says of them."""
 
-    def __init__(self, hypervisor: Hypervisor, network: Network, handles: HandleCache) -> None:
+    def __init__(self, hypervisor: Hypervisor, networks: Networks, handles: HandleCache) -> None:
         self._hypervisor = hypervisor
-        self._network = network
+        self._networks = networks
         self._handles = handles
         self._boot_id = procfs.boot_id()
         self._watches: dict[str, int] = {}
@@ -55,8 +55,12 @@ class Liveness:
         """The recorded pid of the VM's machine, 0 when there is none."""
         return self._handles.get(vm.id).pid
 
-    def record(self, vm: Vm, *, pid: int, network_pids: Iterable[int]) -> Handles:
-        """Remember the processes of a VM that is being launched (pid 0: no machine yet)."""
+    def handles(self, vm: Vm) -> Handles:
+        """What is known of what runs of the VM."""
+        return self._handles.get(vm.id)
+
+    def record(self, vm: Vm, *, pid: int, network_pids: Iterable[int], tap: str = "") -> Handles:
+        """Remember what there is of a VM that is being launched (pid 0: no machine yet)."""
         handles = Handles(
             pid=pid,
             pid_start_ticks=procfs.start_ticks(pid) if pid else 0,
@@ -64,6 +68,7 @@ class Liveness:
             network=tuple(
                 ProcessId(pid=each, start_ticks=procfs.start_ticks(each)) for each in network_pids
             ),
+            tap=tap,
         )
         self._handles.set(vm.id, handles)
         return handles
@@ -142,10 +147,13 @@ class Liveness:
 
     async def end_network(self, vm: Vm) -> None:
         """End the processes that served the network of a machine that has ended. Idempotent."""
+        networks = self._networks.by_mode.values()
         for process in self._handles.get(vm.id).network:
             # They end by themselves when the machine does; only one that hangs is killed.
             # (passt 2023-03 can spin for ever over a connection whose peer has closed.)
-            pidfd = procfs.open_pidfd(process.pid, lambda argv: self._network.owns(argv, vm.id))
+            pidfd = procfs.open_pidfd(
+                process.pid, lambda argv: any(each.owns(argv, vm.id) for each in networks)
+            )
             if pidfd >= 0:
                 try:
                     await procfs.wait_exit(pidfd, 1.0) or await procfs.kill(pidfd)

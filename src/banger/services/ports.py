@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from ipaddress import ip_address
-from typing import Annotated, Literal
 
 import msgspec
-from msgspec import Meta
 
-from banger.base.errors import Ambiguous, BadRequest, BangerError, Conflict, NotFound
+from banger.base.errors import Ambiguous, BangerError, Conflict, NotFound
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import PublishedPort, Vm, VmState
 from banger.base.ports import (
+    AUTOMATIC_MIN,
     GuestPort,
     GuestSocket,
     HostPort,
@@ -25,6 +23,8 @@ from banger.base.ports import (
 from banger.guest.channel import call
 from banger.guest.requests import Sockets
 from banger.services.agents import Agents
+from banger.services.automatic_ports import AutomaticPorts
+from banger.services.guest_sockets import SOCKETS_LIMIT_BYTES, decode_sockets
 from banger.services.lifecycle import Lifecycle
 from banger.services.listeners import numbered
 from banger.services.operations import Stages
@@ -32,46 +32,8 @@ from banger.services.publishing import Publishing
 from banger.services.vm import VmService
 
 _SOCKETS_TIMEOUT_S = 20.0
-#: A guest that does everything has some dozens, of a hundred bytes each.
-_ANSWER_LIMIT_BYTES = 256 << 10
-_SOCKETS_MAX = 1024
 #: Guests asked at a time, when all are.
 _ASKED_AT_ONCE = 16
-
-
-class _Listening(msgspec.Struct, frozen=True):
-    """One socket of a guest's answer, which may be anything."""
-
-    protocol: Literal["tcp"]
-    address: Annotated[str, Meta(max_length=64)]
-    port: Annotated[int, Meta(ge=1, le=65535)]
-    pid: Annotated[int, Meta(ge=0, lt=1 << 31)]
-    command: Annotated[str, Meta(max_length=64)]
-
-    def socket(self) -> GuestSocket:
-        """Raises ValueError for an address that is none."""
-        if "%" in self.address:  # a scope may be any text, and listening sockets show none
-            raise ValueError(f"{self.address!r} is not a plain address")
-        ip_address(self.address)
-        return GuestSocket(
-            address=self.address,
-            port=self.port,
-            pid=self.pid,
-            command="".join(each if each.isprintable() else "?" for each in self.command),
-        )
-
-
-_decode = msgspec.json.Decoder(
-    Annotated[tuple[_Listening, ...], Meta(max_length=_SOCKETS_MAX)]
-).decode
-
-
-def decode_sockets(answer: bytes) -> tuple[GuestSocket, ...]:
-    """A guest's answer to SOCKETS. Raises BadRequest when it has not that shape."""
-    try:
-        return tuple(each.socket() for each in _decode(answer))
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
-        raise BadRequest(f"the guest agent answered a SOCKETS with nonsense: {error}") from None
 
 
 def with_port(vm: Vm, port: PublishedPort) -> Vm:
@@ -117,12 +79,18 @@ def _publishing(vm: Vm, ports: tuple[PublishedPort, ...]) -> Vm:
 
 class PortService:
     def __init__(
-        self, vms: VmService, lifecycle: Lifecycle, agents: Agents, publishing: Publishing
+        self,
+        vms: VmService,
+        lifecycle: Lifecycle,
+        agents: Agents,
+        publishing: Publishing,
+        automatic: AutomaticPorts,
     ) -> None:
         self._vms = vms
         self._lifecycle = lifecycle
         self._agents = agents
         self._publishing = publishing
+        self._automatic = automatic
 
     async def publish(self, reference: str, port: PublishedPort, stages: Stages) -> Vm:
         """Publish a port: at once when the VM runs, else when it starts. Idempotent.
@@ -179,7 +147,7 @@ class PortService:
             await self._agents.channel(vm),
             Sockets(),
             timeout_s=_SOCKETS_TIMEOUT_S,
-            limit_bytes=_ANSWER_LIMIT_BYTES,
+            limit_bytes=SOCKETS_LIMIT_BYTES,
         )
         return decode_sockets(answer.stdout)
 
@@ -203,8 +171,19 @@ class PortService:
                 HostPort(host=each.host, host_port=each.host_port, problem=self._problem(vm, each))
                 for each in published
             ),
+            automatic=self._automatic_port(vm, number, listening),
             problem=problem,
         )
+
+    def _automatic_port(
+        self, vm: Vm, number: int, listening: Sequence[GuestSocket]
+    ) -> HostPort | None:
+        if number < AUTOMATIC_MIN or not any(each.reachable for each in listening):
+            return None
+        if not self._automatic.serves(vm):
+            return None
+        problem = self._automatic.problem(vm, number)
+        return HostPort(host=vm.runtime.address, host_port=number, problem=problem)
 
     def _problem(self, vm: Vm, port: PublishedPort) -> str:
         if not _runs(vm):

@@ -23,9 +23,9 @@ from banger.base.errors import (
 )
 from banger.base.files import sync_file
 from banger.base.log import OperationLog, get_logger, vm_attributes
-from banger.base.model import NetworkMode, Snapshot, Vm, VmState, check_vm_name, now
+from banger.base.model import Snapshot, Vm, VmState, check_vm_name, now
 from banger.base.paths import Paths
-from banger.drivers.base import Capture, Hypervisor, MachineStatus, Storage
+from banger.drivers.base import Capture, Hypervisor, MachineStatus, Networks, Storage
 from banger.services import artifacts
 from banger.services.artifacts import (
     Staging,
@@ -59,6 +59,7 @@ class SnapshotService:
         store: Store,
         hypervisor: Hypervisor,
         storage: Storage,
+        networks: Networks,
         capabilities: Capabilities,
         images: ImageService,
         kernels: KernelService,
@@ -70,6 +71,7 @@ class SnapshotService:
         self._store = store
         self._hypervisor = hypervisor
         self._storage = storage
+        self._networks = networks
         self._capabilities = capabilities
         self._images = images
         self._kernels = kernels
@@ -219,8 +221,7 @@ class SnapshotService:
         self._capabilities.contribute_machine(start)
         initramfs = await self._kernels.initramfs(kernel)
         machine = machine_of(start, self._paths.vm(vm.id), initramfs)
-        network = vm.spec.network is not NetworkMode.NONE
-        return await self._hypervisor.shape(machine, network=network)
+        return await self._hypervisor.shape(machine, self._networks.link(vm.spec.network))
 
     # Making VMs from one.
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 from banger.base import procfs
 from banger.base.errors import BangerError, Internal, Unavailable
 from banger.base.files import reserve_if_reading_takes_room, sync_file
-from banger.base.model import NetworkMode, Vm
+from banger.base.model import Vm
 from banger.base.paths import VmPaths, prepare_private_dir
-from banger.drivers.base import Hypervisor, Machine, MemoryFile, Network, NetworkAttachment
+from banger.drivers.base import Hypervisor, Machine, MemoryFile, NetworkAttachment, Networks
 from banger.guest.channel import AgentChannel, call
 from banger.guest.requests import Exec, Ping
 from banger.services.capabilities import Capabilities, Start
@@ -43,7 +43,7 @@ async def make_machine(
     initramfs: Path,
     capabilities: Capabilities,
     hypervisor: Hypervisor,
-    network: Network,
+    networks: Networks,
     progress: Progress,
 ) -> None:
     """Fill the directory of `paths`: disks, memory and the state of a machine at rest.
@@ -59,7 +59,7 @@ async def make_machine(
     progress.stage("launch")
     machine = machine_of(start, paths, initramfs, MemoryFile(paths.memory, private=False))
     try:
-        with _interface(vm, network) as attachment:
+        async with _interface(vm, networks) as attachment:
             pid = await hypervisor.launch(machine, attachment)
             pidfd = procfs.open_pidfd(
                 pid, lambda argv: hypervisor.control_socket(argv) == machine.control_socket
@@ -75,11 +75,14 @@ async def make_machine(
     await asyncio.to_thread(_finish, paths)
 
 
-@contextmanager
-def _interface(vm: Vm, network: Network) -> Iterator[NetworkAttachment | None]:
-    with ExitStack() as stack:
-        wanted = vm.spec.network is not NetworkMode.NONE
-        yield stack.enter_context(network.unplugged()) if wanted else None
+@asynccontextmanager
+async def _interface(vm: Vm, networks: Networks) -> AsyncIterator[NetworkAttachment | None]:
+    network = networks.of(vm.spec.network)
+    if network is None:
+        yield None
+    else:
+        async with network.unplugged() as attachment:
+            yield attachment
 
 
 async def _boot_and_save(

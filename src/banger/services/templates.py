@@ -36,14 +36,13 @@ from banger.base.errors import (
 from banger.base.log import OperationLog, get_logger
 from banger.base.model import (
     InitMode,
-    NetworkMode,
     Operation,
     Template,
     VmSpec,
     now,
 )
 from banger.base.paths import Paths, VmPaths, check_socket_path
-from banger.drivers.base import Hypervisor, Network
+from banger.drivers.base import Hypervisor, Networks
 from banger.services import artifacts
 from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.services.capabilities import Capabilities, Saved, Start
@@ -79,7 +78,7 @@ class TemplateService:
         config: Config,
         store: Store,
         hypervisor: Hypervisor,
-        network: Network,
+        networks: Networks,
         capabilities: Capabilities,
         kernels: KernelService,
         operations: Operations,
@@ -88,7 +87,7 @@ class TemplateService:
         self._config = config
         self._store = store
         self._hypervisor = hypervisor
-        self._network = network
+        self._networks = networks
         self._capabilities = capabilities
         self._kernels = kernels
         self._flights = SingleFlight(operations, "template.make")
@@ -250,7 +249,7 @@ class TemplateService:
         self._capabilities.contribute_machine(made)
         shape = await self._hypervisor.shape(
             machine_of(made, _NOWHERE, initramfs),
-            network=made.vm.spec.network is not NetworkMode.NONE,
+            self._networks.link(made.vm.spec.network),
         )
         spec = made.vm.spec
         parts = (
@@ -309,7 +308,7 @@ class TemplateService:
                 plan.initramfs,
                 self._capabilities,
                 self._hypervisor,
-                self._network,
+                self._networks,
                 progress,
             )
             template = Template(

@@ -24,6 +24,7 @@ from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.guest.channel import AgentStream, Exit, call
 from banger.guest.requests import FileStat, Request, Stat
+from banger.services.addresses import Addresses
 from banger.services.agents import Agents
 from banger.services.capabilities import Capabilities
 from banger.services.handles import HandleCache
@@ -47,6 +48,7 @@ class VmService:
         liveness: Liveness,
         agents: Agents,
         capabilities: Capabilities,
+        addresses: Addresses,
     ) -> None:
         self._paths = paths
         self._store = store
@@ -54,6 +56,7 @@ class VmService:
         self._liveness = liveness
         self._agents = agents
         self._capabilities = capabilities
+        self._addresses = addresses
         self.locks = Locks(Rank.VM)
         #: Why machines end that somebody is ending without their lock, by the VM's id.
         self.end_reasons: dict[str, str] = {}
@@ -305,6 +308,7 @@ class VmService:
         """End a machine that was made for no VM yet, and remove its files, `marker` last: by that
         the next daemon knows what is left of them."""
         await self._release(vm)
+        self._addresses.forget(vm.id)
         await to_its_end(asyncio.to_thread(_remove_but, self._paths.vm(vm.id).directory, marker))
 
     async def start_over(self, vm: Vm) -> None:
@@ -320,10 +324,34 @@ class VmService:
         """Replace the record; with `state` the VM enters it. The record as it is then."""
         if state is not None:
             vm = _entered(vm, state, last_error)
-        vm = msgspec.structs.replace(vm, updated_at=now())
+        vm = msgspec.structs.replace(self._addresses.claimed(vm), updated_at=now())
         await self._store.update_vm(vm)
+        self._addresses.note(vm)
         self._ring()
         return vm
+
+    async def insert(self, vm: Vm) -> Vm:
+        """Record a new VM, which nobody else knows of; the record as it is then, with its address.
+
+        Raises Conflict when its name is taken. Cancelled or failed, there is no record.
+        """
+        vm = self._addresses.claimed(vm)
+        try:
+            await self._store.insert_vm(vm)
+        except asyncio.CancelledError:
+            # The transaction is done all the same.
+            await to_its_end(self._store.delete_vm(vm.id))
+            self._addresses.forget(vm.id)
+            raise
+        except BaseException:
+            self._addresses.forget(vm.id)
+            raise
+        self._addresses.note(vm)
+        return vm
+
+    async def addressed(self, vm: Vm) -> Vm:
+        """The VM with a name and an address on its record: older ones have none."""
+        return vm if self._addresses.claimed(vm) == vm else await self.save(vm)
 
     async def remove(self, vm: Vm, stages: Stages) -> None:
         """End the VM's processes and remove its files, then its row.
@@ -339,6 +367,7 @@ class VmService:
         if directory.exists():
             raise Conflict(f"cannot remove {directory}", hint="look at who owns the files in it")
         await self._store.delete_vm(vm.id)
+        self._addresses.forget(vm.id)
         self._ring()
 
     async def _release(self, vm: Vm, *, again: bool = False) -> None:

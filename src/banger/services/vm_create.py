@@ -6,7 +6,6 @@ with its console log, for inspection.
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 from contextlib import AsyncExitStack
 
@@ -16,7 +15,17 @@ from banger.base.cancellation import to_its_end
 from banger.base.config import Config
 from banger.base.errors import BangerError, Conflict, Internal, PreconditionFailed
 from banger.base.log import OperationLog, vm_attributes
-from banger.base.model import Image, InitMode, Kernel, Snapshot, Vm, VmSpec, VmState, now
+from banger.base.model import (
+    Image,
+    InitMode,
+    Kernel,
+    NetworkMode,
+    Snapshot,
+    Vm,
+    VmSpec,
+    VmState,
+    now,
+)
 from banger.base.paths import Paths, check_socket_path
 from banger.services.capabilities import Start
 from banger.services.image import ImageService
@@ -45,6 +54,7 @@ class VmCreator:
         vms: VmService,
         starter: VmStarter,
         snapshots: SnapshotService,
+        default_network: NetworkMode,
     ) -> None:
         self._paths = paths
         self._config = config
@@ -54,10 +64,11 @@ class VmCreator:
         self._vms = vms
         self._starter = starter
         self._snapshots = snapshots
+        self._default_network = default_network
 
     def check(self, request: CreateRequest) -> None:
         """Raise BadRequest for what can be seen to be wrong without looking further."""
-        request.check(self._config)
+        request.check(self._config, self._default_network)
 
     async def work(self, request: CreateRequest, progress: Progress) -> None:
         """`create` as the work of an operation, which has the VM as its result."""
@@ -76,7 +87,7 @@ class VmCreator:
                 return await self.copy(
                     request, snapshot, progress, copied_from=f"snapshot {snapshot.name}"
                 )
-        spec = request.check(self._config)
+        spec = request.check(self._config, self._default_network)
         image = await self._images.ensure(
             request.image or self._config.default_image_name, progress
         )
@@ -86,7 +97,7 @@ class VmCreator:
         self, request: CreateRequest, snapshot: Snapshot, progress: Progress, *, copied_from: str
     ) -> Vm:
         """`create` of a VM that begins as a snapshot, which the caller keeps from going."""
-        request.check(self._config)
+        request.check(self._config, self._default_network)
         spec = request.check_copy(snapshot)
         image = await self._store.get_image(snapshot.image_id)
         if image is None:
@@ -208,11 +219,4 @@ class VmCreator:
                 continue
 
     async def _insert_as(self, name: str, vm: Vm) -> Vm:
-        vm = msgspec.structs.replace(vm, name=name)
-        try:
-            await self._store.insert_vm(vm)
-        except asyncio.CancelledError:
-            # The transaction is done all the same; nobody else knows this id.
-            await to_its_end(self._store.delete_vm(vm.id))
-            raise
-        return vm
+        return await self._vms.insert(msgspec.structs.replace(vm, name=name))

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import msgspec
 
 from banger.base.config import VCPU_MAX, Config
 from banger.base.errors import BadRequest
 from banger.base.model import (
+    Egress,
     InitMode,
     NetworkMode,
     PublishedPort,
+    Reach,
     Snapshot,
     Vm,
     VmSpec,
     check_vm_name,
 )
 from banger.base.ports import check_ports
+from banger.base.reach import check_reach
 from banger.base.units import SIZE_MAX_MIB
 from banger.services.vm_start import BOOT_TIMEOUT_S, check_boot_timeout
+
+T = TypeVar("T")
 
 _MEMORY_MIN_MIB = 128
 
@@ -27,6 +34,25 @@ _FIELD_NAMES = {
     "init": "init",
     "network": "network",
 }
+
+
+class ReachRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client may say of what a VM reaches; None leaves it as it is."""
+
+    egress: Egress | None = None
+    #: Said alone, it means that egress is what is on it.
+    allow: tuple[str, ...] | None = None
+    isolated: bool | None = None
+
+    def applied(self, reach: Reach) -> Reach:
+        """`reach` with this change. Raises BadRequest."""
+        egress, allow = self.egress, self.allow
+        if egress is None:
+            egress = reach.egress if allow is None else Egress.ALLOWLIST
+        if allow is None:
+            allow = reach.allow if egress is Egress.ALLOWLIST else ()
+        isolated = _given(self.isolated, reach.isolated)
+        return check_reach(Reach(egress=egress, allow=allow, isolated=isolated))
 
 
 class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -41,6 +67,7 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
     disk_size_mib: int | None = None
     init: InitMode | None = None
     network: NetworkMode | None = None
+    reach: ReachRequest = ReachRequest()
     ephemeral: bool = False
     published_ports: tuple[PublishedPort, ...] = ()
     #: False: make its record and its disks, and leave it stopped.
@@ -49,7 +76,7 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
     cold: bool = False
     boot_timeout_s: float = BOOT_TIMEOUT_S
 
-    def check(self, config: Config) -> VmSpec:
+    def check(self, config: Config, default_network: NetworkMode) -> VmSpec:
         """The spec of the VM. BadRequest for what can be seen to be wrong without looking further.
 
         Its init may be AUTO: what the image says.
@@ -63,7 +90,8 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
             disk_size_mib=_given(self.disk_size_mib, config.vm_defaults_disk_size),
             system_overlay_size_mib=config.vm_defaults_system_overlay_size,
             init=self.init or config.vm_defaults_init,
-            network=self.network or NetworkMode.USER,
+            network=self.network or default_network,
+            reach=self.reach.applied(Reach(egress=config.vm_defaults_egress)),
             ephemeral=self.ephemeral,
             published_ports=self.published_ports,
         )
@@ -106,6 +134,7 @@ class CreateRequest(msgspec.Struct, frozen=True, kw_only=True):
             old,
             **wanted,
             disk_size_mib=disk_size_mib,
+            reach=self.reach.applied(old.reach),
             ephemeral=self.ephemeral,
             published_ports=self.published_ports,
         )
@@ -122,10 +151,12 @@ class ChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
     network: NetworkMode | None = None
     #: Not AUTO: what the image says was settled when the VM was made.
     init: InitMode | None = None
+    reach: ReachRequest = ReachRequest()
 
     @property
     def hot(self) -> bool:
-        """Whether a running VM can take this change: a name is not part of its machine."""
+        """Whether a running VM can take this change: a name is not part of its machine, nor is
+        what it may reach."""
         shape = (self.vcpu_count, self.memory_mib, self.disk_size_mib, self.network, self.init)
         return all(value is None for value in shape)
 
@@ -146,6 +177,7 @@ class ChangeRequest(msgspec.Struct, frozen=True, kw_only=True):
             disk_size_mib=_given(self.disk_size_mib, vm.spec.disk_size_mib),
             network=vm.spec.network if self.network is None else self.network,
             init=vm.spec.init if self.init is None else self.init,
+            reach=self.reach.applied(vm.spec.reach),
         )
         name = vm.name if self.name is None else check_vm_name(self.name)
         return msgspec.structs.replace(vm, name=name, spec=check_spec(spec))
@@ -162,8 +194,13 @@ def check_spec(spec: VmSpec) -> VmSpec:
         )
     if not 1 <= spec.disk_size_mib <= SIZE_MAX_MIB:
         raise BadRequest(f"a work disk of {spec.disk_size_mib} MiB is not possible")
+    if spec.network is NetworkMode.NONE and spec.reach.allow:
+        raise BadRequest(
+            "a machine without a network reaches nothing: there is nothing to allow",
+            hint="leave --network none away, or what is allowed",
+        )
     return msgspec.structs.replace(spec, published_ports=check_ports(spec.published_ports))
 
 
-def _given(value: int | None, default: int) -> int:
+def _given(value: T | None, default: T) -> T:
     return default if value is None else value

@@ -33,7 +33,7 @@ from banger.drivers.base import (
     MachineLost,
     MachineStatus,
     MemoryFile,
-    Network,
+    Networks,
     StateRefused,
     Storage,
 )
@@ -69,7 +69,7 @@ class Drivers:
 
     hypervisor: Hypervisor
     storage: Storage
-    network: Network
+    networks: Networks
 
 
 class GuestLost(BangerError):
@@ -324,7 +324,8 @@ class VmStarter:
             await self._capabilities.prepare_host(start)
             # Before there is a machine: whatever comes between, the clean-up finds them.
             network_pids = start.network.pids if start.network is not None else ()
-            self._liveness.record(vm, pid=0, network_pids=network_pids)
+            tap = start.network.tap if start.network is not None else ""
+            self._liveness.record(vm, pid=0, network_pids=network_pids, tap=tap)
             self._check_wanted(vm)
             stages.stage("launch" if start.saved is None else "restore")
         except BaseException:
@@ -333,7 +334,7 @@ class VmStarter:
         async with AsyncExitStack() as undo:
             pid = await self._machine_of(start, initramfs)
             undo.push_async_callback(self._liveness.end, vm)
-            self._liveness.record(vm, pid=pid, network_pids=network_pids)
+            self._liveness.record(vm, pid=pid, network_pids=network_pids, tap=tap)
             self._check_wanted(vm)
             undo.pop_all()
 

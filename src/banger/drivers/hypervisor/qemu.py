@@ -29,6 +29,7 @@ from banger.drivers.base import (
     DiskFormat,
     HypervisorFeatures,
     Level,
+    Link,
     Machine,
     MachineLost,
     MachineStatus,
@@ -128,6 +129,7 @@ class QemuHypervisor:
     ) -> int:
         network_fd = network.fd if network is not None else -1
         mac = network.guest.mac if network is not None else ""
+        link = network.link if network is not None else None
         ours, theirs = socket.socketpair()
         try:
             with theirs:
@@ -136,7 +138,7 @@ class QemuHypervisor:
                 accelerator, _ = await self.choose_accelerator()
                 log = Log(machine.hypervisor_log)
                 facts = HostFacts(accelerator, tsc_khz())
-                inherited = Inherited(theirs.fileno(), network_fd)
+                inherited = Inherited(theirs.fileno(), network_fd, link)
                 process = proc.spawn_detached(
                     qemu_argv(machine, facts, inherited, mac, incoming=state is not None),
                     log=machine.hypervisor_log,
@@ -243,7 +245,7 @@ class QemuHypervisor:
         async with conversation(control_socket, _COLLAPSE_TIMEOUT_S) as client:
             await stream_down(client, disk, tell)
 
-    async def shape(self, machine: Machine, *, network: bool) -> str:
+    async def shape(self, machine: Machine, link: Link | None) -> str:
         """See `Hypervisor.shape`: a digest of the command line, QEMU itself and the processor."""
         path = proc.which(QEMU)
         if path is None:
@@ -251,7 +253,7 @@ class QemuHypervisor:
         accelerator, _ = await self.choose_accelerator()
         program = os.stat(path)  # noqa: PTH116 - pathlib is no faster here
         parts = (
-            *shape_of(machine, HostFacts(accelerator, tsc_khz()), network=network),
+            *shape_of(machine, HostFacts(accelerator, tsc_khz()), link),
             *(str(program.st_size), str(program.st_mtime_ns)),
             processor(),
         )

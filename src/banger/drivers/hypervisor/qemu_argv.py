@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
-from banger.drivers.base import Disk, Machine
+from banger.drivers.base import Disk, Link, Machine
 
 QEMU = "qemu-system-x86_64"
 
@@ -52,11 +52,12 @@ class Accelerator(StrEnum):
 
 @dataclass(frozen=True)
 class Inherited:
-    """Descriptors that QEMU inherits, by number. -1 for a network there is not."""
+    """Descriptors that QEMU inherits, by number. ``link`` is None where there is no network."""
 
     #: A connected socket for a control monitor of the process that launches it.
     launch_fd: int
     network_fd: int = -1
+    link: Link | None = None
 
 
 @dataclass(frozen=True)
@@ -101,13 +102,13 @@ def qemu_argv(
         *_agent(machine.agent_socket),
         *("-device", "virtio-rng-device"),
         *(word for disk in machine.disks for word in _disk(disk)),
-        *(_network(inherited.network_fd, mac) if inherited.network_fd >= 0 else ()),
+        *_network(inherited, mac),
         # Paused, whatever it was when it was saved: its disks are to be looked after first.
         *(("-S", "-incoming", "defer") if incoming else ()),
     )
 
 
-def shape_of(machine: Machine, host: HostFacts, *, network: bool) -> tuple[str, ...]:
+def shape_of(machine: Machine, host: HostFacts, link: Link | None) -> tuple[str, ...]:
     """The command line of a machine without what differs from one such machine to the next."""
     nowhere = Path("/")
     same = replace(
@@ -122,7 +123,7 @@ def shape_of(machine: Machine, host: HostFacts, *, network: bool) -> tuple[str, 
         agent_socket=nowhere,
         memory_file=None,
     )
-    return qemu_argv(same, host, Inherited(0, 0 if network else -1))
+    return qemu_argv(same, host, Inherited(0, 0, link))
 
 
 def control_socket_in(argv: tuple[str, ...]) -> Path | None:
@@ -212,8 +213,14 @@ def _disk(disk: Disk) -> tuple[str, ...]:
     )
 
 
-def _network(fd: int, mac: str) -> tuple[str, ...]:
-    return (
-        *("-netdev", f"stream,id=network,server=off,addr.type=fd,addr.str={fd}"),
-        *("-device", f"virtio-net-device,netdev=network,mac={mac}"),
-    )
+def _network(inherited: Inherited, mac: str) -> tuple[str, ...]:
+    fd = inherited.network_fd
+    match inherited.link:
+        case None:
+            return ()
+        case Link.STREAM:
+            backend = f"stream,id=network,server=off,addr.type=fd,addr.str={fd}"
+        case Link.TAP:
+            # vhost would do without QEMU in between, and needs a device that only root may open.
+            backend = f"tap,id=network,fd={fd},vhost=off"
+    return "-netdev", backend, "-device", f"virtio-net-device,netdev=network,mac={mac}"

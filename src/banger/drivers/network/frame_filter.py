@@ -39,13 +39,17 @@ It is a program of its own, run by file name: it lives as long as its machine, p
 and ends when either side does, which ends the other. It uses the standard library only, and of
 that little: a machine should not wait for it, nor pay for it (12 ms, 9 MB).
 
-    frame_filter.py VM_ID GUEST_ADDRESS HYPERVISOR_FD PASST_FD
+    frame_filter.py VM_ID GUEST_ADDRESS HYPERVISOR_FD PASST_FD all|none
+
+The last word says whether anything goes on at all, which `SIGNALS` change: with ``none``, only ARP.
+What passt has taken from the network by then still reaches the guest, a window's worth at most.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import socket
 import sys
 import termios
@@ -84,6 +88,9 @@ CONNECTIONS_MAX = 1024
 MARK_BYTES = 1 << 20
 #: How often to look whether a mark has been read: no event tells of an empty send queue.
 _LOOK_S = 0.0001
+
+#: What changes the last word of the command line.
+SIGNALS = {"none": signal.SIGUSR1, "all": signal.SIGUSR2}
 
 _ARP = b"\x08\x06"
 _IPV4 = b"\x08\x00"
@@ -301,7 +308,26 @@ class Outlet:
         return int.from_bytes(answer, sys.byteorder)
 
 
-def from_guest(hypervisor: socket.socket, outlet: Outlet, guest: bytes) -> None:
+class Gate:
+    """Whether more than ARP goes on."""
+
+    def __init__(self, egress: str) -> None:
+        self._open = egress == "all"
+
+    def listen(self) -> None:
+        """Be changed by signals. They interrupt no call of ours (PEP 475)."""
+        for egress, number in SIGNALS.items():
+            signal.signal(number, lambda *_, egress=egress: self.set(egress))
+
+    def set(self, egress: str) -> None:
+        self._open = egress == "all"
+
+    def passes(self, frame: bytes) -> bool:
+        """Of a frame that may pass, with its length before it."""
+        return self._open or frame[_LENGTH_BYTES:][12:14] == _ARP
+
+
+def from_guest(hypervisor: socket.socket, outlet: Outlet, guest: bytes, gate: Gate) -> None:
     """Pass on what may pass until the hypervisor's side ends. Blocks; holds one read at most."""
     pace = Pace()
     pending = b""
@@ -310,7 +336,7 @@ def from_guest(hypervisor: socket.socket, outlet: Outlet, guest: bytes) -> None:
         kept, done = sift(pending, guest)
         pending = pending[done:]
         now = time.monotonic()
-        for frame in kept:
+        for frame in filter(gate.passes, kept):
             if paced := pace.paced(frame, now):
                 outlet.send(paced)
 
@@ -358,6 +384,8 @@ def main(argv: list[str]) -> None:
     guest = socket.inet_aton(argv[2])
     hypervisor = socket.socket(fileno=int(argv[3]))
     passt = socket.socket(fileno=int(argv[4]))
+    gate = Gate(argv[5])
+    gate.listen()
 
     backlog = Backlog()
 
@@ -373,7 +401,7 @@ def main(argv: list[str]) -> None:
     for relayed in ((from_passt, passt, backlog), (to_guest, backlog, hypervisor)):
         threading.Thread(target=relay, args=relayed, daemon=True).start()
     try:
-        from_guest(hypervisor, Outlet(passt, os.open(os.devnull, os.O_RDONLY)), guest)
+        from_guest(hypervisor, Outlet(passt, os.open(os.devnull, os.O_RDONLY)), guest, gate)
     except BadStream as error:
         print(f"network ended: the hypervisor sent a {error}", file=sys.stderr)  # noqa: T201
     except OSError:

@@ -16,20 +16,31 @@ and so no names, once the host has a network: passt binds its UDP sockets to tha
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import itertools
 import os
+import signal
 import socket
 import struct
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from ipaddress import IPv4Network
 from pathlib import Path
 
-from banger.base import proc
-from banger.base.errors import Unavailable
-from banger.drivers.base import Check, GuestNetwork, Level, NetworkAttachment
+from banger.base import proc, procfs
+from banger.base.errors import PreconditionFailed, Unavailable
+from banger.base.model import Egress, Reach
+from banger.drivers.base import (
+    Check,
+    GuestNetwork,
+    Level,
+    Link,
+    NetworkAttachment,
+    Plug,
+    Plugged,
+)
 from banger.drivers.network import frame_filter
+from banger.drivers.network.mac import mac_address
 
 PASST = "passt"
 
@@ -56,6 +67,8 @@ class PasstNetwork:
     """Implements `drivers.base.Network`."""
 
     name = "user"
+    link = Link.STREAM
+    guests: IPv4Network | None = None
 
     async def checks(self) -> list[Check]:
         path = proc.which(PASST)
@@ -64,12 +77,47 @@ class PasstNetwork:
             return [Check("network user", Level.FAIL, error.message, error.hint)]
         return [Check("network user", Level.OK, f"{path}, without the host's loopback")]
 
-    async def attach(self, vm_id: str, log: Path) -> NetworkAttachment:
-        """See `Network.attach`. When the filter ends, so does passt, unless it spins.
+    def refusal(self, reach: Reach) -> Check | None:
+        """Each machine has a network to itself, and a filter that knows all and nothing."""
+        if reach.egress is Egress.ALLOWLIST:
+            what = "user networking cannot hold a machine to what is allowed"
+            hint = "use --network bridge, or --egress none"
+        elif not reach.isolated:
+            what = "machines in user networking cannot reach each other"
+            hint = "use --network bridge, or publish ports of the one for the other"
+        else:
+            return None
+        return Check("network user", Level.FAIL, what, hint)
+
+    async def resume(self, machines: Sequence[Plugged]) -> None:
+        """See `Network.resume`. Their processes have gone on without a daemon."""
+
+    async def apply(self, machine: Plugged) -> None:
+        """See `Network.apply`. Raises PreconditionFailed for what `refusal` refuses."""
+        if (refused := self.refusal(machine.reach)) is not None:
+            raise PreconditionFailed(refused.detail, hint=refused.hint)
+        for pid in machine.pids:
+            pidfd = procfs.open_pidfd(pid, lambda argv: _is_filter_of(argv, machine.vm_id))
+            if pidfd >= 0:
+                try:
+                    signal.pidfd_send_signal(pidfd, frame_filter.SIGNALS[machine.reach.egress])
+                finally:
+                    os.close(pidfd)
+
+    async def detach(self, vm_id: str) -> None:
+        """See `Network.detach`."""
+
+    async def close(self) -> None:
+        """See `Network.close`."""
+
+    async def attach(self, plug: Plug) -> NetworkAttachment:
+        """See `Network.attach`. When the filter ends, so does passt, unless it spins. Both end by
+        themselves when the machine does.
 
         Takes as long as passt needs to start, 10 to 15 ms. Raises PreconditionFailed when passt is
         not installed, Unavailable (with the end of its log) when it does not serve.
         """
+        vm_id, log = plug.vm_id, plug.log
         mac = mac_address(vm_id)
         # Close-on-exec all of them: each process gets the ends it is told of, and no other.
         hypervisor, outer = socket.socketpair()
@@ -85,34 +133,33 @@ class PasstNetwork:
                     proc.watch(server)
                 await _serves(inner, mac, log)
                 fds = [outer.fileno(), inner.fileno()]
-                argv = filter_argv(vm_id, *fds)
+                argv = filter_argv(vm_id, fds[0], fds[1], plug.reach.egress)
                 sifter = proc.spawn_detached(argv, log=log, pass_fds=fds, env=env)
         except BaseException:
             hypervisor.close()
             raise
         proc.watch(sifter)
         pids = (sifter.pid, server.pid)
-        return NetworkAttachment(guest=_guest(mac), fd=hypervisor.detach(), pids=pids)
+        return NetworkAttachment(_guest(mac), self.link, fd=hypervisor.detach(), pids=pids)
 
-    @contextmanager
-    def unplugged(self) -> Iterator[NetworkAttachment]:
+    @asynccontextmanager
+    async def unplugged(self) -> AsyncIterator[NetworkAttachment]:
         """See `Network.unplugged`. Whoever launches closes the descriptor, as that of `attach`."""
         hypervisor, nowhere = socket.socketpair()
         with nowhere:
-            yield NetworkAttachment(guest=_guest(_UNPLUGGED_MAC), fd=hypervisor.detach())
+            yield NetworkAttachment(_guest(_UNPLUGGED_MAC), self.link, fd=hypervisor.detach())
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
-        return filter_argv(vm_id, 0, 0)[:-2] == list(argv[:-2]) or _is_passt_of(argv, vm_id)
-
-
-def mac_address(vm_id: str) -> str:
-    """The VM's MAC address: always the same, of the locally administered unicast ones."""
-    digest = hashlib.sha256(vm_id.encode()).digest()
-    return ":".join(f"{octet:02x}" for octet in (0x02, *digest[:5]))
+        return _is_filter_of(argv, vm_id) or _is_passt_of(argv, vm_id)
 
 
 def _guest(mac: str) -> GuestNetwork:
     return GuestNetwork(mac, f"{GUEST_ADDRESS}/{PREFIX_LENGTH}", GATEWAY, DNS)
+
+
+def _is_filter_of(argv: tuple[str, ...], vm_id: str) -> bool:
+    words = filter_argv(vm_id, 0, 0, Egress.ALL)
+    return len(argv) == len(words) and list(argv[:-3]) == words[:-3]
 
 
 def _is_passt_of(argv: tuple[str, ...], vm_id: str) -> bool:
@@ -191,8 +238,11 @@ def passt_argv(fd: int, log: Path, *, uplink: bool) -> list[str]:
     ]
 
 
-def filter_argv(vm_id: str, outer_fd: int, inner_fd: int) -> list[str]:
-    """The frame filter: by file name and isolated, so that it imports nothing else of ours."""
+def filter_argv(vm_id: str, outer_fd: int, inner_fd: int, egress: Egress) -> list[str]:
+    """The frame filter: by file name and isolated, so that it imports nothing else of ours.
+
+    What it lets through at first is the last word, and no longer true once `apply` was called.
+    """
     program = os.fspath(Path(frame_filter.__file__).absolute())
     fds = (str(outer_fd), str(inner_fd))
-    return [sys.executable, "-I", "-S", program, vm_id, GUEST_ADDRESS, *fds]
+    return [sys.executable, "-I", "-S", program, vm_id, GUEST_ADDRESS, *fds, egress.value]

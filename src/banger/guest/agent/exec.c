@@ -310,6 +310,9 @@ static _Noreturn void run_job(const struct request *request) {
     case KIND_SOCKETS:
         job_sockets();
         break;
+    case KIND_LISTENERS:
+        job_listeners();
+        break;
     default:
         job_setup(request);
     }

@@ -45,6 +45,7 @@ void job_write(const char *path, const uint64_t *mode, const uint64_t *uid, cons
 void job_stat(const char *path);
 void job_stats(void);
 void job_sockets(void);
+void job_listeners(void);
 void tar_pack(int out, const char *path, const char *name, uint64_t flags);
 void tar_unpack(int in, const char *directory, const char *name);
 

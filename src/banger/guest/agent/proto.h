@@ -42,6 +42,7 @@ enum open_kind {
     KIND_SETUP = 10,
     KIND_SHUTDOWN = 11,
     KIND_PING = 12,
+    KIND_LISTENERS = 13,
 };
 
 enum exit_kind { EXIT_EXITED = 0, EXIT_KILLED = 1, EXIT_FAILED = 2 };

@@ -148,7 +148,7 @@ bool request_parse(struct request *request, const uint8_t *payload, uint32_t len
                    struct failure *why) {
     memset(request, 0, sizeof *request);
     request->kind = length > 0 ? payload[0] : 0;
-    if (request->kind < KIND_EXEC || request->kind > KIND_PING) {
+    if (request->kind < KIND_EXEC || request->kind > KIND_LISTENERS) {
         failure_set(why, EINVAL, "unknown kind of request: %u", request->kind);
         return false;
     }

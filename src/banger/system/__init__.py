@@ -1,0 +1,1 @@
+"""banger as a part of the system: two units of systemd's, installed and removed by root."""
