@@ -231,7 +231,7 @@ class DetachLoop(Operation, frozen=True, tag="detach_loop"):
 
 class MapSnapshot(Operation, frozen=True, tag="map_snapshot"):
     """A device-mapper snapshot for a machine, ``banger-`` and its id: what is on one loop device of
-    ours, with what is written to it kept on another."""
+    ours, with what is written to it kept on another, which begins as zeros."""
 
     vm_id: str
     base: str
