@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+
 OWNER = "daemon"
 OWNER_UID = pwd.getpwnam(OWNER).pw_uid
 HELPER = Path(sys.executable).parent / "banger-helper"
@@ -49,6 +51,20 @@ FOREIGN_LINKS = (
 )
 #: A foreign network, which no bridge of ours may have.
 FOREIGN_ADDRESS = "10.44.0.1/24"
+
+#: What somebody might put in the place of a name, an address or a number.
+JUNK = st.one_of(
+    st.sampled_from(
+        (
+            *("", "-", "--help", "-f", "..", "../../etc", "/etc/passwd", "banger1/../br0"),
+            *("banger1\0", "banger1\n", "banger1;", 'banger1"', "banger-", "BANGER1", "banger100"),
+            *("banger\uff11", "br0", "eth0", "lo", "inet filter", "banger1 }", "$(id)", "`id`"),
+            *("loop0", "loop01", "a" * 300, "\udcff", "@x", "#", "::1", "1", "10.0.0.1\n"),
+            *("0.0.0.0/0", "127.0.0.1", "10.0.0.01", "224.0.0.1"),
+        )
+    ),
+    st.text(max_size=40),
+)
 
 
 @dataclass(frozen=True)
@@ -98,12 +114,10 @@ class World:
 
 
 def _lasting(link: dict[str, Any]) -> dict[str, Any]:
-    """What of a link does not change by itself, as timers do, and whether somebody is there."""
+    """What of a link does not change by itself, as a bridge's timers do."""
     data = link.get("linkinfo", {}).get("info_data", {})
     for key in [key for key in data if key.endswith("timer")]:
         del data[key]
-    link["flags"] = sorted(set(link["flags"]) - {"NO-CARRIER", "LOWER_UP"})
-    del link["operstate"]
     return link
 
 
@@ -133,9 +147,9 @@ def foreign_things(namespace: str) -> Iterator[None]:
     """In the namespace, for as long as that lives: rules and interfaces of somebody else's."""
     for name, *kind in FOREIGN_LINKS:
         inside(namespace, "ip", "link", "add", name, *kind)
-    inside(namespace, "ip", "address", "add", FOREIGN_ADDRESS, "dev", "br0")
-    # Without an address of IPv6, which would come in its own time.
-    inside(namespace, "ip", "link", "set", "br0", "addrgenmode", "none", "up")
+    # On lo, which is up at once: other links say later that nobody is there.
+    inside(namespace, "ip", "address", "add", FOREIGN_ADDRESS, "dev", "lo")
+    inside(namespace, "ip", "link", "set", "lo", "up")
     inside(namespace, "nft", "-f", "-", stdin=FOREIGN_RULES)
     yield
 
@@ -164,6 +178,8 @@ def running_helper(namespace: str, directory: Path) -> Iterator[World]:
     install = write_installation(directory / "install.toml")
     socket = directory / "run" / "helper.sock"
     argv: list[str | Path] = ["ip", "netns", "exec", namespace]
+    # With mounts of its own: others on this machine come and go.
+    argv += ["unshare", "--mount", "--propagation", "private"]
     argv += [HELPER, "--socket", socket, "--install-file", install]
     with open(directory / "log", "ab") as log:
         process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stderr=log)

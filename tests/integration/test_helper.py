@@ -16,27 +16,21 @@ from pathlib import Path
 
 import pytest
 
-from banger.base.errors import BangerError, Conflict, NotFound, PreconditionFailed, Unavailable
-from banger.base.install import Installation, load_installation
+from banger.base.errors import Conflict, PreconditionFailed, Unavailable
 from banger.base.opid import current_op_id
 from banger.hostops.client import HelperHost
-from banger.hostops.local import LocalHost
 from banger.hostops.ops import (
     AllowResolved,
-    AttachLoop,
     Bridge,
     BridgeDown,
     BridgeUp,
-    DetachLoop,
     Guest,
-    MapSnapshot,
     OpenTap,
     SetGuests,
     UnmapSnapshot,
 )
 from helper_world import (
     HELPER,
-    OWNER,
     OWNER_UID,
     START_S,
     World,
@@ -279,6 +273,19 @@ def test_the_owner_is_served_as_an_ordinary_user(world: World) -> None:
     assert world.socket.lstat().st_uid == OWNER_UID
 
 
+async def test_what_a_killed_helper_made_the_next_one_takes_away(world: World) -> None:
+    before = world.network()["rules"]
+    await HelperHost(world.socket).perform(BridgeUp(bridge=BRIDGE, resolver_port=RESOLVER_PORT))
+    world.process.kill()
+    world.process.wait()
+    with running_helper(world.namespace, world.directory) as second:
+        await HelperHost(second.socket).perform(BridgeDown(bridge=BRIDGE.name))
+        after = second.network()
+        assert after["rules"] == before
+        assert after["forward"] == "0\n"
+        assert BRIDGE.name not in {link["ifname"] for link in after["links"]}
+
+
 def test_it_stops_when_told_takes_its_socket_with_it_and_starts_over_a_stale_one(
     world: World,
 ) -> None:
@@ -372,54 +379,6 @@ def helper_directory() -> Iterator[Path]:
         yield Path(directory)
 
 
-# --- the installation's file ---
-
-
-def test_the_installation_is_what_its_file_says(tmp_path: Path) -> None:
-    path = write_installation(tmp_path / "install.toml")
-    wanted = Installation(owner=OWNER, owner_uid=OWNER_UID, version="0.1.0")
-    assert load_installation(path) == wanted
-    path.write_text(path.read_text() + "later = true\n")
-    assert load_installation(path) == wanted
-
-
-def test_an_installation_that_others_could_have_written_is_not_believed(tmp_path: Path) -> None:
-    path = write_installation(tmp_path / "install.toml")
-    for mode in (0o664, 0o646, 0o666):
-        path.chmod(mode)
-        with pytest.raises(PreconditionFailed, match="others than root"):
-            load_installation(path)
-    path.chmod(0o644)
-    os.chown(path, OWNER_UID, 0)
-    with pytest.raises(PreconditionFailed, match="others than root"):
-        load_installation(path)
-    os.chown(path, 0, 0)
-    tmp_path.chmod(0o777)
-    with pytest.raises(PreconditionFailed, match="others than root"):
-        load_installation(path)
-
-
-def test_an_installation_is_no_link_no_pipe_and_of_a_size(tmp_path: Path) -> None:
-    real = write_installation(tmp_path / "install.toml")
-    with pytest.raises(NotFound, match="not installed"):
-        load_installation(tmp_path / "none")
-    link = tmp_path / "link"
-    link.symlink_to(real)
-    with pytest.raises(PreconditionFailed):
-        load_installation(link)
-    directory = tmp_path / "directory"
-    directory.symlink_to(tmp_path)
-    with pytest.raises(PreconditionFailed):
-        load_installation(directory / "install.toml")
-    os.mkfifo(tmp_path / "pipe", 0o644)
-    with pytest.raises(PreconditionFailed, match="regular"):
-        load_installation(tmp_path / "pipe")
-    for text in ("x" * 70_000, "owner = 1", 'owner = "a"\nowner_uid = -1\nversion = ""', "\udcff"):
-        real.write_bytes(text.encode(errors="surrogateescape"))
-        with pytest.raises(PreconditionFailed):
-            load_installation(real)
-
-
 def test_a_helper_serves_no_account_that_is_gone_or_anothers(world: World) -> None:
     other = write_installation(world.directory / "other.toml", uid=OWNER_UID + 1)
     path = world.directory / "run" / "other.sock"
@@ -427,136 +386,6 @@ def test_a_helper_serves_no_account_that_is_gone_or_anothers(world: World) -> No
     write_installation(other, owner="nobody-has-this")
     assert b"no such account" in refusal(world, path, other)
     assert not path.exists()
-
-
-# --- loop devices and mappings ---
-
-
-def file_of_owner(path: Path, *, uid: int = OWNER_UID, size: int = 1 << 20) -> Path:
-    path.touch()
-    os.truncate(path, size)
-    os.chown(path, uid, uid)
-    return path
-
-
-@contextmanager
-def opened(path: Path, flags: int = os.O_RDWR) -> Iterator[int]:
-    descriptor = os.open(path, flags)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def loops_of(directory: Path) -> str:
-    listing = subprocess.run(
-        ["losetup", "--noheadings", "--output", "NAME,RO,BACK-FILE"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    ).stdout
-    return "\n".join(line for line in listing.splitlines() if str(directory) in line)
-
-
-async def test_a_file_of_the_owners_has_one_loop_device_until_it_is_detached(world: World) -> None:
-    host = HelperHost(world.socket)
-    path = file_of_owner(world.directory / "disk")
-    open_before = world.descriptors()
-    with opened(path) as file:
-        done = [await host.perform(AttachLoop(file=file, writable=True)) for _ in range(2)]
-        reader = await host.perform(AttachLoop(file=file))
-    try:
-        assert done[0] == done[1]
-        assert reader.name != done[0].name
-        found = sorted(line.split()[:2] for line in loops_of(world.directory).splitlines())
-        assert found == sorted([[f"/dev/{done[0].name}", "0"], [f"/dev/{reader.name}", "1"]])
-        with open(f"/dev/{done[0].name}", "r+b", buffering=0) as device:
-            device.write(b"x" * 4096)
-            os.fsync(device.fileno())
-        assert path.read_bytes()[:4096] == b"x" * 4096
-        with (
-            pytest.raises(OSError, match="not permitted"),
-            open(f"/dev/{reader.name}", "r+b", buffering=0) as device,
-        ):
-            device.write(b"y" * 4096)
-    finally:
-        for name in (done[0].name, reader.name):
-            for _ in range(2):
-                await host.perform(DetachLoop(device=name))
-    assert loops_of(world.directory) == ""
-    assert world.descriptors() == open_before
-
-
-async def test_a_loop_device_of_anothers_is_left_alone(world: World) -> None:
-    host = HelperHost(world.socket)
-    path = file_of_owner(world.directory / "theirs")
-    argv = ["losetup", "--find", "--show", str(path)]
-    foreign = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=60)
-    name = foreign.stdout.strip().removeprefix("/dev/")
-    before = loops_of(world.directory)
-    try:
-        with pytest.raises(Conflict, match="not banger's"):
-            await host.perform(DetachLoop(device=name))
-        with opened(path) as file:
-            ours = await host.perform(AttachLoop(file=file, writable=True))
-        assert ours.name != name
-        with pytest.raises(Conflict, match="not banger's"):
-            await host.perform(MapSnapshot(vm_id="0" * 12, base=name, changes=ours.name))
-        await host.perform(DetachLoop(device=ours.name))
-        assert loops_of(world.directory) == before
-    finally:
-        subprocess.run(["losetup", "--detach", f"/dev/{name}"], check=True, timeout=60)
-
-
-async def test_a_loop_device_of_another_owners_is_left_alone(world: World) -> None:
-    host = HelperHost(world.socket)
-    with opened(file_of_owner(world.directory / "roots", uid=0)) as file:
-        roots = await LocalHost().perform(AttachLoop(file=file))
-    try:
-        with pytest.raises(Conflict, match="not banger's"):
-            await host.perform(DetachLoop(device=roots.name))
-    finally:
-        await LocalHost().perform(DetachLoop(device=roots.name))
-
-
-async def test_a_file_that_is_not_the_owners_to_use_gets_no_loop_device(world: World) -> None:
-    host = HelperHost(world.socket)
-    mine = file_of_owner(world.directory / "mine")
-    roots = file_of_owner(world.directory / "roots", uid=0)
-    refused: list[tuple[Path, int, bool, str]] = [
-        (roots, os.O_RDWR, True, "belongs to uid 0"),
-        (mine, os.O_RDONLY, True, "not open for"),
-        (mine, os.O_WRONLY, False, "not open for"),
-        (mine, os.O_PATH, False, "not open for"),
-        (Path("/dev/null"), os.O_RDWR, True, "not a regular file"),
-        (world.directory, os.O_RDONLY, False, "not a regular file"),
-        (file_of_owner(world.directory / "odd", size=1000), os.O_RDWR, True, "whole sectors"),
-        (file_of_owner(world.directory / "empty", size=0), os.O_RDWR, True, "whole sectors"),
-    ]
-    for path, flags, writable, message in refused:
-        with opened(path, flags) as file, pytest.raises(BangerError, match=message):
-            await host.perform(AttachLoop(file=file, writable=writable))
-    assert loops_of(world.directory) == ""
-    assert len(world.records("refused")) == len(refused)
-
-
-async def test_a_mapping_takes_loop_devices_of_ours_that_can_be_written(world: World) -> None:
-    host = HelperHost(world.socket)
-    paths = [file_of_owner(world.directory / name) for name in ("base", "changes")]
-    devices: list[str] = []
-    try:
-        for path in paths:
-            with opened(path) as file:
-                devices.append((await host.perform(AttachLoop(file=file))).name)
-        base, changes = devices
-        with pytest.raises(Conflict, match="cannot be written"):
-            await host.perform(MapSnapshot(vm_id="0" * 12, base=base, changes=changes))
-        with pytest.raises(Conflict, match="loop9999"):
-            await host.perform(MapSnapshot(vm_id="0" * 12, base=base, changes="loop9999"))
-    finally:
-        for name in devices:
-            await host.perform(DetachLoop(device=name))
 
 
 async def test_without_a_helper_it_is_said(tmp_path: Path) -> None:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,14 +23,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from banger.base.errors import BangerError
-from banger.hostops import firewall, wire
+from banger.hostops import wire
 from banger.hostops.client import HelperHost
 from banger.hostops.helper import CONNECTIONS_MAX, TRANSFER_TIMEOUT_S
 from banger.hostops.ops import (
     ALLOWED_MAX,
     ALLOWED_TOTAL_MAX,
     GUESTS_MAX,
-    AllowResolved,
     AnyOperation,
     AttachLoop,
     Bridge,
@@ -39,10 +37,9 @@ from banger.hostops.ops import (
     BridgeUp,
     Guest,
     OpenTap,
-    Operation,
     SetGuests,
 )
-from helper_world import OWNER_UID, World, helper_world, inside, network_namespace
+from helper_world import JUNK, OWNER_UID, World, helper_world
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="run the tests as root for the helper")
 
@@ -53,7 +50,6 @@ _MANY = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-_SOME = settings(_MANY, max_examples=40)
 
 
 @pytest.fixture(scope="module")
@@ -65,14 +61,14 @@ def world() -> Iterator[World]:
 @contextmanager
 def untouched(world: World, *, refusals: int | None = None) -> Iterator[None]:
     """All of the world is as it was, the helper serves on, and has logged so many refusals."""
-    before, loops, open_before = world.network(), foreign_loops(), world.descriptors()
+    before, loops, open_before = world.network(), loops_of(world), world.descriptors()
     logged = len(world.records())
     yield
     assert answer(world, {"op": "open_tap", "bridge": "banger77"})["error"]["code"] == (
         "precondition_failed"
     )
     assert world.network() == before
-    assert foreign_loops() == loops
+    assert loops_of(world) == loops
     assert world.descriptors() == open_before
     refused = [
         each for each in world.records()[logged:-1] if each["message"] != "helper rpc completed"
@@ -81,10 +77,10 @@ def untouched(world: World, *, refusals: int | None = None) -> Iterator[None]:
     assert all(each["op_id"] and each["error"] for each in refused)
 
 
-def foreign_loops() -> list[str]:
+def loops_of(world: World) -> list[str]:
     """Those of the attacks: others on this machine come and go."""
     listing = subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=True)
-    return [line for line in listing.stdout.splitlines() if "/bt-" in line]
+    return [line for line in listing.stdout.splitlines() if str(world.directory) in line]
 
 
 @contextmanager
@@ -193,18 +189,6 @@ def test_one_operation_cannot_be_logged_as_another(world: World) -> None:
 
 # --- arguments ---
 
-_JUNK = st.one_of(
-    st.sampled_from(
-        (
-            *("", "-", "--help", "-f", "..", "../../etc", "/etc/passwd", "banger1/../br0"),
-            *("banger1\0", "banger1\n", "banger1;", 'banger1"', "banger-", "BANGER1", "banger100"),
-            *("banger\uff11", "br0", "eth0", "lo", "inet filter", "banger1 }", "$(id)", "`id`"),
-            *("loop0", "loop01", "a" * 300, "\udcff", "@x", "#", "::1", "1", "10.0.0.1\n"),
-            *("0.0.0.0/0", "127.0.0.1", "10.0.0.01", "224.0.0.1"),
-        )
-    ),
-    st.text(max_size=40),
-)
 _VALID: dict[str, dict[str, Any]] = {
     "bridge_up": {
         "bridge": {"name": "banger1", "address": "172.30.0.1/24"},
@@ -267,13 +251,13 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 _ARGUMENTS = [(op, path) for op, fields in _VALID.items() for path in places(fields)]
 _WRONG = st.one_of(
-    _JUNK,
+    JUNK,
     st.integers(),
     st.none(),
     st.booleans(),
     st.floats(allow_nan=False, allow_infinity=False),
-    st.lists(_JUNK, max_size=3),
-    st.dictionaries(_JUNK, _JUNK, max_size=2),
+    st.lists(JUNK, max_size=3),
+    st.dictionaries(JUNK, JUNK, max_size=2),
 )
 
 
@@ -285,10 +269,10 @@ def test_no_argument_reaches_what_is_not_bangers(
     op, path = where
     operation = replaced({"op": op, **_VALID[op]}, path, wrong)
     reply = answer(world, operation)
-    if "error" not in reply:  # it was right by chance, and is taken back
-        answer(world, {"op": "bridge_down", "bridge": operation["bridge"]["name"]})
-    else:
+    if "error" in reply:
         assert reply["error"]["code"] != "internal"
+    elif op == "bridge_up":  # it was right by chance, and is taken back
+        answer(world, {"op": "bridge_down", "bridge": operation["bridge"]["name"]})
 
 
 def test_the_world_is_as_it_was_after_all_of_them(world: World) -> None:
@@ -355,100 +339,6 @@ async def test_the_largest_operation_fits(world: World) -> None:
             assert rules.count("10.99.") == GUESTS_MAX
         finally:
             await host.perform(BridgeDown(bridge="banger1"))
-
-
-# --- the text for nft ---
-
-
-def mangled(valid: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    """What is valid, and what is nearly so."""
-    near = st.builds(lambda text, junk: f"{text}{junk}", valid, _JUNK)
-    return st.one_of(valid, valid, valid, near, _JUNK)
-
-
-_BRIDGES = st.builds(
-    Bridge,
-    name=mangled(st.from_regex(r"banger[0-9]{1,2}", fullmatch=True)),
-    address=mangled(st.sampled_from(["172.30.0.1/24", "10.0.0.1/16", "100.64.0.1/29"])),
-)
-_ADDRESSES = mangled(st.ip_addresses(v=4).map(str))
-_HEX = st.from_regex(r"[0-9a-f]{6}", fullmatch=True)
-
-
-@st.composite
-def _operations(draw: st.DrawFn) -> Operation:
-    bridge = draw(_BRIDGES)
-    kind = draw(st.sampled_from([BridgeUp, SetGuests, AllowResolved]))
-    member = mangled(st.sampled_from(["172.30.0.9", "10.0.0.9", "100.64.0.3"]))
-    if kind is BridgeUp:
-        return BridgeUp(bridge=bridge, resolver_port=draw(st.integers(-1, 70000)))
-    if kind is AllowResolved:
-        addresses = draw(st.lists(_ADDRESSES, max_size=5))
-        return AllowResolved(bridge=bridge, guest=draw(member), addresses=tuple(addresses))
-    guest = Guest(
-        tap=draw(mangled(_HEX.map(lambda digits: f"{bridge.name}-{digits}"))),
-        mac=draw(mangled(_HEX.map(lambda d: f"02:62:67:{d[:2]}:{d[2:4]}:{d[4:]}"))),
-        address=draw(member),
-        allow=tuple(draw(st.lists(_ADDRESSES.map(lambda each: f"{each}/32"), max_size=4))),
-        everywhere=draw(st.booleans()),
-        sociable=draw(st.booleans()),
-    )
-    return SetGuests(bridge=bridge, guests=(guest,), forget=(draw(member),))
-
-
-def text_of(operation: Operation) -> tuple[str, str]:
-    """The bridge's name, and what nft is told."""
-    match operation:
-        case BridgeUp(bridge=bridge, resolver_port=port):
-            return bridge.name, firewall.no_tables(bridge.name) + firewall.tables(bridge, port)
-        case SetGuests(bridge=bridge, guests=guests, forget=forget):
-            pairs = [(each, "192.0.2.1") for each in forget]
-            return bridge.name, firewall.guests(bridge, guests, pairs)
-        case AllowResolved(bridge=bridge, guest=guest, addresses=addresses):
-            return bridge.name, firewall.resolved(bridge, guest, addresses)
-    raise AssertionError(operation)
-
-
-@pytest.fixture(scope="module")
-def namespace() -> Iterator[str]:
-    with network_namespace() as made:
-        yield made
-
-
-_TABLE = re.compile(r"\b(?:table|element|set|chain) (?:bridge|inet|ip|ip6|arp|netdev) (\S+)")
-
-
-@settings(_SOME, max_examples=80)
-@given(operation=_operations())
-def test_what_passes_the_check_names_tables_of_ours_alone(
-    namespace: str, operation: Operation
-) -> None:
-    try:
-        operation.check()
-    except BangerError:
-        return
-    name, text = text_of(operation)
-    assert set(_TABLE.findall(text)) <= {name}
-    assert re.fullmatch(r"banger[0-9]{1,2}", name)
-    tables = firewall.tables(Bridge(name=name, address="172.30.0.1/24"), 5353)
-    whole = text if isinstance(operation, BridgeUp) else tables + text
-    inside(namespace, "nft", "-c", "-f", "-", stdin=whole)
-    # Not only checked: nothing else is there once it is done.
-    inside(namespace, "nft", "-f", "-", stdin=whole)
-    listed = inside(namespace, "nft", "list", "tables").splitlines()
-    assert sorted(listed) == [f"table bridge {name}", f"table inet {name}"]
-    inside(namespace, "nft", "flush", "ruleset")
-
-
-def test_rules_of_one_bridge_are_not_those_of_another_with_a_longer_name(namespace: str) -> None:
-    text = firewall.tables(Bridge(name="banger1", address="172.30.0.1/24"), 5353)
-    patterns = set(re.findall(r'ifname "([^"]*)"', text))
-    assert patterns == {"banger1", "banger1-*"}
-    for other in ("banger11", "banger11-0a0b0c", "banger1x", "banger"):
-        assert not any(
-            other.startswith(each[:-1]) if each.endswith("*") else other == each
-            for each in patterns
-        )
 
 
 # --- who asks ---
@@ -518,8 +408,9 @@ def test_descriptors_that_do_not_belong_are_refused_and_closed(
 def test_a_descriptor_with_every_byte_is_refused_and_closed(world: World) -> None:
     data = request({"op": "attach_loop", "file": -1})
     with untouched(world, refusals=1), open("/dev/null") as null, connected(world) as connection:
-        for byte in _LENGTH.pack(len(data))[:3]:
-            socket.send_fds(connection, [bytes([byte])], [null.fileno()])
+        with suppress(BrokenPipeError):  # it has heard enough
+            for byte in _LENGTH.pack(len(data))[:3]:
+                socket.send_fds(connection, [bytes([byte])], [null.fileno()])
         assert received(connection)["error"]["code"] == "bad_request"
 
 
@@ -562,7 +453,7 @@ async def test_a_file_swapped_after_it_was_opened_is_still_the_one_that_was(
 
 def test_those_who_say_nothing_are_given_up_and_cost_nobody_else(world: World) -> None:
     with untouched(world):
-        idle = [socket.socket(socket.AF_UNIX) for _ in range(CONNECTIONS_MAX - 1)]
+        idle = [socket.socket(socket.AF_UNIX) for _ in range(CONNECTIONS_MAX // 2)]
         try:
             for connection in idle:
                 connection.settimeout(TRANSFER_TIMEOUT_S * 3)

@@ -22,6 +22,7 @@ _PACKAGES = {
     "skopeo": "skopeo",
     "nft": "nftables",
     "resolvectl": "systemd-resolved",
+    "dmsetup": "dmsetup",
 }
 
 
