@@ -26,10 +26,12 @@ from banger.daemon import sessions
 from banger.daemon.dispatch import Dispatch, Services
 from banger.drivers import registry
 from banger.guest import requests
+from banger.hostops.client import HelperHost
 from banger.rpc.client import Client
 from banger.rpc.protocol import Exit, FrameType, decode_exit, encode_json, frame
 from banger.rpc.server import Server
 from banger.services.doctor import Doctor
+from banger.services.name_routing import NameRouting
 from fakes import failing
 from test_requests import fields_of
 from world import World, ended, made_world
@@ -75,7 +77,12 @@ class Daemon:
                     results=world.results,
                     ssh=world.ssh,
                     names=names,
-                    doctor=Doctor(world.paths, world.drivers, [], names),
+                    doctor=Doctor(
+                        world.paths,
+                        world.drivers,
+                        [],
+                        NameRouting(HelperHost(Path("/nowhere")), names),
+                    ),
                     stop=self.stopping.set,
                 )
             ),

@@ -47,7 +47,7 @@ OPERATIONS: list[Operation] = [
     OpenTap(bridge="banger0"),
     SetGuests(bridge=BRIDGE, guests=(GUEST,), forget=("172.30.0.3",)),
     AllowResolved(bridge=BRIDGE, guest="172.30.0.2", addresses=("192.0.2.1",)),
-    RouteNames(server="127.0.0.1", port=53, bridge="banger0"),
+    RouteNames(server="127.0.0.1", port=53),
     UnrouteNames(),
     DetachLoop(device="loop0"),
     MapSnapshot(vm_id="0123456789ab", base="loop0", changes="loop1"),

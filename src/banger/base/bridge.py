@@ -16,9 +16,13 @@ _PRIVATE = tuple(
 _PREFIX_LENGTHS = range(16, 30)
 
 
+def is_bridge_name(name: str) -> bool:
+    return _BRIDGE.fullmatch(name) is not None
+
+
 def check_bridge_name(name: str) -> str:
     """`name`, if it is one of ours. Raises BadRequest."""
-    if _BRIDGE.fullmatch(name) is None:
+    if not is_bridge_name(name):
         raise BadRequest(
             f"{name!r} is not a bridge of banger's", hint="its name is banger0 to banger99"
         )

@@ -40,6 +40,7 @@ from banger.hostops.ops import HostOps, bridge_of
 from banger.rpc.server import Server, error_info
 from banger.services.addresses import LOOPBACK_NETWORK, Addresses
 from banger.services.doctor import Doctor
+from banger.services.name_routing import NameRouting
 from banger.services.vm_start import Drivers
 from banger.store.store import Store
 
@@ -157,10 +158,12 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
     try:
         parts = Parts(paths, config, drivers, addresses, store)
         names = registry.name_server(config.dns_address, addresses, reverse)
+        routing = NameRouting(host, names)
         try:
             await parts.reconcile()
             await names.open()
-            services = _services(parts, selection, names, stopping)
+            await routing.open()
+            services = _services(parts, selection, names, routing, stopping)
             server = Server(paths.daemon_socket, Dispatch(services))
             async with parts.stats.polling():
                 try:
@@ -170,6 +173,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
                     # Together: a session's end may wait for the lock of an operation.
                     await asyncio.gather(server.stop(), parts.operations.close())
         finally:
+            await routing.close()
             await names.close()
             await parts.close()
     finally:
@@ -182,7 +186,11 @@ def _host() -> HostOps:
 
 
 def _services(
-    parts: Parts, selection: Selection, names: NameServer, stopping: asyncio.Event
+    parts: Parts,
+    selection: Selection,
+    names: NameServer,
+    routing: NameRouting,
+    stopping: asyncio.Event,
 ) -> Services:
     return Services(
         paths=parts.paths,
@@ -212,7 +220,7 @@ def _services(
         results=parts.results,
         ssh=parts.ssh,
         names=names,
-        doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection), names),
+        doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection), routing),
         stop=stopping.set,
     )
 

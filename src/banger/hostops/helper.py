@@ -47,7 +47,7 @@ from banger.base.model import ErrorInfo
 from banger.base.opid import current_op_id, new_op_id
 from banger.hostops import wire
 from banger.hostops.local import LocalHost
-from banger.hostops.ops import HostOps
+from banger.hostops.ops import BridgeDown, HostOps, UnrouteNames
 
 #: For a whole request, and for whoever asked to take the reply.
 TRANSFER_TIMEOUT_S = 10.0
@@ -238,10 +238,16 @@ def main() -> None:
     # Only who is root already gives these; where they lead is checked as the defaults are.
     parser.add_argument("--socket", type=Path, default=HELPER_SOCKET, metavar="PATH")
     parser.add_argument("--install-file", type=Path, default=INSTALL_FILE, metavar="PATH")
+    parser.add_argument(
+        "--take-down", action="store_true", help="give back what the owner's banger has of the host"
+    )
     arguments = parser.parse_args()
     log.configure(sys.stderr, "info")
     try:
-        _run(arguments.socket, arguments.install_file)
+        if arguments.take_down:
+            asyncio.run(_take_down(_installation(arguments.install_file)))
+        else:
+            _run(arguments.socket, arguments.install_file)
     except BangerError as error:
         log.get_logger().error("helper failed", error=error.message, hint=error.hint)
         sys.exit(1)
@@ -251,9 +257,7 @@ def main() -> None:
 
 
 def _run(path: Path, install_file: Path) -> None:
-    if os.geteuid() != 0:
-        raise PermissionDenied("banger-helper does what needs root, and is not root")
-    installation = load_installation(install_file)
+    installation = _installation(install_file)
     _check_owner(installation)
     inherited = _inherited_listener()
     os.environ.clear()
@@ -266,6 +270,23 @@ def _run(path: Path, install_file: Path) -> None:
         listener.close()
         if inherited is None:  # systemd's stays, and so does whoever waits at it
             path.unlink(missing_ok=True)
+
+
+def _installation(install_file: Path) -> Installation:
+    """Whom it is for."""
+    if os.geteuid() != 0:
+        raise PermissionDenied("banger-helper does what needs root, and is not root")
+    return load_installation(install_file)
+
+
+async def _take_down(installation: Installation) -> None:
+    """For the end of an installation: a daemon that was killed took back nothing."""
+    from banger.hostops import links  # see `local`
+
+    host = LocalHost(installation.owner_uid)
+    for name in links.bridges(installation.owner_uid):
+        await host.perform(BridgeDown(bridge=name))
+    await host.perform(UnrouteNames())
 
 
 async def _serve(listener: socket.socket, installation: Installation) -> None:

@@ -1,7 +1,8 @@
 """Bridges and taps, by netlink and /dev/net/tun. All of it blocks for milliseconds.
 
 What is ours is told by two things that must agree: a name of banger's shape, and the bridge's
-alias. That has what `take_down` gives back, too: whether this host forwarded packets before.
+alias. That says whose it is: root's own banger and a user's keep off each other's. And it has what
+`take_down` gives back: whether this host forwarded packets before.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from pyroute2 import IPRoute
 
+from banger.base.bridge import is_bridge_name
 from banger.base.errors import Conflict, PreconditionFailed
 from banger.hostops.ops import BRIDGE_MAC, Bridge
 
@@ -32,8 +34,8 @@ _IFREQ = struct.Struct("16sH22x")
 _AF_INET = 2
 
 _ALIAS = "banger"
-_FORWARDED = f"{_ALIAS}: this host forwarded before"
-_DID_NOT_FORWARD = f"{_ALIAS}: this host did not forward before"
+_FORWARDED = "this host forwarded before"
+_DID_NOT_FORWARD = "this host did not forward before"
 #: A link that is there for nothing but that systemd-resolved is told of it.
 NAMES = "banger-names"
 _NAMES_MAC = "02:62:67:00:00:02"
@@ -41,19 +43,19 @@ _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 _MACS = {"bridge": BRIDGE_MAC, "dummy": _NAMES_MAC}
 
 
-def check_free(bridge: Bridge) -> None:
+def check_free(bridge: Bridge, owner_uid: int) -> None:
     """Raise Conflict for a link of its name which is not ours, and where its network is in use."""
     with IPRoute() as netlink:
-        _check_free(netlink, bridge, _find(netlink, bridge.name))
+        _check_free(netlink, bridge, _find_bridge(netlink, bridge.name, owner_uid))
 
 
-def bring_up(bridge: Bridge) -> bool:
+def bring_up(bridge: Bridge, owner_uid: int) -> bool:
     """Have the bridge with its address, and let this host forward. Whether it was not there.
 
     Raises Conflict for a link of that name which is not ours, and where the network is in use.
     """
     with IPRoute() as netlink:
-        index = _find(netlink, bridge.name)
+        index = _find_bridge(netlink, bridge.name, owner_uid)
         made = index == 0
         _check_free(netlink, bridge, index)
         if made:
@@ -64,7 +66,8 @@ def bring_up(bridge: Bridge) -> bool:
         try:
             if not _alias(netlink.get_links(index)[0]):
                 before = _FORWARD.read_text().strip() != "0"
-                alias = _FORWARDED if before else _DID_NOT_FORWARD
+                note = _FORWARDED if before else _DID_NOT_FORWARD
+                alias = f"{_of(owner_uid)} {note}"
                 netlink.link("set", index=index, IFLA_IFALIAS=alias)
             # Guests have no IPv6: this host should not offer them any by it.
             _no_ipv6(bridge.name)
@@ -78,20 +81,31 @@ def bring_up(bridge: Bridge) -> bool:
     return made
 
 
-def take_down(name: str) -> None:
+def take_down(name: str, owner_uid: int) -> None:
     """Remove the bridge and its taps, and forward no more if this host did not before. Idempotent.
 
     Raises Conflict for a link of that name which is not ours.
     """
     with IPRoute() as netlink:
-        if _find(netlink, name):
+        if _find_bridge(netlink, name, owner_uid):
             _remove(netlink, name)
 
 
-def is_up(name: str) -> bool:
+def is_up(name: str, owner_uid: int) -> bool:
     """Whether our bridge of this name is there."""
     with IPRoute() as netlink:
-        return _find(netlink, name) != 0
+        return _find_bridge(netlink, name, owner_uid) != 0
+
+
+def bridges(owner_uid: int) -> list[str]:
+    """The names of all that are there."""
+    with IPRoute() as netlink:
+        return [
+            name
+            for link in netlink.get_links()
+            if is_bridge_name(name := str(link.get_attr("IFLA_IFNAME")))
+            and (_alias(link) or "").startswith(_of(owner_uid))
+        ]
 
 
 def bring_up_names() -> None:
@@ -110,13 +124,13 @@ def take_down_names() -> None:
             netlink.link("del", index=index)
 
 
-def open_tap(bridge: str) -> tuple[str, int]:
+def open_tap(bridge: str, owner_uid: int) -> tuple[str, int]:
     """A new tap on a bridge that is up: name and descriptor, with which it goes.
 
     It passes what a virtio device leaves to the host to do (checksums, segments).
     """
     with IPRoute() as netlink:
-        master = _find(netlink, bridge)
+        master = _find_bridge(netlink, bridge, owner_uid)
         if not master:
             raise PreconditionFailed(f"there is no bridge {bridge}")
         name = f"{bridge}-{secrets.token_hex(3)}"
@@ -147,7 +161,7 @@ def _no_ipv6(name: str) -> None:
 def _remove(netlink: IPRoute, name: str) -> None:
     """The bridge goes last: what was broken off before that is done when it is repeated."""
     index = _index(netlink, name)
-    if _alias(_link(netlink, name)) == _DID_NOT_FORWARD:
+    if (_alias(_link(netlink, name)) or "").endswith(_DID_NOT_FORWARD):
         _forward_as_before(netlink, index)
     tap = re.compile(rf"{name}-[0-9a-f]{{6}}")
     for link in netlink.get_links():
@@ -161,10 +175,31 @@ def _forward_as_before(netlink: IPRoute, index: int) -> None:
     """Not at all; but another bridge of ours needs it still, and gives it back in place of this."""
     for link in netlink.get_links():
         others = link["index"] != index and link.get_attr("IFLA_IFNAME") != NAMES
-        if others and (_alias(link) or "").startswith(_ALIAS):
-            netlink.link("set", index=link["index"], IFLA_IFALIAS=_DID_NOT_FORWARD)
+        alias = _alias(link) or ""
+        if others and alias.startswith(_ALIAS):
+            owner, _, _ = alias.partition(":")
+            heir = f"{owner}: {_DID_NOT_FORWARD}"
+            netlink.link("set", index=link["index"], IFLA_IFALIAS=heir)
             return
     _FORWARD.write_text("0")
+
+
+def _of(owner_uid: int) -> str:
+    """How the alias of a bridge of this user's begins."""
+    return f"{_ALIAS} of uid {owner_uid}:"
+
+
+def _find_bridge(netlink: IPRoute, name: str, owner_uid: int) -> int:
+    """The index of this user's bridge, 0 when there is none. Raises Conflict for another's."""
+    index = _find(netlink, name)
+    alias = _alias(netlink.get_links(index)[0]) if index else ""
+    if alias and not alias.startswith(_of(owner_uid)):
+        owner = alias.partition(":")[0].removeprefix(f"{_ALIAS} of ")
+        raise Conflict(
+            f"the bridge {name} is that of the banger of {owner}",
+            hint="set bridge_name and bridge_cidr to others",
+        )
+    return index
 
 
 def _find(netlink: IPRoute, name: str, wanted: str = "bridge") -> int:

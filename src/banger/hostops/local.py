@@ -73,20 +73,22 @@ async def _perform(operation: Operation, owner_uid: int) -> Done:
     try:
         match operation:
             case BridgeUp():
-                await _bridge_up(operation)
+                await _bridge_up(operation, owner_uid)
             case BridgeDown(bridge=name):
-                await _bridge_down(name)
+                await _bridge_down(name, owner_uid)
             case OpenTap(bridge=name):
-                tap, fd = await asyncio.to_thread(_links().open_tap, name)
+                tap, fd = await asyncio.to_thread(_links().open_tap, name, owner_uid)
                 return Done(name=tap, fd=fd)
             case SetGuests():
-                await _set_guests(operation)
+                await _set_guests(operation, owner_uid)
             case AllowResolved(bridge=bridge, guest=guest, addresses=addresses):
+                await _check_up(bridge, owner_uid)
                 await _nft_of(bridge, firewall.resolved(bridge, guest, addresses))
             case RouteNames():
                 await _route_names(operation)
             case UnrouteNames():
-                await _unroute_names(operation)
+                # What resolved was told of the link goes with it.
+                await asyncio.to_thread(_links().take_down_names)
             case AttachLoop(file=file, writable=writable):
                 attach = functools.partial(loops.attach, file, owner_uid, writable=writable)
                 return Done(name=await asyncio.to_thread(attach))
@@ -106,7 +108,7 @@ async def _perform(operation: Operation, owner_uid: int) -> Done:
     return Done()
 
 
-async def _bridge_up(operation: BridgeUp) -> None:
+async def _bridge_up(operation: BridgeUp, owner_uid: int) -> None:
     """The tables come before the bridge: no packet is forwarded that they have not seen.
 
     They are set each time: whatever reloaded the firewall has taken them away, an earlier version
@@ -114,48 +116,44 @@ async def _bridge_up(operation: BridgeUp) -> None:
     """
     bridge = operation.bridge
     # Before the tables, which would filter an interface of somebody else's with this name.
-    await asyncio.to_thread(_links().check_free, bridge)
+    await asyncio.to_thread(_links().check_free, bridge, owner_uid)
     rules = firewall.tables(bridge, operation.resolver_port)
     try:
         await _nft(rules)
     except PreconditionFailed:  # sets of an earlier version, perhaps, which cannot be changed
         await _nft(firewall.no_tables(bridge.name) + rules)
     try:
-        await asyncio.to_thread(_links().bring_up, bridge)
+        await asyncio.to_thread(_links().bring_up, bridge, owner_uid)
     except BaseException:
-        if not await asyncio.to_thread(_links().is_up, bridge.name):
+        if not await asyncio.to_thread(_links().is_up, bridge.name, owner_uid):
             await _nft(firewall.no_tables(bridge.name))
         raise
 
 
-async def _bridge_down(name: str) -> None:
+async def _bridge_down(name: str, owner_uid: int) -> None:
     """The tables go last, for the same reason."""
-    await asyncio.to_thread(_links().take_down, name)
+    await asyncio.to_thread(_links().take_down, name, owner_uid)
     await _nft(firewall.no_tables(name))
 
 
-async def _set_guests(operation: SetGuests) -> None:
+async def _set_guests(operation: SetGuests, owner_uid: int) -> None:
     bridge, guests = operation.bridge, operation.guests
+    await _check_up(bridge, owner_uid)
     keep = {each.address for each in guests} - set(operation.forget)
     forget = [pair for pair in await _resolved_pairs(bridge) if pair[0] not in keep]
     await _nft_of(bridge, firewall.guests(bridge, guests, forget))
 
 
+async def _check_up(bridge: Bridge, owner_uid: int) -> None:
+    """Raise Conflict for a bridge of somebody else's, PreconditionFailed for none."""
+    if not await asyncio.to_thread(_links().is_up, bridge.name, owner_uid):
+        raise _no_rules(bridge.name)
+
+
 async def _route_names(operation: RouteNames) -> None:
     resolved.check_runs()
-    link = operation.bridge or _links().NAMES
-    if not operation.bridge:
-        await asyncio.to_thread(_links().bring_up_names)
-    elif not await asyncio.to_thread(_links().is_up, link):
-        raise PreconditionFailed(f"there is no bridge {link}")
-    await resolved.route(link, operation.server, operation.port)
-
-
-async def _unroute_names(operation: UnrouteNames) -> None:
-    if not operation.bridge:
-        await asyncio.to_thread(_links().take_down_names)  # what resolved knows of it goes with it
-    elif resolved.runs() and await asyncio.to_thread(_links().is_up, operation.bridge):
-        await resolved.unroute(operation.bridge)
+    await asyncio.to_thread(_links().bring_up_names)
+    await resolved.route(_links().NAMES, operation.server, operation.port)
 
 
 async def _resolved_pairs(bridge: Bridge) -> list[tuple[str, str]]:

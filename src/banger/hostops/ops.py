@@ -187,28 +187,19 @@ class AllowResolved(Operation, frozen=True, tag="allow_resolved"):
 class RouteNames(Operation, frozen=True, tag="route_names"):
     """Have systemd-resolved ask the server at this loopback address for names in ``vm.``.
 
-    It is told of the bridge, or, without one, of a dummy link that is there for this.
+    What it is told belongs to a dummy link that is there for this, and goes with that.
     """
 
     server: str
     port: int
-    bridge: str = ""
 
     def check(self) -> None:
-        if self.bridge:
-            check_bridge_name(self.bridge)
         if not _address(self.server).is_loopback or not 1 <= self.port <= 65535:
             raise BadRequest(f"{self.server}:{self.port} is not on the loopback")
 
 
 class UnrouteNames(Operation, frozen=True, tag="unroute_names"):
     """Take back `RouteNames`."""
-
-    bridge: str = ""
-
-    def check(self) -> None:
-        if self.bridge:
-            check_bridge_name(self.bridge)
 
 
 class AttachLoop(WithFile, frozen=True, tag="attach_loop"):

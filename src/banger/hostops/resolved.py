@@ -1,7 +1,7 @@
 """Names in ``vm.`` by way of systemd-resolved, which asks for them where its links say.
 
-What is told of a link goes with it: of a bridge of ours, or of a dummy that is there for nothing
-else. It is not for the whole host: resolved asks its global servers for all other names, too.
+What is told of a link goes with it: of a dummy that is there for nothing else. It is not for the
+whole host: resolved asks its global servers for all other names, too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,9 @@ _RUNS = Path("/run/systemd/resolve/stub-resolv.conf")
 _TIMEOUT_S = 20.0
 
 
-def runs() -> bool:
-    return _RUNS.exists()
-
-
 def check_runs() -> None:
     """Raise PreconditionFailed where resolved does not run."""
-    if not runs():
+    if not _RUNS.exists():
         raise PreconditionFailed("systemd-resolved does not run")
 
 
@@ -35,11 +31,6 @@ async def route(link: str, server: str, port: int) -> None:
         ("default-route", link, "false"),
     ):
         await _resolvectl(*words)
-
-
-async def unroute(link: str) -> None:
-    """Take that back, of a link that is there."""
-    await _resolvectl("revert", link)
 
 
 async def _resolvectl(*words: str) -> None:

@@ -8,9 +8,10 @@ from dataclasses import replace
 from banger.base import proc
 from banger.base.errors import BangerError
 from banger.base.paths import Paths
-from banger.drivers.base import Check, Level, NameServer
+from banger.drivers.base import Check, Level
 from banger.git.command import version
 from banger.images.preflight import requirements
+from banger.services.name_routing import NameRouting
 from banger.services.preflight import check_free_disk
 from banger.services.vm_start import Drivers
 
@@ -20,12 +21,12 @@ _OPTIONAL = ("skopeo", "ssh")
 
 class Doctor:
     def __init__(
-        self, paths: Paths, drivers: Drivers, choices: list[Check], names: NameServer
+        self, paths: Paths, drivers: Drivers, choices: list[Check], routing: NameRouting
     ) -> None:
         self._paths = paths
         self._drivers = drivers
         self._choices = choices
-        self._names = names
+        self._routing = routing
 
     async def run(self) -> list[Check]:
         """All checks, in the order they are shown: the choices first, then what they need."""
@@ -37,7 +38,7 @@ class Doctor:
             *await drivers.hypervisor.checks(),
             *await drivers.storage.checks(),
             *await self._network_checks(),
-            _names_check(self._names),
+            self._routing.check(),
             *await self._image_checks(),
             await _git_check(),
             *(_optional(tool) for tool in _OPTIONAL),
@@ -59,20 +60,6 @@ class Doctor:
             Check(each.name, Level.FAIL if each.problem else Level.OK, each.problem, each.hint)
             for each in await requirements()
         ]
-
-
-def _names_check(names: NameServer) -> Check:
-    """Machines do without: only `NAME.vm` is not found then."""
-    if not names.where:
-        return Check("names", Level.OK, "no name server (dns_address is off)")
-    if not names.problem:
-        return Check("names", Level.OK, f"NAME.vm is answered at {names.where}")
-    return Check(
-        "names",
-        Level.WARN,
-        f"NAME.vm is not answered: {names.where}: {names.problem}",
-        "end what has that port, or set dns_address to another one; then: banger daemon restart",
-    )
 
 
 def _optional(tool: str) -> Check:

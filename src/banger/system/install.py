@@ -86,6 +86,8 @@ async def uninstall(*, force: bool) -> Installation:
     await _end_machines(found, force=force)
     await systemctl("disable", "--now", "--quiet", *UNITS)
     _check_no_machines(found, hint="banger system install, and stop them")
+    take_down = [found.python, "-I", "-m", "banger.hostops.helper", "--take-down"]
+    await proc.run(take_down, timeout_s=_STOP_TIMEOUT_S, env=proc.BARE_ENVIRONMENT)
     await systemctl("clean", "--what=runtime", *UNITS)
     _remove_files(found)
     await systemctl("daemon-reload")
