@@ -10,7 +10,7 @@ import os
 import socket
 import struct
 from collections.abc import AsyncIterator, Callable, Sequence
-from ipaddress import IPv4Network
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +368,7 @@ def test_any_answer_is_understood_or_not_and_opens_public_addresses_only(data: b
     for each in guest_dns._understood(answer, (b"a", b"vm")) or ():
         assert each.rtype in (QTYPE.A, QTYPE.CNAME)
         if each.rtype == QTYPE.A:
-            assert guest_dns.IPv4Address(str(each.rdata)).is_global
+            assert IPv4Address(str(each.rdata)).is_global
     guest_dns._understood(data, (b"a",))
 
 

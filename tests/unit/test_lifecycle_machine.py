@@ -332,7 +332,8 @@ class Play:
             world.liveness.unwatch(vm_id)
         await world.vms.close()
         await world.stats.close()
-        await world.publishing.close()
+        await world.automatic_ports.close()
+        await world.forwards.close()
         await world.agents.close()
         for _ in range(50):
             await asyncio.sleep(0)
