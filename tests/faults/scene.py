@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import IPv4Address
 from pathlib import Path
 from typing import Any
 
@@ -218,15 +219,25 @@ class Scene:
         return set(re.findall(r'"vm_id": ?"([0-9a-f]{12})"', self.home.log))
 
     def _ports(self, vms: list[dict[str, Any]]) -> Iterator[str]:
-        """TCP ports of the host where the daemon listens, or does not, against the records."""
+        """TCP ports of the host where the daemon listens, or does not, against the records.
+
+        What listens in a guest is open at its VM's address by itself, and so is the name server.
+        """
+        running = [vm for vm in vms if vm["runtime"]["state"] == "running"]
         published = {
-            port["host_port"]
-            for vm in vms
-            if vm["runtime"]["state"] == "running"
+            (port["host"], port["host_port"])
+            for vm in running
             for port in vm["spec"]["published_ports"]
         }
-        for port in _listening_ports(self.home.daemon_pid()) ^ published:
-            yield f"port {port}, " + ("not served" if port in published else "of nobody")
+        own = {vm["runtime"]["address"] for vm in running}
+        names = self.home.banger.json("daemon", "status")["dns"]
+        open_ = {
+            (host, port)
+            for host, port in _listening_at(self.home.daemon_pid())
+            if host not in own and f"{host}:{port}" != names
+        }
+        for where in open_ ^ published:
+            yield f"port {where}, " + ("not served" if where in published else "of nobody")
 
     def _held(self) -> Iterator[str]:
         for held in leftovers.mounts_and_loops_of(self.home.directory):
@@ -234,15 +245,16 @@ class Scene:
                 yield held
 
 
-def _listening_ports(pid: int) -> set[int]:
-    """The TCP ports that a process listens at (proc_net(5): state 0A)."""
+def _listening_at(pid: int) -> set[tuple[str, int]]:
+    """The IPv4 addresses and TCP ports that a process listens at (proc_net(5): state 0A)."""
     sockets = set()
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):
             sockets.add(str(descriptor.readlink()))
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {
-        int(fields[1].partition(":")[2], 16)
+        # The address is one word in the machine's byte order.
+        (str(IPv4Address(bytes.fromhex(fields[1][:8])[::-1])), int(fields[1][9:], 16))
         for fields in lines
         if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets
     }

@@ -173,15 +173,13 @@ def test_a_connection_outlives_its_listener_and_a_port_in_use_is_told_of(home: H
     banger.guest("web", once)
     serve(banger, "web", "0.0.0.0:8005")
 
-    def connected() -> socket.socket | None:
+    def connected() -> tuple[socket.socket, ...]:
         try:
-            return socket.create_connection((web, 8004), _TIMEOUT_S)
+            return (socket.create_connection((web, 8004), _TIMEOUT_S),)
         except ConnectionRefusedError:
-            return None
+            return ()
 
-    open_ = until(connected, "the port is open", 10)
-    assert open_ is not None
-    with open_ as connection:
+    with until(connected, "the port is open", 10)[0] as connection:
         until(lambda: refused(web, 8004), "the port is closed", 10)
         connection.sendall(b"x")
         assert connection.recv(10) == b"late"

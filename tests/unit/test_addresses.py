@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from banger.base.errors import Conflict, PreconditionFailed
+from banger.base.errors import Conflict, NotFound, PreconditionFailed
 from banger.base.model import NetworkMode, VmState
 from banger.services.addresses import LOOPBACK_NETWORK, Addresses, free_address
 from banger.services.vm_spec import CreateRequest
@@ -141,6 +141,14 @@ async def test_creations_at_once_get_an_address_each_and_failed_ones_none(
     vms = await world.store.vms()
     assert len({vm.runtime.address for vm in vms}) == len(vms) == 9
     assert len(world.addresses._by_address) == len(world.addresses._by_name) == 9
+
+
+async def test_what_is_written_of_a_vm_that_is_gone_claims_nothing(world: World) -> None:
+    made = await world.create("web")
+    await world.delete("web", force=True)
+    with pytest.raises(NotFound):
+        await world.vms.save(made)
+    assert world.addresses._by_address == {}
 
 
 async def test_a_record_without_an_address_gets_one_when_found_running_or_started(

@@ -110,7 +110,8 @@ async def test_what_listens_is_open_at_the_vms_address_for_as_long_as_it_does(
     assert await greeting(at(db, SECOND))
     await world.delete("db", force=True)
     assert await greeting(at(db, SECOND)) == b""
-    assert (world.forwards._vms, world.automatic_ports._watches) == ({}, {})
+    assert world.forwards._vms == {}
+    assert world.automatic_ports._watches == {}
 
 
 async def test_the_next_daemon_opens_them_again(world: World) -> None:

@@ -193,3 +193,24 @@ def test_ports_of_all_as_json(daemon: Daemon, capfd: Captured) -> None:
     assert run(["vm", "ports", "--json"]) == 0
     assert daemon.calls == [("vm.ports", {"vm": ""})]
     assert msgspec.json.decode(capfd.readouterr().out, type=list[GuestPort]) == LISTED
+
+
+def test_a_port_that_is_open_by_itself_is_shown_with_the_name(
+    daemon: Daemon, capfd: Captured
+) -> None:
+    opened = GuestPort(
+        vm_id="id-web",
+        vm_name="web",
+        guest_port=8000,
+        sockets=(GuestSocket(address="0.0.0.0", port=8000, pid=9, command="python3"),),
+        automatic=HostPort(host="127.64.3.4", host_port=8000),
+        published=(HostPort(host="127.0.0.1", host_port=80),),
+    )
+    taken = HostPort(host="127.64.3.4", host_port=8000, problem="in use by x (pid 1)")
+    answers(
+        daemon, "vm.ports", [opened, msgspec.structs.replace(opened, automatic=taken, published=())]
+    )
+    assert run(["vm", "ports", "web"]) == 0
+    _, first, second = capfd.readouterr().out.splitlines()
+    assert first.endswith("127.64.3.4:8000 (web.vm), 127.0.0.1:80")
+    assert second.endswith("127.64.3.4:8000 (in use by x (pid 1))")

@@ -102,6 +102,7 @@ def test_a_setting_like_no_other_gets_no_guess(tmp_path: Path) -> None:
         ("[vm_defaults]\nmemory = 1.5", "vm_defaults.memory"),
         ("[vm_defaults]\nmemory = -1", "vm_defaults.memory"),
         ('[vm_defaults]\ninit = "upstart"', "vm_defaults.init"),
+        ("forward_ports = 1", "forward_ports"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_file_and_key(tmp_path: Path, text: str, key: str) -> None:
@@ -183,3 +184,20 @@ def test_a_duration_is_in_seconds(tmp_path: Path, text: str, seconds: float) -> 
 def test_what_is_no_duration_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(BadRequest, match="auto_stop_stale_after: "):
         load(tmp_path, f"auto_stop_stale_after = {text}")
+
+
+@pytest.mark.parametrize(("text", "address"), [("127.0.0.2:53", ("127.0.0.2", 53)), ("off", None)])
+def test_the_name_servers_address_is_one_of_the_loopback(
+    tmp_path: Path, text: str, address: tuple[str, int] | None
+) -> None:
+    assert load(tmp_path, f'dns_address = "{text}"').dns_address == address
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "5354", "127.0.0.1", "127.0.0.1:", "127.0.0.1:0", "127.0.0.1:65536", "0.0.0.0:53",
+     "192.0.2.1:53", "[::1]:53", "localhost:53", "127.0.0.1:" + "9" * 5000],
+)  # fmt: skip
+def test_names_are_answered_nowhere_else(tmp_path: Path, text: str) -> None:
+    with pytest.raises(BadRequest, match="is not a loopback address and a port"):
+        load(tmp_path, f'dns_address = "{text}"')

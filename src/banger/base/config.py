@@ -81,10 +81,10 @@ def parse_dns_address(value: object) -> tuple[str, int] | None:
         return None
     host, _, port = text.rpartition(":")
     try:
-        is_loopback = IPv4Address(host).is_loopback
+        is_valid = IPv4Address(host).is_loopback and 1 <= int(port) <= 65535
     except ValueError:
-        is_loopback = False
-    if not is_loopback or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        is_valid = False
+    if not is_valid:
         raise BadRequest(
             f'"{text}" is not a loopback address and a port', hint="like 127.0.0.1:5354; or: off"
         )

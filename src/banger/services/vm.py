@@ -325,7 +325,11 @@ class VmService:
         if state is not None:
             vm = _entered(vm, state, last_error)
         vm = msgspec.structs.replace(self._addresses.claimed(vm), updated_at=now())
-        await self._store.update_vm(vm)
+        try:
+            await self._store.update_vm(vm)
+        except NotFound:
+            self._addresses.forget(vm.id)  # its row was being deleted, and is
+            raise
         self._addresses.note(vm)
         self._ring()
         return vm

@@ -16,7 +16,7 @@ enum { PROC_LIMIT = 1 << 20, TCP_LISTEN = 0x0A };
 
 /* How often LISTENERS looks, in ms: nothing tells when a socket begins to listen. Often while
  * something has just happened, for it is then that people wait for a server. */
-enum { LOOK_QUICK_MS = 250, LOOK_MS = 1000, QUICK_FOR_MS = 5000 };
+enum { LOOK_QUICK_MS = 250, LOOK_MS = 2000, QUICK_FOR_MS = 5000 };
 
 struct listener {
     char address[INET6_ADDRSTRLEN];
