@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from banger.base.errors import (
@@ -492,3 +493,17 @@ async def test_a_touch_is_not_lost_to_whoever_replaces_the_record(world: World) 
     changing.cancel()
     await asyncio.gather(changing, return_exceptions=True)
     assert (await recorded(world)).touched_at == moment
+
+
+async def test_a_machine_starts_where_this_daemon_has_its_sockets(world: World) -> None:
+    """They were elsewhere last time: with another XDG_RUNTIME_DIR, or before an installation."""
+    vm = await stopped(world)
+    runtime = msgspec.structs.replace(
+        vm.runtime, api_socket="/elsewhere/control.sock", agent_socket="/elsewhere/agent.sock"
+    )
+    await world.vms.save(msgspec.structs.replace(vm, runtime=runtime))
+    started = await world.start("box")
+    paths = world.paths.vm(vm.id)
+    sockets = (started.runtime.api_socket, started.runtime.agent_socket)
+    assert sockets == (str(paths.control_socket), str(paths.agent_socket))
+    assert started.runtime.state is VmState.RUNNING

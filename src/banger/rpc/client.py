@@ -45,9 +45,10 @@ T = TypeVar("T")
 START_TIMEOUT_S = 120
 _READ_BYTES = 256 << 10
 
-#: How long a daemon that systemd starts again (an upgrade, a crash) is waited for.
-_SYSTEMS_TIMEOUT_S = 10.0
+#: How often a socket is looked for that systemd is about to have served, and after how many looks
+#: systemd is asked whether it still is.
 _SYSTEMS_INTERVAL_S = 0.05
+_SYSTEMS_LOOKS = 20
 _SYSTEMS_HINT = "it is a unit of the system: sudo systemctl start bangerd"
 
 OnEvent = Callable[[msgspec.Raw], None]
@@ -236,14 +237,13 @@ def _start(paths: Paths) -> socket.socket:
 def _await_systems(paths: Paths) -> socket.socket:
     """A connection to the daemon that systemd runs, and only root has started. One that it starts
     again is there in a moment: a command need not fail because of an upgrade."""
-    deadline = time.monotonic() + _SYSTEMS_TIMEOUT_S
-    while _is_on_its_way():
-        connection = _connect(paths)
-        if connection is not None:
-            return connection
-        if time.monotonic() > deadline:
-            break
-        time.sleep(_SYSTEMS_INTERVAL_S)  # a socket tells nobody that it has come to be
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while _is_on_its_way() and time.monotonic() < deadline:
+        for _ in range(_SYSTEMS_LOOKS):
+            connection = _connect(paths)
+            if connection is not None:
+                return connection
+            time.sleep(_SYSTEMS_INTERVAL_S)  # a socket tells nobody that it has come to be
     raise Unavailable("bangerd is not running", hint=_SYSTEMS_HINT)
 
 

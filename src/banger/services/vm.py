@@ -233,6 +233,14 @@ class VmService:
         not have the same disks.
         """
         await self._release(vm)
+        # Its sockets go where this daemon has its own, which may be another place than last time.
+        paths = self._paths.vm(vm.id)
+        runtime = msgspec.structs.replace(
+            vm.runtime,
+            api_socket=str(paths.control_socket),
+            agent_socket=str(paths.agent_socket),
+        )
+        vm = msgspec.structs.replace(vm, runtime=runtime)
         return await self.save(vm, state=VmState.STARTING, last_error="")
 
     async def mark_running(self, vm: Vm) -> Vm:

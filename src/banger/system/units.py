@@ -134,7 +134,7 @@ LimitNOFILE=65536
 # partly covered (ProtectKernelTunables, ProtectProc) could not be mounted there. Users name files
 # anywhere to import, in /tmp and /home, too (PrivateTmp, ProtectHome). Machines have QEMU's own
 # filter of system calls, and their network one of banger's.
-CapabilityBoundingSet=CAP_SETUID CAP_SETGID CAP_DAC_OVERRIDE
+CapabilityBoundingSet=CAP_SETUID CAP_SETGID CAP_DAC_OVERRIDE CAP_SYS_ADMIN
 DevicePolicy=closed
 DeviceAllow=/dev/kvm rw
 DeviceAllow=/dev/net/tun rw
