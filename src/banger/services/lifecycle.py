@@ -230,8 +230,8 @@ class Lifecycle:
                 raise
             # Whoever has the lock may be waiting for its agent to answer.
             await self._agents.drop(vm.id)
-        elif vm.runtime.state in (VmState.CREATING, VmState.STARTING):
-            # Its machine is not launched yet: the start that is under way will not go on.
+        elif self._vms.locks.held(vm.id):
+            # If it is being started, its machine is not launched yet: the start that is under way will not go on.
             self._vms.end_reasons[vm.id] = reason
 
     async def delete(

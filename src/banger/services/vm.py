@@ -147,7 +147,7 @@ class VmService:
         """
         if stages is not None and self.locks.held(found.id):
             stages.stage("wait", "for another operation on this machine")
-        async with self.locks.hold(found.id):
+        async with self.hold(found.id):
             vm = await self._store.get_vm(found.id)
             if vm is None:
                 raise NotFound(f'vm "{found.name}" not found')
@@ -157,6 +157,17 @@ class VmService:
             if stages is not None:
                 stages.describe(**vm_attributes(vm))
             yield vm
+
+    @asynccontextmanager
+    async def hold(self, vm_id: str) -> AsyncIterator[None]:
+        """The VM's lock. A wish to end the machine that whoever had it was starting goes with it,
+        when there is no machine: the next start is none of its business."""
+        async with self.locks.hold(vm_id):
+            try:
+                yield
+            finally:
+                if not self._handles.get(vm_id).pid:
+                    self.end_reasons.pop(vm_id, None)
 
     # Streams and requests into a guest.
 

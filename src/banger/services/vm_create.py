@@ -134,7 +134,7 @@ class VmCreator:
                     start.vm = await self._starter.reserve(start)
                 try:
                     # Before anybody sees the record: in creation and unheld, it has failed.
-                    await held.enter_async_context(self._vms.locks.hold(start.vm.id))
+                    await held.enter_async_context(self._vms.hold(start.vm.id))
                     start.vm = await self._insert(start.vm)
                 except BaseException:
                     self._starter.give_back(start.vm)
