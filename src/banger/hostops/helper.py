@@ -362,3 +362,7 @@ def _remove_stale(path: Path) -> None:
             if probe.connect_ex(os.fspath(path)) != errno.ECONNREFUSED:
                 raise Conflict(f"another helper listens at {path}")
         path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -39,6 +39,9 @@ _DID_NOT_FORWARD = "this host did not forward before"
 #: A link that is there for nothing but that systemd-resolved is told of it.
 NAMES = "banger-names"
 _NAMES_MAC = "02:62:67:00:00:02"
+#: resolved asks by no link without an address of global scope (`link_relevant` in its source). This
+#: one leads nowhere: of a range that is never routed (RFC 3927).
+_NAMES_ADDRESS = "169.254.213.53"
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
 _MACS = {"bridge": BRIDGE_MAC, "dummy": _NAMES_MAC}
 
@@ -114,7 +117,10 @@ def bring_up_names() -> None:
         if not _find(netlink, NAMES, "dummy"):
             netlink.link("add", ifname=NAMES, kind="dummy", address=_NAMES_MAC)
         _no_ipv6(NAMES)
-        netlink.link("set", index=_index(netlink, NAMES), IFLA_IFALIAS=_ALIAS, state="up")
+        index = _index(netlink, NAMES)
+        netlink.link("set", index=index, IFLA_IFALIAS=_ALIAS, state="up")
+        if not list(netlink.get_addr(family=_AF_INET, index=index)):
+            netlink.addr("add", index=index, address=_NAMES_ADDRESS, prefixlen=32)
 
 
 def take_down_names() -> None:
