@@ -284,7 +284,8 @@ async def _take_down(installation: Installation) -> None:
     from banger.hostops import links  # see `local`
 
     host = LocalHost(installation.owner_uid)
-    for name in links.bridges(installation.owner_uid):
+    # In a thread, as `local` does it: pyroute2 runs an event loop of its own.
+    for name in await asyncio.to_thread(links.bridges, installation.owner_uid):
         await host.perform(BridgeDown(bridge=name))
     await host.perform(UnrouteNames())
 

@@ -231,7 +231,7 @@ class Lifecycle:
             # Whoever has the lock may be waiting for its agent to answer.
             await self._agents.drop(vm.id)
         elif self._vms.locks.held(vm.id):
-            # If it is being started, its machine is not launched yet: the start that is under way will not go on.
+            # If it is being started, its machine is not launched yet: that start will not go on.
             self._vms.end_reasons[vm.id] = reason
 
     async def delete(
