@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 
 from qemu.qmp import QMPClient, QMPError
@@ -32,6 +33,7 @@ from banger.drivers.storage.qcow2 import Qcow2Storage
 from banger.guest.channel import AgentChannel, call
 from banger.guest.requests import Exec
 
+KEPT_FROM = IPv4Network("10.213.0.0/16")
 _BOOT_TIMEOUT_S = 240.0
 _SETTLE_S = 0.2
 _VM_ID = "bench"
@@ -150,7 +152,7 @@ class BareQemu:
         """A QEMU process and the first conversation with it; it is killed at the end."""
         hypervisor = QemuHypervisor("auto", self._paths.probe_cache)
         accelerator, _ = await hypervisor.choose_accelerator()
-        network = await PasstNetwork().attach(
+        network = await PasstNetwork(KEPT_FROM).attach(
             Plug(machine.vm_id, self._directory / "network.log", Reach())
         )
         ours, theirs = socket.socketpair()

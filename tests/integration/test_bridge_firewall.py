@@ -425,6 +425,38 @@ async def test_a_network_that_is_in_use_is_refused(host: Lab, ops: LocalHost) ->
     assert host.state() == before
 
 
+async def test_a_vpn_that_has_all_routes_in_two_halves_is_no_obstacle(
+    host: Lab, ops: LocalHost
+) -> None:
+    for half in ("0.0.0.0/1", "128.0.0.0/1"):
+        host.run(host.host, "ip", "route", "add", half, "via", WORLD)
+    await ops.perform(BridgeUp(bridge=BRIDGE, resolver_port=RESOLVER_PORT))
+    await ops.perform(BridgeDown(bridge=BRIDGE.name))
+
+
+async def test_daemons_of_one_user_keep_off_each_others_bridges(host: Lab, ops: LocalHost) -> None:
+    mine, other = (bridge_of("banger0", "10.99.0.0/24", each * 8) for each in ("a", "b"))
+    before = host.state()
+    await ops.perform(BridgeUp(bridge=mine, resolver_port=RESOLVER_PORT))
+    tap = await ops.perform(OpenTap(bridge="banger0"))
+    there = host.state()
+    for operation in (
+        BridgeUp(bridge=other, resolver_port=RESOLVER_PORT),
+        BridgeDown(bridge="banger0", instance=other.instance),
+        SetGuests(bridge=other, guests=()),
+    ):
+        with pytest.raises(Conflict, match="is that of another banger") as caught:
+            await ops.perform(operation)
+        assert caught.value.hint == "set bridge_name and bridge_cidr to others"
+    assert host.state() == there
+    # One that no machine is on, nor is about to be, is free to take; and it is given back whole.
+    os.close(tap.fd)
+    await ops.perform(BridgeUp(bridge=other, resolver_port=RESOLVER_PORT))
+    await ops.perform(SetGuests(bridge=other, guests=()))
+    await ops.perform(BridgeDown(bridge="banger0", instance=other.instance))
+    assert host.state() == before
+
+
 async def test_tables_that_somebody_emptied_are_made_again(
     host: Lab, ops: LocalHost, machines: list[Machine]
 ) -> None:

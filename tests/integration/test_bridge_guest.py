@@ -209,13 +209,21 @@ def test_machines_on_a_bridge_have_names(
     assert _resolved(hosted, alone, "www.example.com") == ""
 
 
-def test_the_host_reaches_a_machine_at_its_address(
-    town: Lab, hosted: Banger, make_vm: Callable[..., str]
+def test_the_host_and_nobody_else_reaches_a_machine_at_its_address(
+    town: Lab, hosted: Banger, world: list[str], make_vm: Callable[..., str]
 ) -> None:
     vm = make_vm()
     _serve(hosted, vm)
-    with town.inside(town.host), socket.create_connection((_address(hosted, vm), 7000), 10) as peer:
+    address = _address(hosted, vm)
+    with town.inside(town.host), socket.create_connection((address, 7000), 10) as peer:
         assert peer.recv(100).decode().strip() == vm
+    (port,) = (each for each in hosted.json("vm", "ports", vm) if each["guest_port"] == 7000)
+    assert port["automatic"] == {"host": address, "host_port": 7000, "problem": ""}
+    assert port["problem"] == ""
+    # A machine in user networking has connections of the host's own: not there.
+    other = make_vm("--network", "user")
+    assert _reaches(hosted, other, WORLD)
+    assert not _reaches(hosted, other, address, 7000)
 
 
 def test_forks_and_machines_that_go_on_have_addresses_of_their_own(

@@ -13,6 +13,7 @@ import struct
 import sys
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from banger.base.model import Reach
 from banger.drivers.base import Plug
 from banger.drivers.network.user import DNS, GATEWAY, GUEST_ADDRESS, PasstNetwork
 
+KEPT_FROM = IPv4Network("10.213.0.0/16")
 VM_ID = "vm-0123456789ab"
 LOOPBACKS = ("127.0.0.1", "127.9.8.7")
 ROUNDS = 60
@@ -99,7 +101,7 @@ def lan_address() -> str:
 
 @asynccontextmanager
 async def attached(log: Path) -> AsyncIterator[Guest]:
-    attachment = await PasstNetwork().attach(Plug(VM_ID, log, Reach()))
+    attachment = await PasstNetwork(KEPT_FROM).attach(Plug(VM_ID, log, Reach()))
     with socket.socket(fileno=os.dup(attachment.fd)):
         guest = Guest(attachment.fd)
         try:
@@ -115,7 +117,7 @@ def processes(log: Path) -> dict[str, int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             argv = procfs.command_line(int(entry.name))
-            if PasstNetwork().owns(argv, VM_ID):
+            if PasstNetwork(KEPT_FROM).owns(argv, VM_ID):
                 found["filter"] = int(entry.name)
             elif "--log-file" in argv and str(log) in argv:
                 found["passt"] = int(entry.name)
@@ -274,9 +276,11 @@ from pathlib import Path
 from banger.base.model import (Reach)
 from banger.drivers.base import (Plug)
 from banger.drivers.network.user import PasstNetwork
+from ipaddress import IPv4Network
 
 async def main():
-    await PasstNetwork().attach(Plug(sys.argv[1], Path(sys.argv[2]), Reach()))
+    network = PasstNetwork(IPv4Network("10.213.0.0/16"))
+    await network.attach(Plug(sys.argv[1], Path(sys.argv[2]), Reach()))
     os.kill(os.getpid(), signal.SIGKILL)
 
 asyncio.run(main())
@@ -312,5 +316,5 @@ async def test_passt_that_does_not_start_is_an_error_with_its_words(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     log = tmp_path / "network.log"
     with pytest.raises(Unavailable, match="passt does not start: cannot make a namespace; inspect"):
-        await PasstNetwork().attach(Plug(VM_ID, log, Reach()))
+        await PasstNetwork(KEPT_FROM).attach(Plug(VM_ID, log, Reach()))
     assert processes(log) == {}

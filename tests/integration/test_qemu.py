@@ -11,6 +11,7 @@ import signal
 import socket
 import time
 from dataclasses import replace
+from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
 from tiny_guest import speaking_guest
 
+KEPT_FROM = IPv4Network("10.213.0.0/16")
 VM_ID = "vm-0123456789ab"
 MIB = 1 << 20
 
@@ -93,7 +95,7 @@ async def test_a_machine_boots_answers_and_quits(
             Disk("modules", base, DiskFormat.RAW, read_only=True),
         ),
     )
-    network = await PasstNetwork().attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
+    network = await PasstNetwork(KEPT_FROM).attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
     pid = await hypervisor.launch(machine, network)
     try:
         assert hypervisor.control_socket(procfs.command_line(pid)) == machine.control_socket
@@ -149,7 +151,7 @@ async def test_machines_are_restored_side_by_side_and_leave_what_was_saved_as_it
     base.write_bytes(bytes(MIB))
     await Qcow2Storage().create_overlay(base, overlay, 1)
     system = Disk("system", overlay, DiskFormat.QCOW2)
-    network = PasstNetwork()
+    network = PasstNetwork(KEPT_FROM)
     memory, state = await saved(replace(machine, disks=(system,)), hypervisor, network)
     before = memory.read_bytes(), state.read_bytes()
     assert b"hello, host" in before[0]  # all of the memory is in its file
@@ -185,7 +187,7 @@ async def test_machines_are_restored_side_by_side_and_leave_what_was_saved_as_it
 async def test_a_machine_that_cannot_be_restored_says_why_and_leaves_nothing(
     machine: Machine, hypervisor: QemuHypervisor, harm: str
 ) -> None:
-    network = PasstNetwork()
+    network = PasstNetwork(KEPT_FROM)
     memory, state = await saved(machine, hypervisor, network)
     copy = replace(machine, memory_file=MemoryFile(memory, private=True))
     if harm == "cut":
@@ -258,7 +260,7 @@ async def test_the_console_log_keeps_what_was_said_before_a_restart(
 async def test_kill_9_of_a_machine_leaves_no_network_process_and_no_zombie(
     machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
 ) -> None:
-    network = await PasstNetwork().attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
+    network = await PasstNetwork(KEPT_FROM).attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
     pid = await hypervisor.launch(machine, network)
     os.kill(pid, signal.SIGKILL)
     await exit_of(pid)
@@ -271,7 +273,7 @@ async def test_a_machine_that_cannot_start_says_why_and_where_to_look(
     machine: Machine, hypervisor: QemuHypervisor, tmp_path: Path
 ) -> None:
     machine.hypervisor_log.write_text("an older start's complaint\n")
-    network = await PasstNetwork().attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
+    network = await PasstNetwork(KEPT_FROM).attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
     missing = replace(machine, kernel=tmp_path / "nowhere")
     with pytest.raises(Unavailable) as caught:
         await hypervisor.launch(missing, network)

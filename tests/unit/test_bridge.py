@@ -14,6 +14,7 @@ from banger.drivers.base import Level, Plug, Plugged
 from banger.drivers.network.bridge import BridgeNetwork
 from banger.hostops.client import HelperHost
 from banger.hostops.ops import (
+    BridgeUp,
     Done,
     Guest,
     OpenTap,
@@ -39,6 +40,8 @@ class Host:
         self.asked: list[Operation] = []
         #: What is refused from now on, and for how many times.
         self.refuses: dict[type[Operation], int] = {}
+        #: What is done, and its answer lost.
+        self.loses: dict[type[Operation], int] = {}
         self.descriptors: list[int] = []
 
     async def perform(self, operation: Operation) -> Done:
@@ -48,6 +51,9 @@ class Host:
             self.refuses[kind] -= 1
             raise Unavailable(f"no {kind.__name__}")
         self.asked.append(operation)
+        if self.loses.get(kind, 0):
+            self.loses[kind] -= 1
+            raise Unavailable(f"the answer of {kind.__name__} is lost")
         if isinstance(operation, OpenTap):
             self.descriptors.append(os.open(os.devnull, os.O_RDONLY))
             name = f"{operation.bridge}-{len(self.descriptors):06x}"
@@ -59,7 +65,7 @@ class Host:
 
     @property
     def guests(self) -> tuple[Guest, ...]:
-        """Who is let through."""
+        """Who is let through, as was asked for last."""
         last = [each for each in self.asked if isinstance(each, SetGuests)][-1]
         return last.guests
 
@@ -206,4 +212,83 @@ async def test_without_privileges_it_says_what_to_do() -> None:
     await network.resume([])
     with pytest.raises(BangerError, match="needs root"):
         await network.attach(plug("one", 10))
+    await network.close()
+
+
+async def test_a_change_whose_end_is_not_known_is_made_again_when_it_is_taken_back(
+    host: Host, network: BridgeNetwork
+) -> None:
+    """A helper that dies after it has done it, and a client that was cancelled, look like that."""
+    machine = await join(network, "one", 10, CLOSED)
+    host.loses[SetGuests] = 2
+    with pytest.raises(BangerError):
+        await network.apply(Plugged("one", OPEN, machine.address, machine.tap))
+    assert [each.everywhere for each in host.guests] == [True]  # so it is, and nobody was told
+    host.asked.clear()
+    await network.apply(machine)
+    assert [each.everywhere for each in host.guests] == [False]
+
+
+async def test_an_answer_that_comes_too_late_opens_nothing(
+    host: Host, network: BridgeNetwork
+) -> None:
+    allowed = Reach(egress=Egress.ALLOWLIST, allow=("example.org",))
+    machine = await join(network, "one", 10, allowed)
+    asked = network._may_ask(machine.address)
+    assert asked is not None
+    await network._let_through(machine.address, asked, [("192.0.2.1", 60)])
+    assert host.kinds()[-1] == "AllowResolved"
+    host.asked.clear()
+    for reach in (CLOSED, Reach(egress=Egress.ALLOWLIST, allow=("other.example.org",))):
+        await network.apply(Plugged("one", reach, machine.address, machine.tap))
+        with pytest.raises(BangerError, match="changed meanwhile"):
+            await network._let_through(machine.address, asked, [("192.0.2.1", 60)])
+    await network.detach("one")
+    with pytest.raises(BangerError, match="changed meanwhile"):
+        await network._let_through(machine.address, asked, [("192.0.2.1", 60)])
+    assert "AllowResolved" not in host.kinds()
+
+
+async def test_a_bridge_that_could_not_go_on_comes_with_the_next_machine(host: Host) -> None:
+    network = BridgeNetwork(host, BRIDGE, Addresses({}), pool_size=0)
+    found = [Plugged("vm-10", CLOSED, "10.99.0.10", "banger0-00000a")]
+    host.refuses[BridgeUp] = 1
+    with pytest.raises(BangerError):
+        await network.resume(found)
+    await network.apply(found[0])
+    assert [each.address for each in host.guests] == ["10.99.0.10"]
+    await join(network, "two", 11)
+    assert "BridgeUp" in host.kinds()
+    assert [each.address for each in host.guests] == ["10.99.0.10", "10.99.0.11"]
+    await network.close()
+
+
+async def test_what_names_led_to_is_forgotten_of_machines_that_may_ask_none(host: Host) -> None:
+    """A daemon may have died between a record and what it says."""
+    network = BridgeNetwork(host, BRIDGE, Addresses({}), pool_size=0)
+    allowed = Reach(egress=Egress.ALLOWLIST, allow=("example.org",))
+    found = [
+        Plugged("vm-10", CLOSED, "10.99.0.10", "banger0-00000a"),
+        Plugged("vm-11", allowed, "10.99.0.11", "banger0-00000b"),
+    ]
+    await network.resume(found)
+    last = host.asked[-1]
+    assert isinstance(last, SetGuests)
+    assert last.forget == ("10.99.0.10",)
+    await network.close()
+
+
+async def test_machines_of_another_bridge_keep_nobody_off_this_one(host: Host) -> None:
+    """Settings were changed while they ran."""
+    network = BridgeNetwork(host, BRIDGE, Addresses({}), pool_size=0)
+    await network.resume(
+        [
+            Plugged("vm-10", OPEN, "10.55.0.10", "banger0-00000a"),
+            Plugged("vm-11", OPEN, "10.99.0.11", "banger1-00000b"),
+            Plugged("vm-12", OPEN, "10.99.0.12", "banger0-00000c"),
+        ]
+    )
+    assert [each.address for each in host.guests] == ["10.99.0.12"]
+    await network.apply(Plugged("vm-10", CLOSED, "10.55.0.10", "banger0-00000a"))
+    assert [each.address for each in host.guests] == ["10.99.0.12"]
     await network.close()

@@ -84,7 +84,10 @@ class Scene:
             servers=lambda: self.servers,
         )
 
-    async def _resolved(self, source: str, addresses: Sequence[tuple[str, int]]) -> None:
+    async def _resolved(
+        self, source: str, asked: GuestNames, addresses: Sequence[tuple[str, int]]
+    ) -> None:
+        assert asked == self.guest
         if self.fail:
             raise self.fail
         self.opened.append((source, list(addresses)))

@@ -63,18 +63,19 @@ async def test_nobody_is_sent_where_nobody_answers(host: Host, names: Names) -> 
     routing = NameRouting(host, names)
     await routing.open()
     await routing.close()
-    assert host.asked == []
+    # What an earlier daemon has routed leads to whoever has the port now.
+    assert host.asked == ([UnrouteNames()] if host.installed else [])
     check = routing.check()
     assert check.level is (Level.WARN if names.problem else Level.OK)
     assert "asks there" not in check.detail
 
 
 async def test_what_keeps_them_from_being_routed_is_told() -> None:
-    host = Host(error=PreconditionFailed("systemd-resolved does not run"))
+    host = Host(error=PreconditionFailed("systemd-resolved does not run", hint="install it"))
     routing = NameRouting(host, Names())
     await routing.open()
     check = routing.check()
     assert (check.level, "but systemd-resolved does not run" in check.detail) == (Level.WARN, True)
-    assert "systemd-resolved" in check.hint
+    assert check.hint == "install it"
     await routing.close()
-    assert len(host.asked) == 1
+    assert host.asked == [RouteNames(server="127.0.0.1", port=5354), UnrouteNames()]

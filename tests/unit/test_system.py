@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from banger.base import paths
 from banger.base.errors import NotFound, PreconditionFailed
 from banger.base.install import Installation
+from banger.base.notify import take_notifier
 from banger.base.paths import SYSTEM_RUNTIME_DIR, Paths
-from banger.daemon.notify import take_notifier
 from banger.system import systemd, trust
 from banger.system.install import install_text
 from banger.system.units import DAEMON, HELPER, Owner, quoted, unit_texts

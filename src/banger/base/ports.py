@@ -24,7 +24,7 @@ AUTOMATIC_MIN = 1024
 
 _NUMBER = re.compile(r"[0-9]{1,5}")
 _BRACKETED = re.compile(r"\[([^\]]*)\]:(.*)", re.DOTALL)
-_WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
+WILDCARDS = ("0.0.0.0", "::")  # noqa: S104 - compared with, not bound to
 _FORM = "write it as PORT, PORT:GUEST or HOST:PORT:GUEST, like 8080:80 or 127.0.0.2:8080:80"
 
 
@@ -42,7 +42,7 @@ class GuestSocket(Record, frozen=True):
         address = ip_address(self.address)
         if isinstance(address, IPv6Address):
             address = address.ipv4_mapped or address
-        return str(address) in (*_WILDCARDS, "127.0.0.1", "::1")
+        return str(address) in (*WILDCARDS, "127.0.0.1", "::1")
 
 
 class HostPort(Record, frozen=True):
@@ -133,7 +133,7 @@ def overlap(one: PublishedPort, other: PublishedPort) -> bool:
         one.host == other.host
         or (
             ip_address(one.host).version == ip_address(other.host).version
-            and (one.host in _WILDCARDS or other.host in _WILDCARDS)
+            and (one.host in WILDCARDS or other.host in WILDCARDS)
         )
     )
 

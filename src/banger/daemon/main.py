@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -26,10 +27,10 @@ from banger.base.config import Config, load_config
 from banger.base.errors import BangerError, Cancelled, Conflict, Internal, PreconditionFailed
 from banger.base.log import configure, get_logger, open_log
 from banger.base.model import NetworkMode
+from banger.base.notify import take_notifier
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths, prepare_private_dir
 from banger.daemon.dispatch import Dispatch, Services
-from banger.daemon.notify import take_notifier
 from banger.daemon.parts import Parts
 from banger.drivers import registry
 from banger.drivers.base import Check, Level, NameServer
@@ -137,7 +138,9 @@ def _tell_starter(ready_fd: int, message: bytes) -> None:
 async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> AsyncIterator[Server]:
     """The parts, put together; taken apart in reverse order at the end."""
     host = _host()
-    bridge = bridge_of(config.bridge_name, config.bridge_cidr)
+    # Several homes are several daemons, which keep off each other's bridges.
+    instance = f"{zlib.crc32(os.fsencode(paths.state_dir)):08x}"
+    bridge = bridge_of(config.bridge_name, config.bridge_cidr, instance)
     addresses = Addresses({NetworkMode.BRIDGE: bridge.network})
     selection = registry.select(
         hypervisor=config.hypervisor,

@@ -99,7 +99,7 @@ def select(
             default=NetworkMode(why_network.name),
             by_mode={
                 NetworkMode.BRIDGE: BridgeNetwork(host, bridge, names, pool_size=tap_pool_size),
-                NetworkMode.USER: PasstNetwork(),
+                NetworkMode.USER: PasstNetwork(bridge.network),
             },
         ),
         choices=(why_hypervisor, why_storage, why_network),

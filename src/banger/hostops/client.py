@@ -8,8 +8,8 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
-from banger.base.errors import BadRequest, PermissionDenied, Unavailable
-from banger.base.install import HELPER_SOCKET
+from banger.base.errors import BadRequest, BangerError, PermissionDenied, Unavailable
+from banger.base.install import HELPER_SOCKET, INSTALL_FILE, load_installation
 from banger.base.opid import current_op_id, new_op_id
 from banger.hostops import wire
 from banger.hostops.ops import Done, Operation
@@ -24,8 +24,9 @@ _HINT = "look at it: banger system status"
 class HelperHost:
     """Implements `HostOps`. Each operation is a connection of its own, which goes with it."""
 
-    def __init__(self, path: Path = HELPER_SOCKET) -> None:
+    def __init__(self, path: Path = HELPER_SOCKET, install_file: Path = INSTALL_FILE) -> None:
         self._path = path
+        self._install_file = install_file
         self._calls = asyncio.Semaphore(_CALLS_MAX)
 
     @property
@@ -41,12 +42,18 @@ class HelperHost:
     def hint(self) -> str:
         if not self.problem:
             return ""
-        return 'install one: sudo banger system install; or do without: network = "user"'
+        return (
+            "install one: sudo banger system install; or do without: --network user, which"
+            " banger vm set takes, too"
+        )
 
     @property
     def installed(self) -> bool:
-        """See `HostOps`."""
-        return not self.problem
+        """See `HostOps`: for us, whether or not its helper runs just now."""
+        try:
+            return load_installation(self._install_file).owner_uid == os.getuid()
+        except BangerError:
+            return False
 
     async def perform(self, operation: Operation) -> Done:
         """See `HostOps.perform`. A cancelled caller does not wait: what comes of it is closed."""

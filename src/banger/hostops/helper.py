@@ -44,6 +44,7 @@ from banger.base.install import (
     load_installation,
 )
 from banger.base.model import ErrorInfo
+from banger.base.notify import take_notifier
 from banger.base.opid import current_op_id, new_op_id
 from banger.hostops import wire
 from banger.hostops.local import LocalHost
@@ -260,10 +261,12 @@ def _run(path: Path, install_file: Path) -> None:
     installation = _installation(install_file)
     _check_owner(installation)
     inherited = _inherited_listener()
+    notify = take_notifier()
     os.environ.clear()
     os.environ.update(_ENVIRONMENT)
     os.umask(0o077)
     listener = inherited or _bind(path, installation.owner_uid)
+    notify("READY=1")  # it can be connected to
     try:
         asyncio.run(_serve(listener, installation))
     finally:
@@ -287,7 +290,8 @@ async def _take_down(installation: Installation) -> None:
     # In a thread, as `local` does it: pyroute2 runs an event loop of its own.
     for name in await asyncio.to_thread(links.bridges, installation.owner_uid):
         await host.perform(BridgeDown(bridge=name))
-    await host.perform(UnrouteNames())
+    with suppress(Conflict):  # somebody else's link has that name
+        await host.perform(UnrouteNames())
 
 
 async def _serve(listener: socket.socket, installation: Installation) -> None:

@@ -1,8 +1,9 @@
 """Bridges and taps, by netlink and /dev/net/tun. All of it blocks for milliseconds.
 
 What is ours is told by two things that must agree: a name of banger's shape, and the bridge's
-alias. That says whose it is: root's own banger and a user's keep off each other's. And it has what
-`take_down` gives back: whether this host forwarded packets before.
+alias. That says whose it is, by uid and daemon: root's own banger and a user's, and those of a user
+with several homes, keep off each other's, unless no machine is on it. And it has what `take_down`
+gives back: whether this host forwarded packets before.
 """
 
 from __future__ import annotations
@@ -49,16 +50,17 @@ _MACS = {"bridge": BRIDGE_MAC, "dummy": _NAMES_MAC}
 def check_free(bridge: Bridge, owner_uid: int) -> None:
     """Raise Conflict for a link of its name which is not ours, and where its network is in use."""
     with IPRoute() as netlink:
-        _check_free(netlink, bridge, _find_bridge(netlink, bridge.name, owner_uid))
+        index = _find_bridge(netlink, bridge.name, owner_uid, bridge.instance)
+        _check_free(netlink, bridge, index)
 
 
-def bring_up(bridge: Bridge, owner_uid: int) -> bool:
-    """Have the bridge with its address, and let this host forward. Whether it was not there.
+def bring_up(bridge: Bridge, owner_uid: int) -> None:
+    """Have the bridge with its address, and let this host forward.
 
     Raises Conflict for a link of that name which is not ours, and where the network is in use.
     """
     with IPRoute() as netlink:
-        index = _find_bridge(netlink, bridge.name, owner_uid)
+        index = _find_bridge(netlink, bridge.name, owner_uid, bridge.instance)
         made = index == 0
         _check_free(netlink, bridge, index)
         if made:
@@ -67,10 +69,12 @@ def bring_up(bridge: Bridge, owner_uid: int) -> bool:
             )
             index = _index(netlink, bridge.name)
         try:
-            if not _alias(netlink.get_links(index)[0]):
-                before = _FORWARD.read_text().strip() != "0"
+            alias = _alias(netlink.get_links(index)[0]) or ""
+            if not alias.startswith(_of(owner_uid, bridge.instance)):
+                # Of an idle one that was another daemon's, the note stays.
+                before = alias.endswith(_FORWARDED) if alias else _forwards()
                 note = _FORWARDED if before else _DID_NOT_FORWARD
-                alias = f"{_of(owner_uid)} {note}"
+                alias = f"{_of(owner_uid, bridge.instance)} {note}"
                 netlink.link("set", index=index, IFLA_IFALIAS=alias)
             # Guests have no IPv6: this host should not offer them any by it.
             _no_ipv6(bridge.name)
@@ -81,23 +85,22 @@ def bring_up(bridge: Bridge, owner_uid: int) -> bool:
             if made:
                 _remove(netlink, bridge.name)
             raise
-    return made
 
 
-def take_down(name: str, owner_uid: int) -> None:
+def take_down(name: str, owner_uid: int, instance: str = "") -> None:
     """Remove the bridge and its taps, and forward no more if this host did not before. Idempotent.
 
     Raises Conflict for a link of that name which is not ours.
     """
     with IPRoute() as netlink:
-        if _find_bridge(netlink, name, owner_uid):
+        if _find_bridge(netlink, name, owner_uid, instance):
             _remove(netlink, name)
 
 
-def is_up(name: str, owner_uid: int) -> bool:
+def is_up(name: str, owner_uid: int, instance: str = "") -> bool:
     """Whether our bridge of this name is there."""
     with IPRoute() as netlink:
-        return _find_bridge(netlink, name, owner_uid) != 0
+        return _find_bridge(netlink, name, owner_uid, instance) != 0
 
 
 def bridges(owner_uid: int) -> list[str]:
@@ -183,29 +186,37 @@ def _forward_as_before(netlink: IPRoute, index: int) -> None:
         others = link["index"] != index and link.get_attr("IFLA_IFNAME") != NAMES
         alias = _alias(link) or ""
         if others and alias.startswith(_ALIAS):
-            owner, _, _ = alias.partition(":")
-            heir = f"{owner}: {_DID_NOT_FORWARD}"
+            heir = alias.replace(_FORWARDED, _DID_NOT_FORWARD)
             netlink.link("set", index=link["index"], IFLA_IFALIAS=heir)
             return
     _FORWARD.write_text("0")
 
 
-def _of(owner_uid: int) -> str:
-    """How the alias of a bridge of this user's begins."""
-    return f"{_ALIAS} of uid {owner_uid}:"
+def _of(owner_uid: int, instance: str = "") -> str:
+    """How the alias of a bridge of this user's, or of one daemon of his, begins."""
+    return f"{_ALIAS} of uid {owner_uid}:" + (f" {instance}:" if instance else "")
 
 
-def _find_bridge(netlink: IPRoute, name: str, owner_uid: int) -> int:
-    """The index of this user's bridge, 0 when there is none. Raises Conflict for another's."""
+def _forwards() -> bool:
+    return _FORWARD.read_text().strip() != "0"
+
+
+def _find_bridge(netlink: IPRoute, name: str, owner_uid: int, instance: str = "") -> int:
+    """The index of this user's bridge, of one daemon's where an instance is given, 0 when there is
+    none. Raises Conflict for another's; but another daemon's that nothing is on is free to take."""
     index = _find(netlink, name)
     alias = _alias(netlink.get_links(index)[0]) if index else ""
-    if alias and not alias.startswith(_of(owner_uid)):
-        owner = alias.partition(":")[0].removeprefix(f"{_ALIAS} of ")
-        raise Conflict(
-            f"the bridge {name} is that of the banger of {owner}",
-            hint="set bridge_name and bridge_cidr to others",
-        )
-    return index
+    if not alias or alias.startswith(_of(owner_uid, instance)):
+        return index
+    own = alias.startswith(_of(owner_uid))
+    ports = any(link.get_attr("IFLA_MASTER") == index for link in netlink.get_links())
+    if own and not ports:
+        return index
+    owner = alias.partition(":")[0].removeprefix(f"{_ALIAS} of ")
+    raise Conflict(
+        f"the bridge {name} is that of another banger, of {owner}",
+        hint="set bridge_name and bridge_cidr to others",
+    )
 
 
 def _find(netlink: IPRoute, name: str, wanted: str = "bridge") -> int:
@@ -233,8 +244,9 @@ def _check_free(netlink: IPRoute, bridge: Bridge, index: int) -> None:
     the link with this index."""
     for route in netlink.get_routes(family=_AF_INET):
         destination = route.get_attr("RTA_DST")
-        # The default route leads wherever no other does.
-        if destination is None or (index and route.get_attr("RTA_OIF") == index):
+        # The default route leads wherever no other does; VPNs have it in two halves.
+        wide = destination is None or route["dst_len"] <= 1
+        if wide or (index and route.get_attr("RTA_OIF") == index):
             continue
         network = IPv4Network(f"{destination}/{route['dst_len']}")
         if network.overlaps(bridge.network):

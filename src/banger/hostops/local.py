@@ -74,8 +74,8 @@ async def _perform(operation: Operation, owner_uid: int) -> Done:
         match operation:
             case BridgeUp():
                 await _bridge_up(operation, owner_uid)
-            case BridgeDown(bridge=name):
-                await _bridge_down(name, owner_uid)
+            case BridgeDown():
+                await _bridge_down(operation, owner_uid)
             case OpenTap(bridge=name):
                 tap, fd = await asyncio.to_thread(_links().open_tap, name, owner_uid)
                 return Done(name=tap, fd=fd)
@@ -125,14 +125,15 @@ async def _bridge_up(operation: BridgeUp, owner_uid: int) -> None:
     try:
         await asyncio.to_thread(_links().bring_up, bridge, owner_uid)
     except BaseException:
-        if not await asyncio.to_thread(_links().is_up, bridge.name, owner_uid):
+        if not await asyncio.to_thread(_links().is_up, bridge.name, owner_uid, bridge.instance):
             await _nft(firewall.no_tables(bridge.name))
         raise
 
 
-async def _bridge_down(name: str, owner_uid: int) -> None:
+async def _bridge_down(operation: BridgeDown, owner_uid: int) -> None:
     """The tables go last, for the same reason."""
-    await asyncio.to_thread(_links().take_down, name, owner_uid)
+    name = operation.bridge
+    await asyncio.to_thread(_links().take_down, name, owner_uid, operation.instance)
     await _nft(firewall.no_tables(name))
 
 
@@ -146,7 +147,7 @@ async def _set_guests(operation: SetGuests, owner_uid: int) -> None:
 
 async def _check_up(bridge: Bridge, owner_uid: int) -> None:
     """Raise Conflict for a bridge of somebody else's, PreconditionFailed for none."""
-    if not await asyncio.to_thread(_links().is_up, bridge.name, owner_uid):
+    if not await asyncio.to_thread(_links().is_up, bridge.name, owner_uid, bridge.instance):
         raise _no_rules(bridge.name)
 
 

@@ -26,6 +26,7 @@ _MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
 #: Of every bridge of ours. Given, because a bridge without one takes that of its first port, and
 #: changes it with its ports.
 BRIDGE_MAC = "02:62:67:00:00:01"
+_INSTANCE = re.compile(r"[0-9a-f]{8}")
 _LOOP = re.compile(r"loop(0|[1-9][0-9]{0,6})")
 _VM_ID = re.compile(r"[0-9a-f]{12}")
 GUESTS_MAX = 4096
@@ -65,10 +66,14 @@ class Done(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Bridge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A bridge of ours. ``address`` is the host's on it, a.b.c.d/n: the gateway of its guests."""
+    """A bridge of ours. ``address`` is the host's on it, a.b.c.d/n: the gateway of its guests.
+
+    ``instance`` tells daemons of one user apart, who may have several homes.
+    """
 
     name: str
     address: str
+    instance: str = ""
 
     @property
     def network(self) -> IPv4Network:
@@ -80,6 +85,7 @@ class Bridge(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     def check(self) -> None:
         check_bridge_name(self.name)
+        _check_instance(self.instance)
         try:
             interface = IPv4Interface(self.address)
         except (AddressValueError, NetmaskValueError, ValueError):
@@ -121,12 +127,17 @@ class BridgeUp(Operation, frozen=True, tag="bridge_up"):
 
 
 class BridgeDown(Operation, frozen=True, tag="bridge_down"):
-    """Take the bridge away, with all that `BridgeUp` made and changed."""
+    """Take the bridge away, with all that `BridgeUp` made and changed.
+
+    Without an ``instance``, whichever daemon of the user's it is of.
+    """
 
     bridge: str
+    instance: str = ""
 
     def check(self) -> None:
         check_bridge_name(self.bridge)
+        _check_instance(self.instance)
 
 
 class OpenTap(Operation, frozen=True, tag="open_tap"):
@@ -289,10 +300,10 @@ class HostOps(Protocol):
         ...
 
 
-def bridge_of(name: str, network: str) -> Bridge:
+def bridge_of(name: str, network: str, instance: str = "") -> Bridge:
     """The bridge of a network, whose first address is the host's."""
     whole = IPv4Network(network)
-    return Bridge(name=name, address=f"{whole[1]}/{whole.prefixlen}")
+    return Bridge(name=name, address=f"{whole[1]}/{whole.prefixlen}", instance=instance)
 
 
 def disjoint(networks: Sequence[IPv4Network]) -> bool:
@@ -311,6 +322,11 @@ def _check_loop(device: str) -> None:
 def _check_vm_id(vm_id: str) -> None:
     if _VM_ID.fullmatch(vm_id) is None:
         raise BadRequest(f"{vm_id!r} is not the id of a machine")
+
+
+def _check_instance(instance: str) -> None:
+    if instance and _INSTANCE.fullmatch(instance) is None:
+        raise BadRequest(f"{instance!r} does not name a daemon: 8 hex digits do")
 
 
 def _check_guest(guest: Guest, bridge: Bridge) -> None:

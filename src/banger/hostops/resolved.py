@@ -20,7 +20,10 @@ _TIMEOUT_S = 20.0
 def check_runs() -> None:
     """Raise PreconditionFailed where resolved does not run."""
     if not _RUNS.exists():
-        raise PreconditionFailed("systemd-resolved does not run")
+        raise PreconditionFailed(
+            "systemd-resolved does not run",
+            hint="install it, or have another resolver ask the daemon for names in vm.",
+        )
 
 
 async def route(link: str, server: str, port: int) -> None:

@@ -14,7 +14,7 @@ import msgspec
 
 from banger.base.errors import PreconditionFailed
 from banger.base.log import get_logger, vm_attributes
-from banger.base.model import NetworkMode, Vm
+from banger.base.model import NetworkMode, Vm, VmState
 
 #: The zone of all names, and who sees it is this host.
 ZONE = "vm"
@@ -79,11 +79,13 @@ class Addresses:
     def claimed(self, vm: Vm) -> Vm:
         """The record with its DNS name and an address that is the VM's own from now on.
 
-        It is stable: a record that has one keeps it, unless the network is another one now.
+        It is stable: a record that has one keeps it, unless the network is another one now. While
+        it runs it has what it has.
         """
         address = self._addresses.get(vm.id, "")
         network = self.networks.get(vm.spec.network, LOOPBACK_NETWORK)
-        if not address or IPv4Address(address) not in network:
+        runs = vm.runtime.state is VmState.RUNNING
+        if not address or (IPv4Address(address) not in network and not runs):
             new = free_address(network, vm.id, self._by_address)
             self._by_address.pop(address, None)
             address = new

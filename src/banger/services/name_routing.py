@@ -19,19 +19,23 @@ class NameRouting:
         self._host = host
         self._names = names
         self._routed = False
-        self._problem = ""
+        self._problem: BangerError | None = None
 
     async def open(self) -> None:
-        """Have names routed to the name server, which is open. Raises nothing."""
-        where = self._names.where
-        if not self._host.installed or not where or self._names.problem:
+        """Have names routed to the name server, if it is open, and else to nobody: whoever has its
+        port would answer for all of this host. Raises nothing."""
+        if not self._host.installed:
             return
-        server, _, port = where.rpartition(":")
+        if not self._names.where or self._names.problem:
+            await self._unroute()
+            return
+        server, _, port = self._names.where.rpartition(":")
         try:
             await self._host.perform(RouteNames(server=server, port=int(port)))
         except BangerError as error:
-            self._problem = error.message
+            self._problem = error
             get_logger().warning("names not routed", error=error.message)
+            await self._unroute()
             return
         self._routed = True
 
@@ -39,10 +43,13 @@ class NameRouting:
         """Idempotent."""
         if self._routed:
             self._routed = False
-            try:
-                await self._host.perform(UnrouteNames())
-            except BangerError as error:
-                get_logger().warning("names stay routed", error=error.message)
+            await self._unroute()
+
+    async def _unroute(self) -> None:
+        try:
+            await self._host.perform(UnrouteNames())
+        except BangerError as error:
+            get_logger().warning("names stay routed", error=error.message)
 
     def check(self) -> Check:
         """How names stand. Machines do without: only `NAME.vm` is not found then."""
@@ -60,7 +67,7 @@ class NameRouting:
         answered = f"NAME.vm is answered at {names.where}"
         if self._routed:
             return Check("names", Level.OK, f"{answered}, and systemd-resolved asks there")
-        if self._problem:
-            hint = "install systemd-resolved, or have another resolver ask there for names in vm."
-            return Check("names", Level.WARN, f"{answered}, but {self._problem}", hint)
+        if self._problem is not None:
+            detail = f"{answered}, but {self._problem.message}"
+            return Check("names", Level.WARN, detail, self._problem.hint)
         return Check("names", Level.OK, answered)

@@ -84,7 +84,8 @@ class Networking(Capability):
 
     async def apply_config_changes(self, before: Vm, after: Vm) -> None:
         network = self._network(after)
-        if network is None or before.spec.reach == after.spec.reach:
+        same = (before.spec.network, before.spec.reach) == (after.spec.network, after.spec.reach)
+        if network is None or same:
             return
         if (refused := network.refusal(after.spec.reach)) is not None:
             raise PreconditionFailed(refused.detail, hint=refused.hint)

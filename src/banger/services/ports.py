@@ -9,9 +9,10 @@ import msgspec
 
 from banger.base.errors import Ambiguous, BangerError, Conflict, NotFound
 from banger.base.log import get_logger, vm_attributes
-from banger.base.model import PublishedPort, Vm, VmState
+from banger.base.model import NetworkMode, PublishedPort, Vm, VmState
 from banger.base.ports import (
     AUTOMATIC_MIN,
+    WILDCARDS,
     GuestPort,
     GuestSocket,
     HostPort,
@@ -160,7 +161,8 @@ class PortService:
     def _port(self, vm: Vm, number: int, sockets: Sequence[GuestSocket], problem: str) -> GuestPort:
         listening = tuple(each for each in sockets if each.port == number)
         published = [each for each in vm.spec.published_ports if each.guest_port == number]
-        if _runs(vm) and not problem:
+        automatic = self._automatic_port(vm, number, listening)
+        if _runs(vm) and not problem and automatic is None:
             problem = _guest_problem(listening)
         return GuestPort(
             vm_id=vm.id,
@@ -171,13 +173,17 @@ class PortService:
                 HostPort(host=each.host, host_port=each.host_port, problem=self._problem(vm, each))
                 for each in published
             ),
-            automatic=self._automatic_port(vm, number, listening),
+            automatic=automatic,
             problem=problem,
         )
 
     def _automatic_port(
         self, vm: Vm, number: int, listening: Sequence[GuestSocket]
     ) -> HostPort | None:
+        """Where it is open by itself: at an address of ours, or at the guest's own."""
+        if vm.spec.network is NetworkMode.BRIDGE:
+            there = any(each.address in (*WILDCARDS, vm.runtime.address) for each in listening)
+            return HostPort(host=vm.runtime.address, host_port=number) if there else None
         if number < AUTOMATIC_MIN or not any(each.reachable for each in listening):
             return None
         if not self._automatic.serves(vm):

@@ -241,9 +241,9 @@ class VmService:
         """Record that a start is under way: should this daemon die, the next one ends it.
 
         What a clean-up that failed has left of an earlier run is ended first: two machines must
-        not have the same disks.
+        not have the same disks. (That somebody has killed it meanwhile is not forgotten.)
         """
-        await self._release(vm)
+        await self._release(vm, again=True)
         # Its sockets go where this daemon has its own, which may be another place than last time.
         paths = self._paths.vm(vm.id)
         runtime = msgspec.structs.replace(

@@ -197,7 +197,7 @@ def check_spec(spec: VmSpec) -> VmSpec:
     if spec.network is NetworkMode.NONE and spec.reach.allow:
         raise BadRequest(
             "a machine without a network reaches nothing: there is nothing to allow",
-            hint="leave --network none away, or what is allowed",
+            hint="with --egress all it may have none",
         )
     return msgspec.structs.replace(spec, published_ports=check_ports(spec.published_ports))
 

@@ -13,6 +13,7 @@ import json
 import os
 import pwd
 import socket
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -86,7 +87,7 @@ async def uninstall(*, force: bool) -> Installation:
     await _end_machines(found, force=force)
     await systemctl("disable", "--now", "--quiet", *UNITS)
     _check_no_machines(found, hint="banger system install, and stop them")
-    take_down = [found.python, "-I", "-m", "banger.hostops.helper", "--take-down"]
+    take_down = [sys.executable, "-I", "-m", "banger.hostops.helper", "--take-down"]
     await proc.run(take_down, timeout_s=_STOP_TIMEOUT_S, env=proc.BARE_ENVIRONMENT)
     await systemctl("clean", "--what=runtime", *UNITS)
     _remove_files(found)
@@ -297,6 +298,9 @@ def _check_no_machines(found: Installation, *, hint: str) -> None:
 
 def kept(found: Installation) -> list[Path]:
     """The owner's own directories, which nobody but he removes."""
-    home = Path(pwd.getpwuid(found.owner_uid).pw_dir)
+    try:
+        home = Path(pwd.getpwuid(found.owner_uid).pw_dir)
+    except KeyError:  # the account is gone, and its home is whoever removed it had in mind
+        return []
     places = (".config", ".local/share", ".local/state", ".cache")
     return [path for place in places if (path := home / place / "banger").is_dir()]

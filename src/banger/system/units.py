@@ -50,7 +50,8 @@ Wants=modprobe@loop.service modprobe@dm_mod.service
 After=modprobe@loop.service modprobe@dm_mod.service
 
 [Service]
-Type=exec
+# Whoever is started after it finds its socket.
+Type=notify
 # -I: neither the environment nor the directory it starts in say what is imported.
 ExecStart={quoted(python)} -I -m banger.hostops.helper
 Restart=always
@@ -61,8 +62,8 @@ RuntimeDirectoryMode=0755
 UMask=0077
 
 # For bridges, taps and nftables; for loop devices and device-mapper; to give the socket to its
-# owner; to end processes that are banger's own.
-CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_CHOWN CAP_KILL
+# owner.
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_CHOWN
 NoNewPrivileges=yes
 DevicePolicy=closed
 DeviceAllow=/dev/net/tun rw

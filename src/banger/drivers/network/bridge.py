@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from ipaddress import IPv4Network
+from contextlib import asynccontextmanager, suppress
+from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 
 from banger.base import proc
-from banger.base.errors import BangerError
+from banger.base.errors import BangerError, Conflict, PreconditionFailed
 from banger.base.log import get_logger
 from banger.base.model import Egress, Reach
 from banger.base.reach import names, networks
@@ -76,6 +76,8 @@ class BridgeNetwork:
         self._pool: list[tuple[str, int]] = []
         #: Those that are let through.
         self._machines: dict[str, Plugged] = {}
+        #: Whether the firewall knows just those: not while a change of it is not known to be done.
+        self._told = False
         self._up = False
         #: While the bridge is up, and its port can be had.
         self._resolver: GuestDns | None = None
@@ -96,7 +98,9 @@ class BridgeNetwork:
         if not os.path.exists(_TUN):  # noqa: ASYNC240, PTH110 - a look at what is in memory
             return [Check(name, Level.FAIL, f"there is no {_TUN}", "load it: modprobe tun")]
         if self._resolver_problem:
-            return [Check(name, Level.WARN, f"its guests find no names: {self._resolver_problem}")]
+            detail = f"its guests find no names: {self._resolver_problem}"
+            hint = "end what has that port, then: banger daemon restart"
+            return [Check(name, Level.WARN, detail, hint)]
         return [Check(name, Level.OK, f"{self._bridge.name}, {self._bridge.network}")]
 
     def refusal(self, reach: Reach) -> Check | None:  # noqa: ARG002 - part of the protocol
@@ -106,11 +110,14 @@ class BridgeNetwork:
     async def resume(self, machines: Sequence[Plugged]) -> None:
         """See `Network.resume`."""
         async with self._changing:
-            self._machines = {each.vm_id: each for each in machines if each.tap}
+            self._machines = {each.vm_id: each for each in machines if self._is_mine(each)}
             if self._machines:
-                await self._bring_up()
+                # A daemon may have died between a record that allows no names and what that means.
+                mine = self._machines.values()
+                await self._bring_up(tuple(each.address for each in mine if not names(each.reach)))
             elif (_LINKS / self._bridge.name).exists() and not self._host.problem:
-                await self._take_down()
+                with suppress(Conflict):  # it is another banger's
+                    await self._take_down()
 
     async def attach(self, plug: Plug) -> NetworkAttachment:
         """See `Network.attach`. Raises PermissionDenied where nobody has the privileges."""
@@ -130,7 +137,8 @@ class BridgeNetwork:
         """See `Network.apply`."""
         async with self._changing:
             known = self._machines.get(machine.vm_id)
-            if machine.tap and (known is None or _differ(known, machine)):
+            changed = not self._told or known is None or _differ(known, machine)
+            if changed and self._is_mine(machine):
                 await self._admit(machine)
 
     async def detach(self, vm_id: str) -> None:
@@ -171,6 +179,20 @@ class BridgeNetwork:
         gateway = str(self._bridge.gateway)
         return GuestNetwork(mac, f"{address}/{self._network.prefixlen}", gateway, gateway)
 
+    def _is_mine(self, machine: Plugged) -> bool:
+        """Whether it is on this bridge: settings may have changed since it was started."""
+        if not machine.tap:
+            return False
+        on_it = machine.tap.startswith(f"{self._bridge.name}-")
+        if not on_it or IPv4Address(machine.address) not in self._network:
+            get_logger().warning(
+                "vm cut off until it is restarted: it is on another bridge than is configured",
+                vm_id=machine.vm_id,
+                tap=machine.tap,
+            )
+            return False
+        return True
+
     # With `_changing` held.
 
     async def _admit(self, machine: Plugged) -> None:
@@ -188,22 +210,26 @@ class BridgeNetwork:
     async def _set_guests(self, forget: tuple[str, ...] = ()) -> None:
         guests = tuple(map(_guest, self._machines.values()))
         operation = SetGuests(bridge=self._bridge, guests=guests, forget=forget)
+        self._told = False
         try:
             await self._host.perform(operation)
         except BangerError as error:
-            # Somebody has emptied the tables, or taken the bridge: both are made again.
+            # Somebody has emptied the tables, or taken the bridge: both are made again. The taps
+            # of machines that run stay cut off then, those that wait are of no use.
             get_logger().warning("bridge is to be mended", error=error.message)
+            self._close_pool()
             await self._host.perform(self._bridge_up)
             await self._host.perform(operation)
+        self._told = True
 
     @property
     def _bridge_up(self) -> BridgeUp:
         return BridgeUp(bridge=self._bridge, resolver_port=RESOLVER_PORT)
 
-    async def _bring_up(self) -> None:
+    async def _bring_up(self, forget: tuple[str, ...] = ()) -> None:
         await self._host.perform(self._bridge_up)
         self._up = True
-        await self._set_guests()
+        await self._set_guests(forget)
         await self._open_resolver()
 
     async def _try_to_take_down(self) -> None:
@@ -215,7 +241,8 @@ class BridgeNetwork:
     async def _take_down(self) -> None:
         self._close_pool()
         await self._close_resolver()
-        await self._host.perform(BridgeDown(bridge=self._bridge.name))
+        down = BridgeDown(bridge=self._bridge.name, instance=self._bridge.instance)
+        await self._host.perform(down)
         self._up = False
 
     # Taps.
@@ -223,13 +250,9 @@ class BridgeNetwork:
     async def _tap(self) -> tuple[str, int]:
         """A tap on the bridge, which is up then: name and descriptor, which is the caller's."""
         async with self._changing:
-            if not self._machines:  # else it is up, and another's machine holds it
+            if not self._up or not self._machines:  # else another's machine holds it
                 await self._bring_up()
-            if self._pool:
-                tap = self._pool.pop()
-            else:
-                done = await self._host.perform(OpenTap(bridge=self._bridge.name))
-                tap = (done.name, done.fd)
+            tap = self._pool.pop() if self._pool else await self._new_tap()
             self._await_idleness()
         if self._filling is None or self._filling.done():
             self._filling = asyncio.create_task(self._fill())
@@ -242,10 +265,13 @@ class BridgeNetwork:
                 async with self._changing:
                     if not self._up:
                         return
-                    done = await self._host.perform(OpenTap(bridge=self._bridge.name))
-                    self._pool.append((done.name, done.fd))
+                    self._pool.append(await self._new_tap())
         except BangerError as error:
             get_logger().warning("no tap to spare", error=error.message)
+
+    async def _new_tap(self) -> tuple[str, int]:
+        done = await self._host.perform(OpenTap(bridge=self._bridge.name))
+        return done.name, done.fd
 
     def _close_pool(self) -> None:
         while self._pool:
@@ -299,11 +325,20 @@ class BridgeNetwork:
                 )
         return None
 
-    async def _let_through(self, guest: str, found: Sequence[tuple[str, int]]) -> None:
-        """What a name led to. For how long is not up to who owns the name (`RESOLVED_S`)."""
+    async def _let_through(
+        self, guest: str, asked: GuestNames, found: Sequence[tuple[str, int]]
+    ) -> None:
+        """What a name led to. For how long is not up to who owns the name (`RESOLVED_S`).
+
+        Raises PreconditionFailed where the guest may no longer ask what it has asked: answers
+        take seconds, if whoever owns the name wants them to.
+        """
         addresses = tuple(dict.fromkeys(address for address, _ in found))[:RESOLVED_MAX]
         operation = AllowResolved(bridge=self._bridge, guest=guest, addresses=addresses)
-        await self._host.perform(operation)
+        async with self._changing:
+            if self._may_ask(guest) != asked:
+                raise PreconditionFailed("what it may ask has changed meanwhile")
+            await self._host.perform(operation)
 
 
 def _guest(machine: Plugged) -> Guest:

@@ -39,10 +39,11 @@ It is a program of its own, run by file name: it lives as long as its machine, p
 and ends when either side does, which ends the other. It uses the standard library only, and of
 that little: a machine should not wait for it, nor pay for it (12 ms, 9 MB).
 
-    frame_filter.py VM_ID GUEST_ADDRESS HYPERVISOR_FD PASST_FD all|none
+    frame_filter.py VM_ID GUEST_ADDRESS HYPERVISOR_FD PASST_FD all|none NETWORK
 
-The last word says whether anything goes on at all, which `SIGNALS` change: with ``none``, only ARP.
-What passt has taken from the network by then still reaches the guest, a window's worth at most.
+``all`` or ``none`` says whether anything goes on at all, which `SIGNALS` change: with ``none``,
+only ARP. What passt has taken from the network by then still reaches the guest, a window's worth at
+most. NETWORK, a.b.c.d/n, is one that is never reached: machines on the host's bridge are there.
 """
 
 from __future__ import annotations
@@ -309,10 +310,13 @@ class Outlet:
 
 
 class Gate:
-    """Whether more than ARP goes on."""
+    """Whether more than ARP goes on, and where to not."""
 
-    def __init__(self, egress: str) -> None:
+    def __init__(self, egress: str, network: str) -> None:
         self._open = egress == "all"
+        address, _, length = network.partition("/")
+        self._shift = 32 - int(length)
+        self._kept_from = int.from_bytes(socket.inet_aton(address), "big") >> self._shift
 
     def listen(self) -> None:
         """Be changed by signals. They interrupt no call of ours (PEP 475)."""
@@ -324,7 +328,11 @@ class Gate:
 
     def passes(self, frame: bytes) -> bool:
         """Of a frame that may pass, with its length before it."""
-        return self._open or frame[_LENGTH_BYTES:][12:14] == _ARP
+        start = _LENGTH_BYTES + _ETHERNET_BYTES
+        if frame[start - 2 : start] == _ARP:
+            return True
+        destination = int.from_bytes(frame[start + 16 : start + 20], "big")
+        return self._open and destination >> self._shift != self._kept_from
 
 
 def from_guest(hypervisor: socket.socket, outlet: Outlet, guest: bytes, gate: Gate) -> None:
@@ -384,7 +392,7 @@ def main(argv: list[str]) -> None:
     guest = socket.inet_aton(argv[2])
     hypervisor = socket.socket(fileno=int(argv[3]))
     passt = socket.socket(fileno=int(argv[4]))
-    gate = Gate(argv[5])
+    gate = Gate(argv[5], argv[6])
     gate.listen()
 
     backlog = Backlog()

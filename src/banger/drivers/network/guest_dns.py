@@ -70,8 +70,9 @@ class GuestNames:
         )
 
 
-#: (address, for how many seconds it may be used) of a name that a guest has asked for.
-Resolved = Callable[[str, Sequence[tuple[str, int]]], Awaitable[None]]
+#: A guest's address, what it might ask when it did, and what the name led to: (address, for how
+#: many seconds it may be used).
+Resolved = Callable[[str, GuestNames, Sequence[tuple[str, int]]], Awaitable[None]]
 
 
 class GuestDns:
@@ -122,7 +123,7 @@ class GuestDns:
             async with self._of_all:
                 if guest.egress is Egress.ALL or query.qtype not in (QTYPE.A, QTYPE.ANY):
                     return await self._passed_on(query)
-                return await self._opened(query, source)
+                return await self._opened(query, source, guest)
         finally:
             self._asked[source] -= 1
             if not self._asked[source]:
@@ -136,7 +137,7 @@ class GuestDns:
             return reply(query, Rcode.SERVFAIL, recursion=True)
         return answer if len(answer) <= query.limit else reply(query, Rcode.NOERROR, cut=True)
 
-    async def _opened(self, query: Query, source: str) -> bytes:
+    async def _opened(self, query: Query, source: str, guest: GuestNames) -> bytes:
         """The addresses of a name, when the firewall has heard of them."""
         question = DNSQuestion(query.question.qname, QTYPE.A)
         header = DNSHeader(bitmap=0x0100)
@@ -148,7 +149,7 @@ class GuestDns:
         addresses = [(str(each.rdata), each.ttl) for each in records if each.rtype == QTYPE.A]
         if addresses:
             try:
-                await self._resolved(source, addresses)
+                await self._resolved(source, guest, addresses)
             except Exception:
                 # A supervisor's boundary: what could not be opened is not told of.
                 get_logger().exception("addresses not opened", source=source)

@@ -54,6 +54,8 @@ GATEWAY_MAC = "02:62:67:00:00:01"
 #: Of a machine that is connected to nothing: no VM keeps it.
 _UNPLUGGED_MAC = "02:62:67:00:00:02"
 
+_NOWHERE = IPv4Network("0.0.0.0/32")
+
 _ROUTES = Path("/proc/net/route")
 _ROUTE_UP = 0x1  # RTF_UP
 _START_TIMEOUT_S = 10.0
@@ -77,6 +79,13 @@ class PasstNetwork:
             return [Check("network user", Level.FAIL, error.message, error.hint)]
         return [Check("network user", Level.OK, f"{path}, without the host's loopback")]
 
+    def __init__(self, kept_from: IPv4Network) -> None:
+        """``kept_from`` is a network of this host's that guests do not reach: where passt's sockets
+        are the host's own, and those of machines on a bridge are nobody's else."""
+        self._kept_from = kept_from
+        #: What the filters of machines that this daemon knows let go on.
+        self._egress: dict[str, Egress] = {}
+
     def refusal(self, reach: Reach) -> Check | None:
         """Each machine has a network to itself, and a filter that knows all and nothing."""
         if reach.egress is Egress.ALLOWLIST:
@@ -90,22 +99,36 @@ class PasstNetwork:
         return Check("network user", Level.FAIL, what, hint)
 
     async def resume(self, machines: Sequence[Plugged]) -> None:
-        """See `Network.resume`. Their processes have gone on without a daemon."""
+        """See `Network.resume`. Their processes have gone on without a daemon, which may have died
+        before it had changed what its record says."""
+        for machine in machines:
+            self._change(machine)
 
     async def apply(self, machine: Plugged) -> None:
         """See `Network.apply`. Raises PreconditionFailed for what `refusal` refuses."""
         if (refused := self.refusal(machine.reach)) is not None:
             raise PreconditionFailed(refused.detail, hint=refused.hint)
-        for pid in machine.pids:
-            pidfd = procfs.open_pidfd(pid, lambda argv: _is_filter_of(argv, machine.vm_id))
-            if pidfd >= 0:
-                try:
-                    signal.pidfd_send_signal(pidfd, frame_filter.SIGNALS[machine.reach.egress])
-                finally:
-                    os.close(pidfd)
+        egress = machine.reach.egress
+        if self._egress.get(machine.vm_id, Egress.ALL) is egress:
+            return  # as it was started: a filter that has just begun would not outlive a signal
+        if not self._change(machine):
+            raise PreconditionFailed(
+                "its network was started by another version of banger, which cannot change it",
+                hint="restart the VM, then change what it may reach",
+            )
+
+    def _change(self, machine: Plugged) -> bool:
+        """Tell the filter what it is to let go on; whether there is one that understands."""
+        open_ = machine.reach.egress is Egress.ALL
+        number = frame_filter.SIGNALS["all" if open_ else "none"]
+        told = [_signalled(pid, machine.vm_id, number) for pid in machine.pids]
+        if any(told):
+            self._egress[machine.vm_id] = machine.reach.egress
+        return any(told)
 
     async def detach(self, vm_id: str) -> None:
         """See `Network.detach`."""
+        self._egress.pop(vm_id, None)
 
     async def close(self) -> None:
         """See `Network.close`."""
@@ -133,12 +156,14 @@ class PasstNetwork:
                     proc.watch(server)
                 await _serves(inner, mac, log)
                 fds = [outer.fileno(), inner.fileno()]
-                argv = filter_argv(vm_id, fds[0], fds[1], plug.reach.egress)
+                egress = plug.reach.egress
+                argv = filter_argv(vm_id, fds[0], fds[1], egress, self._kept_from)
                 sifter = proc.spawn_detached(argv, log=log, pass_fds=fds, env=env)
         except BaseException:
             hypervisor.close()
             raise
         proc.watch(sifter)
+        self._egress[vm_id] = egress
         pids = (sifter.pid, server.pid)
         return NetworkAttachment(_guest(mac), self.link, fd=hypervisor.detach(), pids=pids)
 
@@ -158,8 +183,23 @@ def _guest(mac: str) -> GuestNetwork:
 
 
 def _is_filter_of(argv: tuple[str, ...], vm_id: str) -> bool:
-    words = filter_argv(vm_id, 0, 0, Egress.ALL)
-    return len(argv) == len(words) and list(argv[:-3]) == words[:-3]
+    """Of whichever version: see `filter_argv`."""
+    program = Path(frame_filter.__file__).name
+    return len(argv) >= 8 and Path(argv[3]).name == program and argv[4] == vm_id
+
+
+def _signalled(pid: int, vm_id: str, number: signal.Signals) -> bool:
+    """Whether the process was a filter of this VM's that knows the signal, and has got it. One of
+    an earlier version would die of it."""
+    words = len(filter_argv(vm_id, 0, 0, Egress.ALL, _NOWHERE))
+    pidfd = procfs.open_pidfd(pid, lambda argv: _is_filter_of(argv, vm_id) and len(argv) == words)
+    if pidfd < 0:
+        return False
+    try:
+        signal.pidfd_send_signal(pidfd, number)
+    finally:
+        os.close(pidfd)
+    return True
 
 
 def _is_passt_of(argv: tuple[str, ...], vm_id: str) -> bool:
@@ -238,11 +278,14 @@ def passt_argv(fd: int, log: Path, *, uplink: bool) -> list[str]:
     ]
 
 
-def filter_argv(vm_id: str, outer_fd: int, inner_fd: int, egress: Egress) -> list[str]:
+def filter_argv(
+    vm_id: str, outer_fd: int, inner_fd: int, egress: Egress, kept_from: IPv4Network
+) -> list[str]:
     """The frame filter: by file name and isolated, so that it imports nothing else of ours.
 
-    What it lets through at first is the last word, and no longer true once `apply` was called.
+    What it lets through at first is in it, and no longer true once `apply` was called.
     """
     program = os.fspath(Path(frame_filter.__file__).absolute())
     fds = (str(outer_fd), str(inner_fd))
-    return [sys.executable, "-I", "-S", program, vm_id, GUEST_ADDRESS, *fds, egress.value]
+    words = (vm_id, GUEST_ADDRESS, *fds, egress.value, str(kept_from))
+    return [sys.executable, "-I", "-S", program, *words]

@@ -1,4 +1,4 @@
-"""What the daemon tells systemd, when that has started it: sd_notify(3), which is one datagram."""
+"""What a service tells systemd, when that has started it: sd_notify(3), which is one datagram."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VARIABLE = "NOTIFY_SOCKET"
 def take_notifier() -> Callable[[str], None]:
     """A function that sends lines like ``READY=1``; without systemd it does nothing.
 
-    The variable goes from the environment: what the daemon starts has nothing to tell.
+    The variable goes from the environment: what we start has nothing to tell.
     """
     address = os.environ.pop(_VARIABLE, "")
     if address.startswith("@"):  # the abstract namespace
