@@ -261,6 +261,8 @@ def test_it_is_not_taken_away_from_below_a_machine(installed: GuestHost) -> None
     assert installed.run("pidof", "qemu-system-x86_64").returncode == 1
     (box,) = json.loads(installed.alice("banger vm list --json"))
     assert (box["name"], box["runtime"]["state"]) == ("box", "stopped")
-    # Hers again, with a daemon of her own.
+    # Hers again, with a daemon of her own, which has nobody to make a bridge.
+    assert "--network user" in _refusal(installed, "banger vm start -q box", user="alice")
+    installed.alice("banger vm set -q box --network user")
     installed.alice("banger vm start -q box; banger vm exec box -- true")
     installed.alice("banger vm delete -q --force box; banger daemon stop")
