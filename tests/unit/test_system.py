@@ -17,6 +17,7 @@ from banger.base.errors import NotFound, PreconditionFailed
 from banger.base.install import Installation
 from banger.base.notify import take_notifier
 from banger.base.paths import SYSTEM_RUNTIME_DIR, Paths
+from banger.rpc.client import _announces
 from banger.system import systemd, trust
 from banger.system.install import install_text
 from banger.system.units import DAEMON, HELPER, Owner, quoted, unit_texts
@@ -184,3 +185,11 @@ def test_systemd_is_told_once_and_children_are_not_asked_to(
         assert server.recv(100) == b"READY=1"
     notify("STOPPING=1")  # nobody is there any more
     take_notifier()("READY=1")  # nor was
+
+
+def test_a_daemon_that_waits_for_its_helper_is_waited_for() -> None:
+    """Killed with it, it is inactive until that is ready, and has a job."""
+    assert _announces("ActiveState=inactive\nJob=1234\n")
+    assert _announces("ActiveState=activating\n")
+    for gone in ("ActiveState=inactive\n", "ActiveState=failed\nJob=0\n", ""):
+        assert not _announces(gone)

@@ -251,9 +251,19 @@ def _is_on_its_way() -> bool:
     """Whether systemd runs the daemon, or is about to."""
     from banger.base.proc import popen  # as in `start_daemon`
 
-    with popen(["systemctl", "is-active", "bangerd.service"]) as process:
+    # It has a job, and is not active yet, while it waits for the helper that it comes after.
+    shown = ("--property=ActiveState", "--property=Job")
+    with popen(["systemctl", "show", *shown, "bangerd.service"]) as process:
         said, _ = process.communicate()
-    return said.strip() in (b"active", b"activating", b"reloading", b"deactivating")
+    return _announces(said.decode(errors="replace"))
+
+
+def _announces(said: str) -> bool:
+    """Whether what ``systemctl show`` says of the unit (``Job=`` is there while it has one) means
+    that it runs, or is about to."""
+    shown = dict(line.partition("=")[::2] for line in said.splitlines())
+    coming = ("active", "activating", "reloading", "deactivating")
+    return shown.get("ActiveState", "") in coming or shown.get("Job", "") not in ("", "0")
 
 
 @contextmanager
