@@ -19,6 +19,7 @@ import msgspec
 
 from banger.base.bridge import check_bridge_name, check_bridge_network
 from banger.base.errors import BadRequest
+from banger.base.reach import ALLOWED_MAX
 
 _TAP = re.compile(r"(banger[0-9]{1,2})-[0-9a-f]{6}")
 #: Of those that nobody else gives out: locally administered, unicast (IEEE 802, 8.2).
@@ -30,7 +31,6 @@ _INSTANCE = re.compile(r"[0-9a-f]{8}")
 _LOOP = re.compile(r"loop(0|[1-9][0-9]{0,6})")
 _VM_ID = re.compile(r"[0-9a-f]{12}")
 GUESTS_MAX = 4096
-ALLOWED_MAX = 256
 #: Of all guests of a bridge together.
 ALLOWED_TOTAL_MAX = 65536
 RESOLVED_MAX = 64

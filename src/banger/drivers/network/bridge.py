@@ -35,7 +35,7 @@ from banger.drivers.base import (
     VmNames,
 )
 from banger.drivers.network.guest_dns import GuestDns, GuestNames
-from banger.drivers.network.mac import mac_address
+from banger.drivers.network.mac import UNPLUGGED_MAC, mac_address
 from banger.hostops.ops import (
     RESOLVED_MAX,
     AllowResolved,
@@ -53,8 +53,6 @@ _TUN = Path("/dev/net/tun")
 _LINKS = Path("/sys/class/net")
 #: Where the daemon answers guests that ask their gateway for names.
 RESOLVER_PORT = 10053
-#: Of a machine that is connected to nothing: no VM keeps it.
-_UNPLUGGED_MAC = "02:62:67:00:00:02"
 #: How long a bridge stays that no machine is on.
 _IDLE_S = 600.0
 
@@ -157,7 +155,7 @@ class BridgeNetwork:
     async def unplugged(self) -> AsyncIterator[NetworkAttachment]:
         """See `Network.unplugged`: a tap that the firewall does not know."""
         tap, fd = await self._tap()
-        guest = self._guest_side(_UNPLUGGED_MAC, str(self._network[-2]))
+        guest = self._guest_side(UNPLUGGED_MAC, str(self._network[-2]))
         yield NetworkAttachment(guest, self.link, fd=fd, tap=tap)
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:  # noqa: ARG002 - of the protocol

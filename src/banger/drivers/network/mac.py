@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 
+#: Of a machine that is connected to nothing: no VM keeps it.
+UNPLUGGED_MAC = "02:62:67:00:00:02"
+
 
 def mac_address(vm_id: str) -> str:
     """The VM's MAC address: always the same, of the locally administered unicast ones."""

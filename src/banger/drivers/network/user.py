@@ -40,7 +40,7 @@ from banger.drivers.base import (
     Plugged,
 )
 from banger.drivers.network import frame_filter
-from banger.drivers.network.mac import mac_address
+from banger.drivers.network.mac import UNPLUGGED_MAC, mac_address
 
 PASST = "passt"
 
@@ -51,8 +51,6 @@ GATEWAY = "172.16.0.1"
 DNS = "172.16.0.3"
 #: The gateway's: given, because passt would take the MAC of an uplink that may not be there.
 GATEWAY_MAC = "02:62:67:00:00:01"
-#: Of a machine that is connected to nothing: no VM keeps it.
-_UNPLUGGED_MAC = "02:62:67:00:00:02"
 
 _NOWHERE = IPv4Network("0.0.0.0/32")
 
@@ -172,7 +170,7 @@ class PasstNetwork:
         """See `Network.unplugged`. Whoever launches closes the descriptor, as that of `attach`."""
         hypervisor, nowhere = socket.socketpair()
         with nowhere:
-            yield NetworkAttachment(_guest(_UNPLUGGED_MAC), self.link, fd=hypervisor.detach())
+            yield NetworkAttachment(_guest(UNPLUGGED_MAC), self.link, fd=hypervisor.detach())
 
     def owns(self, argv: tuple[str, ...], vm_id: str) -> bool:
         return _is_filter_of(argv, vm_id) or _is_passt_of(argv, vm_id)
