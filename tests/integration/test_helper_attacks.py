@@ -23,11 +23,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from banger.base.errors import BangerError
+from banger.base.reach import ALLOWED_MAX
 from banger.hostops import wire
 from banger.hostops.client import HelperHost
 from banger.hostops.helper import CONNECTIONS_MAX, TRANSFER_TIMEOUT_S
 from banger.hostops.ops import (
-    ALLOWED_MAX,
     ALLOWED_TOTAL_MAX,
     GUESTS_MAX,
     AnyOperation,

@@ -6,6 +6,7 @@ import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
+from ipaddress import ip_address
 
 import pytest
 
@@ -72,7 +73,10 @@ def test_lists_as_a_table_and_as_json(banger: Banger, three: tuple[str, ...]) ->
     )
     assert [line.split()[0] for line in table[1:]] == list(three)
     assert all(line.split()[1:3] == ["running", IMAGE] for line in table[1:])
-    assert all("172.16.0.2" in line for line in table[1:])
+    addresses = [line.split()[3] for line in table[1:]]
+    assert addresses == [each["runtime"]["address"] for each in banger.json("ps")]
+    assert all(ip_address(each).is_loopback for each in addresses)
+    assert len(set(addresses)) == len(three), "each has one of its own"
     assert "\x1b" not in "".join(table)
 
 

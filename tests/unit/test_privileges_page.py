@@ -9,6 +9,7 @@ from typing import get_args
 import msgspec
 import pytest
 
+from banger.base import reach
 from banger.hostops import ops, wire
 
 PAGE = Path(__file__).parents[2] / "docs" / "privileges.md"
@@ -42,6 +43,6 @@ def test_every_operation_of_the_module_is_in_the_set() -> None:
 
 def test_limits_are_those_of_the_code() -> None:
     text = PAGE.read_text()
-    for number in (ops.GUESTS_MAX, ops.ALLOWED_MAX, ops.ALLOWED_TOTAL_MAX, ops.RESOLVED_MAX):
+    for number in (ops.GUESTS_MAX, reach.ALLOWED_MAX, ops.ALLOWED_TOTAL_MAX, ops.RESOLVED_MAX):
         assert str(number) in text
     assert ops.BRIDGE_MAC in text
