@@ -3,18 +3,24 @@ kernel's own bridge, routing and nftables. No guest is needed for that, but its 
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 import socket
 import struct
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
 import ethernet
 from banger.base.errors import BadRequest, BangerError, Conflict
+from banger.base.model import Reach
+from banger.drivers.base import Plug
+from banger.drivers.network import bridge
 from banger.hostops.local import LocalHost
 from banger.hostops.ops import (
     AllowResolved,
@@ -25,7 +31,7 @@ from banger.hostops.ops import (
     SetGuests,
     bridge_of,
 )
-from lab import ELSEWHERE, UPLINK, WORLD, Lab, lab
+from lab import ELSEWHERE, PUBLIC, UPLINK, WORLD, Lab, lab
 
 BRIDGE = bridge_of("banger0", "10.99.0.0/24")
 GATEWAY = "10.99.0.1"
@@ -34,6 +40,21 @@ RESOLVER_PORT = 10053
 #: The virtio header before each frame of a tap (linux/virtio_net.h), which says nothing here.
 VIRTIO = bytes(10)
 WAIT_S = 5.0
+SYN = 0x02
+SYN_ACK = 0x12
+RESET = 0x14  # with ACK
+#: An ICMP error's type and code (RFC 1812, 5.2.7.1).
+ADMINISTRATIVELY_PROHIBITED = bytes((3, 13))
+
+
+class Nobody:
+    """Implements `VmNames`: there is none."""
+
+    def address_of(self, vm_name: str) -> str:
+        return ""
+
+    def name_of(self, address: str) -> str:
+        return ""
 
 
 @pytest.fixture
@@ -104,12 +125,26 @@ class Machine:
         self.send(ethernet.tcp_syn(self.address, destination, (40000 + self.number, port)))
 
     def connected(self, source: str) -> None:
-        """The answer to a SYN."""
-        self.receive(lambda frame: from_(frame, source) and frame[23] == ethernet.TCP)
+        """The answer to a SYN, from somebody who listens."""
+        self.receive(lambda frame: tcp_flags(frame, source) == SYN_ACK)
+
+    def refused(self, source: str) -> None:
+        """The answer to a SYN, from the firewall (where somebody listens behind it)."""
+        self.receive(lambda frame: tcp_flags(frame, source) == RESET)
+
+    def came_from(self, source: str) -> list[bytes]:
+        """What came with this source by now, but for the firewall's own refusals."""
+        mine = [frame for frame in self.seen if from_(frame, source)]
+        return [frame for frame in mine if tcp_flags(frame, source) != RESET]
 
 
 def from_(frame: bytes, source: str) -> bool:
     return frame[12:14] == b"\x08\x00" and frame[26:30] == socket.inet_aton(source)
+
+
+def tcp_flags(frame: bytes, source: str) -> int:
+    """Of a segment from there, -1 for another frame."""
+    return frame[47] if from_(frame, source) and frame[23] == ethernet.TCP else -1
 
 
 @pytest.fixture
@@ -288,7 +323,13 @@ async def test_of_the_host_a_machine_reaches_the_resolver_and_nothing_else(
         # It comes from where the question went.
         assert answer[34:36] == struct.pack("!H", 53)
         assert answer.endswith(b"an answer")
-        assert [each for each in first.seen if each[12:14] == b"\x08\x00"] == []
+        assert [first.came_from(each) for each in (GATEWAY, UPLINK, "127.0.0.1")] == [[], [], []]
+        # Who is refused is told so: nobody waits for what will not come.
+        first.syn(GATEWAY, 9998)
+        first.refused(GATEWAY)
+        first.send(ethernet.udp(first.address, GATEWAY, (5000, 9997), b"anybody?"))
+        told = first.receive(lambda frame: from_(frame, GATEWAY) and frame[23] == ethernet.ICMP)
+        assert told[34:36] == ADMINISTRATIVELY_PROHIBITED
         first.syn(GATEWAY, 53)
         first.connected(GATEWAY)
         resolver_tcp.close()
@@ -311,8 +352,10 @@ async def test_egress_is_what_it_may_be(
     some.connected(ELSEWHERE)
     nowhere.ping()
     nowhere.answered()
-    assert [each for each in some.seen if from_(each, WORLD)] == []
-    assert [each for each in nowhere.seen if from_(each, WORLD) or from_(each, ELSEWHERE)] == []
+    assert some.came_from(WORLD) == []
+    assert nowhere.came_from(WORLD) + nowhere.came_from(ELSEWHERE) == []
+    nowhere.syn(PUBLIC)
+    nowhere.refused(PUBLIC)
     # The world sees the host's address, and none of ours.
     with host.inside(host.world), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as peer:
         peer.bind((WORLD, 7000))
@@ -334,7 +377,7 @@ async def test_what_a_name_led_to_is_open_until_it_is_to_be_forgotten(
     second.syn(WORLD)
     second.ping()
     second.answered()
-    assert [each for each in second.seen if from_(each, WORLD)] == []
+    assert second.came_from(WORLD) == []
     # Other changes leave it; its own can take it away, for connections that it has, too.
     await admit(ops, first.guest())
     first.syn(WORLD, 8000)
@@ -344,7 +387,26 @@ async def test_what_a_name_led_to_is_open_until_it_is_to_be_forgotten(
     first.send(ethernet.tcp_syn(first.address, WORLD, (40777, 8000)))
     first.ping()
     first.answered()
-    assert [each for each in first.seen if from_(each, WORLD)] == []
+    assert first.came_from(WORLD) == []
+
+
+async def test_of_this_hosts_processes_those_of_others_reach_no_machine(
+    host: Lab, ops: LocalHost, machines: list[Machine]
+) -> None:
+    """User networking of another user's machines has this host's sockets: its passt is his."""
+    first = machines[0]
+    await admit(ops, first.guest())
+    connect = ["bash", "-c", f"exec 3<>/dev/tcp/{first.address}/8000"]
+    stranger = 65534
+    done = subprocess.run(connect, capture_output=True, user=stranger, timeout=WAIT_S, check=False)
+    assert b"refused" in done.stderr
+    assert first.seen == []
+    asking = subprocess.Popen(connect)
+    try:
+        first.receive(lambda frame: tcp_flags(frame, GATEWAY) == SYN)
+    finally:
+        asking.kill()
+        asking.wait()
 
 
 async def test_the_world_reaches_no_machine(
@@ -372,7 +434,7 @@ async def test_the_hosts_credentials_of_a_cloud_are_out_of_reach(
         first.syn("169.254.169.254")
         first.ping()
         first.answered()
-    assert [each for each in first.seen if from_(each, "169.254.169.254")] == []
+    assert first.came_from("169.254.169.254") == []
 
 
 async def test_a_bridge_leaves_the_host_as_it_was(host: Lab, ops: LocalHost) -> None:
@@ -401,6 +463,14 @@ async def test_forwarding_stays_on_while_another_bridge_needs_it(host: Lab, ops:
     assert host.state()["forward"].strip() == "1"
     await ops.perform(BridgeDown(bridge=other.name))
     assert host.state() == before
+
+
+async def test_forwarding_stays_on_for_who_came_since(host: Lab, ops: LocalHost) -> None:
+    """It was on when he came, so he had no reason to turn it on."""
+    await ops.perform(BridgeUp(bridge=BRIDGE, resolver_port=RESOLVER_PORT))
+    host.run(host.host, "ip", "link", "add", "containers0", "type", "bridge")
+    await ops.perform(BridgeDown(bridge=BRIDGE.name))
+    assert host.state()["forward"].strip() == "1"
 
 
 async def test_what_is_not_ours_is_left_alone_and_told(host: Lab, ops: LocalHost) -> None:
@@ -468,6 +538,23 @@ async def test_tables_that_somebody_emptied_are_made_again(
     await admit(ops, first.guest())
     first.ping()
     first.answered()
+
+
+async def test_tables_that_somebody_emptied_come_back_by_themselves(
+    host: Lab, ops: LocalHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "_RENEW_S", 0.1)
+    network = bridge.BridgeNetwork(ops, BRIDGE, Nobody(), pool_size=0)
+    attached = await network.attach(Plug("0123456789ab", Path("/nowhere"), Reach(), "10.99.0.10"))
+    before = host.state()["rules"]
+    assert attached.tap in before
+    host.run(host.host, "nft", "flush", "ruleset")
+    async with asyncio.timeout(WAIT_S):
+        while host.state()["rules"] not in before:  # what was somebody else's stays away
+            await asyncio.sleep(0.05)
+    os.close(attached.fd)
+    await network.detach("0123456789ab")
+    await network.close()
 
 
 async def test_what_no_operation_can_be_is_refused_before_anything_is_done(

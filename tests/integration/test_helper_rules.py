@@ -65,7 +65,9 @@ def text_of(operation: Operation) -> tuple[str, str]:
     """The bridge's name, and what nft is told."""
     match operation:
         case BridgeUp(bridge=bridge, resolver_port=port):
-            return bridge.name, firewall.no_tables(bridge.name) + firewall.tables(bridge, port)
+            return bridge.name, firewall.no_tables(bridge.name) + firewall.tables(
+                bridge, port, 1000
+            )
         case SetGuests(bridge=bridge, guests=guests, forget=forget):
             pairs = [(each, "192.0.2.1") for each in forget]
             return bridge.name, firewall.guests(bridge, guests, pairs)
@@ -97,7 +99,7 @@ def test_what_passes_the_check_names_tables_of_ours_alone(
     name, text = text_of(operation)
     assert set(_TABLE.findall(text)) <= {name}
     assert re.fullmatch(r"banger[0-9]{1,2}", name)
-    tables = firewall.tables(Bridge(name=name, address="172.30.0.1/24"), 5353)
+    tables = firewall.tables(Bridge(name=name, address="172.30.0.1/24"), 5353, 1000)
     whole = text if isinstance(operation, BridgeUp) else tables + text
     inside(namespace, "nft", "-c", "-f", "-", stdin=whole)
     # Not only checked: nothing else is there once it is done.
@@ -108,7 +110,7 @@ def test_what_passes_the_check_names_tables_of_ours_alone(
 
 
 def test_rules_of_one_bridge_are_not_those_of_another_with_a_longer_name(namespace: str) -> None:
-    text = firewall.tables(Bridge(name="banger1", address="172.30.0.1/24"), 5353)
+    text = firewall.tables(Bridge(name="banger1", address="172.30.0.1/24"), 5353, 1000)
     patterns = set(re.findall(r'ifname "([^"]*)"', text))
     assert patterns == {"banger1", "banger1-*"}
     for other in ("banger11", "banger11-0a0b0c", "banger1x", "banger"):

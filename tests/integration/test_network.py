@@ -210,6 +210,11 @@ def test_what_a_guest_may_reach_is_all_or_nothing_and_changes_while_it_runs(
     vm = make_vm("--egress", "none")
     for protocol in ("tcp", "udp"):
         assert _try(banger, vm, protocol, lan.address, lan.port) == ""
+    # Nobody waits for what will not come.
+    connect = f"exec 3<>/dev/tcp/{lan.address}/{lan.port}"
+    assert "No route to host" in banger.guest(vm, f"bash -c '{connect}' 2>&1 || true")
+    # The resolver of the C library would wait 10 s for an answer that does not come.
+    assert banger.guest(vm, "timeout 9 getent hosts example.org; echo $?") == "2\n"
     assert lan.visits == []
     banger.ok("vm", "set", vm, "--egress", "all")
     assert _try(banger, vm, "tcp", lan.address, lan.port) == "hello from the host\n"

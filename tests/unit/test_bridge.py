@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from banger.base.errors import BangerError, Unavailable
 from banger.base.model import Egress, Reach
 from banger.drivers.base import Level, Plug, Plugged
+from banger.drivers.network import bridge
 from banger.drivers.network.bridge import BridgeNetwork
 from banger.hostops.client import HelperHost
 from banger.hostops.ops import (
@@ -146,6 +148,23 @@ async def test_tables_that_somebody_emptied_are_made_again(
     await join(network, "two", 11)
     assert host.kinds() == ["OpenTap", "BridgeUp", "SetGuests"]
     assert len(host.guests) == 2
+
+
+async def test_tables_are_set_again_while_a_machine_needs_them(
+    host: Host, network: BridgeNetwork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bridge, "_RENEW_S", 0.0)
+    await join(network, "one", 10)
+    host.asked.clear()
+    host.refuses[BridgeUp] = 1  # the helper is just starting, say
+    async with asyncio.timeout(5):
+        while host.kinds()[-2:] != ["BridgeUp", "SetGuests"]:
+            await asyncio.sleep(0)
+    await network.detach("one")
+    host.asked.clear()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert host.asked == []
 
 
 async def test_what_changes_is_told_and_forgets_what_names_led_to(

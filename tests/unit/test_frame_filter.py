@@ -27,11 +27,13 @@ from banger.drivers.network.frame_filter import (
     WINDOWS_BYTES,
     Backlog,
     BadStream,
+    Gateway,
     Outlet,
     Pace,
     from_passt,
     passes,
     sift,
+    whole_frames,
 )
 
 GUEST = socket.inet_aton("172.16.0.2")
@@ -95,6 +97,86 @@ def test_these_are_dropped(frame: bytes) -> None:
 def test_arp_and_the_longest_frame_pass() -> None:
     assert passes(ARP, GUEST)
     assert passes(ipv4_frame("192.0.2.1").ljust(FRAME_BYTES_MAX), GUEST)
+
+
+def refused(packet: bytes) -> bytes:
+    """What the guest is told of a packet of its own, after the Ethernet header."""
+    answer = Gateway("172.16.0.1", "02:62:67:00:00:01").refusal(
+        framed(b"to-all" + b"us-two" + b"\x08\0" + packet)
+    )
+    if not answer:
+        return b""
+    assert framed(answer[4:]) == answer
+    assert answer[4:18] == b"us-two" + bytes.fromhex("026267000001") + b"\x08\0"
+    return answer[18:]
+
+
+def sum_of(data: bytes) -> int:
+    """The Internet checksum of what has its own in it: 0, if that is right."""
+    total: int = sum(struct.unpack(f"!{len(data) // 2}H", data))
+    return ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
+
+
+@pytest.mark.parametrize("words", [5, 15], ids=["no options", "options"])
+@pytest.mark.parametrize("protocol", [6, 17])
+def test_what_does_not_go_on_is_told_to_whoever_sent_it(protocol: int, words: int) -> None:
+    header = (
+        bytes((0x40 | words, *bytes(8), protocol, 0, 0)) + GUEST + socket.inet_aton("192.0.2.1")
+    )
+    header = header.ljust(4 * words, b"\1")
+    packet = header + b"ports + seqno and more"
+    told = refused(packet)
+    assert told[:2] == b"\x45\0"
+    assert struct.unpack("!H", told[2:4]) == (len(told),)
+    assert told[9] == 1  # ICMP
+    assert told[12:20] == socket.inet_aton("172.16.0.1") + GUEST
+    assert told[20:22] == bytes((3, 13))
+    assert told[28:] == header + b"ports + "
+    assert sum_of(told[:20]) == sum_of(told[20:]) == 0
+
+
+def test_an_error_is_not_answered_by_an_error() -> None:
+    def icmp(kind: int) -> bytes:
+        header = bytes((0x45, *bytes(8), 1, 0, 0)) + GUEST + socket.inet_aton("192.0.2.1")
+        return header + bytes((kind, *bytes(7)))
+
+    assert refused(icmp(8))
+    assert refused(icmp(3)) == b""
+    assert refused(icmp(0)) == b""
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [
+        bytes((0x45, *bytes(5), 0, 1, 0, 17)) + bytes(30),
+        bytes((0x45, *bytes(8), 17)) + bytes(17),
+        bytes((0x41, *bytes(8), 17)) + bytes(30),
+        bytes((0x45, *bytes(8), 47)) + bytes(30),
+    ],
+    ids=["a later fragment", "cut off", "no header", "another protocol"],
+)
+def test_what_has_no_answer_gets_none(packet: bytes) -> None:
+    assert refused(packet) == b""
+
+
+@given(st.lists(st.binary(max_size=40)), st.binary(max_size=3))
+def test_only_whole_frames_are_put_between_others(frames: list[bytes], rest: bytes) -> None:
+    whole = b"".join(map(framed, frames))
+    assert whole_frames(whole + rest) == len(whole)
+    assert whole_frames(whole + framed(b"cut off")[:-1]) == len(whole)
+
+
+def test_a_stream_of_passts_that_has_no_frames_is_noticed() -> None:
+    with pytest.raises(BadStream):
+        whole_frames(struct.pack("!I", LENGTH_MAX + 1))
+
+
+def test_a_refusal_finds_room_or_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frame_filter, "BACKLOG_BYTES", 10)
+    backlog = Backlog()
+    for each in (b"ten bytes.", b"no room"):
+        backlog.offer(each)
+    assert backlog.take() == b"ten bytes."
 
 
 _FRAMES = st.lists(
@@ -392,16 +474,17 @@ def test_windows_are_read_as_the_syn_has_it(options: bytes, widest: int) -> None
 
 def test_passt_is_read_while_the_hypervisor_takes_nothing() -> None:
     """passt drops what does not go at once. Its socket alone holds some 200 KiB."""
+    frames = framed(b"x" * 1500) * 2000
     backlog = Backlog()
     ours, theirs = socket.socketpair()
     with ours, theirs:
         reader = threading.Thread(target=from_passt, args=(ours, backlog))
         reader.start()
         theirs.settimeout(10)
-        theirs.sendall(b"x" * (3 << 20))
+        theirs.sendall(frames)
         theirs.shutdown(socket.SHUT_WR)
         reader.join()
-    assert backlog.take() == b"x" * (3 << 20)
+    assert backlog.take() == frames
 
 
 def test_a_full_backlog_waits_for_the_hypervisor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,7 +82,7 @@ async def test_without_passt_there_is_a_failed_check_and_no_attachment(
 @pytest.mark.parametrize("egress", ["all", "none"])
 def test_a_machine_is_kept_from_those_on_a_bridge(egress: str) -> None:
     """passt's sockets are the host's own, which get to every machine there."""
-    gate = frame_filter.Gate(egress, str(KEPT_FROM))
+    gate = frame_filter.Gate("172.16.0.2", egress, str(KEPT_FROM))
 
     def passes(destination: str, ethertype: bytes = b"\x08\x00") -> bool:
         packet = bytes(16) + socket.inet_aton(destination)

@@ -12,8 +12,10 @@ both are sociable.
 **The host's** (family inet) lets guests reach the outside, as each may, never the link-local
 addresses (clouds have a host's credentials there), of the host itself only the resolver and an
 answer to a ping, and each other where both are sociable, when it comes by way of the host or (with
-br_netfilter) from the bridge. Nobody outside reaches a guest, but in answer. What goes out has the
-host's address.
+br_netfilter) from the bridge. Nobody outside reaches a guest, but in answer, and no process of this
+host does but root's and the owner's: user networking of another's machines has the host's sockets.
+What goes out has the host's address. What is refused is told so, for whoever waits to go on at once
+(TCP by a reset: Linux sends few ICMP errors a second).
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ _BRIDGE_SETS = ("sociable", "packets", "arps")
 _HOST_SETS = ("sociable", "everywhere", "allowed")
 
 
-def tables(bridge: Bridge, resolver_port: int) -> str:
+def tables(bridge: Bridge, resolver_port: int, owner_uid: int) -> str:
     """Both tables, as they are to be, without a guest or with those that they have.
 
     One transaction: in place of the rules that are there come these, and no packet passes between.
@@ -94,7 +96,11 @@ table inet {name} {{
         ip daddr {gateway} icmp type echo-request accept
         ip daddr {gateway} udp dport {resolver_port} accept
         ip daddr {gateway} tcp dport {resolver_port} accept
-        drop
+        goto refused
+    }}
+    chain by_host {{
+        type filter hook output priority filter; policy accept;
+        oifname "{name}" meta skuid != {{ 0, {owner_uid} }} goto refused
     }}
     chain through {{
         type filter hook forward priority filter; policy accept;
@@ -103,17 +109,21 @@ table inet {name} {{
     }}
     chain from_guests {{
         oifname "{name}" ip saddr @sociable ip daddr @sociable accept
-        oifname "{name}" drop
-        ip daddr 169.254.0.0/16 drop
+        oifname "{name}" goto refused
+        ip daddr 169.254.0.0/16 goto refused
         ip saddr @everywhere accept
         ip saddr . ip daddr @allowed accept
         ip saddr . ip daddr @resolved update @resolved {{ ip saddr . ip daddr }} accept
-        drop
+        goto refused
     }}
     chain to_guests {{
         iifname "{name}" accept
         ct state established, related accept
         drop
+    }}
+    chain refused {{
+        meta l4proto tcp reject with tcp reset
+        reject with icmpx admin-prohibited
     }}
     chain outwards {{
         type nat hook postrouting priority srcnat; policy accept;

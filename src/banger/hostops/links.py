@@ -44,6 +44,9 @@ _NAMES_MAC = "02:62:67:00:00:02"
 #: one leads nowhere: of a range that is never routed (RFC 3927).
 _NAMES_ADDRESS = "169.254.213.53"
 _FORWARD = Path("/proc/sys/net/ipv4/ip_forward")
+_TAP = re.compile(r"banger[0-9]{1,2}-[0-9a-f]{6}")
+#: Kinds of links (ip-link(8)) of those who have this host forward. A higher index is a later link.
+_OF_NETWORKS = frozenset({"bridge", "ipvlan", "macvlan", "tun", "veth", "wireguard"})
 _MACS = {"bridge": BRIDGE_MAC, "dummy": _NAMES_MAC}
 
 
@@ -181,15 +184,24 @@ def _remove(netlink: IPRoute, name: str) -> None:
 
 
 def _forward_as_before(netlink: IPRoute, index: int) -> None:
-    """Not at all; but another bridge of ours needs it still, and gives it back in place of this."""
-    for link in netlink.get_links():
+    """Not at all; but another bridge of ours needs it still, and gives it back in place of this,
+    and somebody who came since may rely on it: he had no reason to turn it on himself."""
+    links = netlink.get_links()
+    for link in links:
         others = link["index"] != index and link.get_attr("IFLA_IFNAME") != NAMES
         alias = _alias(link) or ""
         if others and alias.startswith(_ALIAS):
             heir = alias.replace(_FORWARDED, _DID_NOT_FORWARD)
             netlink.link("set", index=link["index"], IFLA_IFALIAS=heir)
             return
-    _FORWARD.write_text("0")
+    if not any(link["index"] > index and _may_need_forwarding(link) for link in links):
+        _FORWARD.write_text("0")
+
+
+def _may_need_forwarding(link: Any) -> bool:
+    """Whether it is somebody else's, of a kind that containers, machines and VPNs are joined by."""
+    ours = _TAP.fullmatch(link.get_attr("IFLA_IFNAME")) or (_alias(link) or "").startswith(_ALIAS)
+    return not ours and _kind(link) in _OF_NETWORKS
 
 
 def _of(owner_uid: int, instance: str = "") -> str:
@@ -224,12 +236,10 @@ def _find(netlink: IPRoute, name: str, wanted: str = "bridge") -> int:
     link = _link(netlink, name)
     if link is None:
         return 0
-    info = link.get_attr("IFLA_LINKINFO")
-    kind = info.get_attr("IFLA_INFO_KIND") if info else ""
     # One without an alias is ours by its address: its maker came no further.
     alias = _alias(link)
     ours = alias.startswith(_ALIAS) if alias else link.get_attr("IFLA_ADDRESS") == _MACS[wanted]
-    if kind != wanted or not ours:
+    if _kind(link) != wanted or not ours:
         raise Conflict(
             f"there is a network interface {name}, which is not banger's",
             hint="set bridge_name to another: banger0 to banger99"
@@ -276,6 +286,12 @@ def _index(netlink: IPRoute, name: str) -> int:
 def _link(netlink: IPRoute, name: str) -> Any:
     found = netlink.link_lookup(ifname=name)
     return netlink.get_links(found[0])[0] if found else None
+
+
+def _kind(link: Any) -> str:
+    """Empty for a device."""
+    info = link.get_attr("IFLA_LINKINFO")
+    return (info.get_attr("IFLA_INFO_KIND") or "") if info else ""
 
 
 def _alias(link: Any) -> str | None:

@@ -117,7 +117,7 @@ async def _bridge_up(operation: BridgeUp, owner_uid: int) -> None:
     bridge = operation.bridge
     # Before the tables, which would filter an interface of somebody else's with this name.
     await asyncio.to_thread(_links().check_free, bridge, owner_uid)
-    rules = firewall.tables(bridge, operation.resolver_port)
+    rules = firewall.tables(bridge, operation.resolver_port, owner_uid)
     try:
         await _nft(rules)
     except PreconditionFailed:  # sets of an earlier version, perhaps, which cannot be changed

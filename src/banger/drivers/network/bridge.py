@@ -2,7 +2,8 @@
 
 What needs root is asked of `HostOps`; this knows what is to be so. The firewall's view of all
 guests is set at once, from here, whenever one changes: there is nothing to take back when a step
-of it fails, and a daemon that was killed leaves nothing that the next one does not set right.
+of it fails, and a daemon that was killed leaves nothing that the next one does not set right. It is
+set again now and then, for whoever reloads a firewall may empty all tables there are.
 
 A tap goes with its descriptor, which only the machine has once it runs: what has ended, however it
 ended, has none. A few wait open, joined to the bridge, for the next starts; the firewall lets
@@ -55,6 +56,9 @@ _LINKS = Path("/sys/class/net")
 RESOLVER_PORT = 10053
 #: How long a bridge stays that no machine is on.
 _IDLE_S = 600.0
+#: For how long guests may be unfiltered when somebody has emptied the tables. Setting them again
+#: costs some 50 ms.
+_RENEW_S = 60.0
 
 
 class BridgeNetwork:
@@ -84,6 +88,7 @@ class BridgeNetwork:
         self._changing = asyncio.Lock()
         self._filling: asyncio.Task[None] | None = None
         self._waiting: asyncio.Task[None] | None = None
+        self._renewing: asyncio.Task[None] | None = None
 
     async def checks(self) -> list[Check]:
         """Who does what needs root, and what that needs."""
@@ -164,7 +169,7 @@ class BridgeNetwork:
 
     async def close(self) -> None:
         """See `Network.close`. The bridge goes, unless a machine is on it."""
-        for task in filter(None, (self._filling, self._waiting)):
+        for task in filter(None, (self._filling, self._waiting, self._renewing)):
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
         async with self._changing:
@@ -229,6 +234,8 @@ class BridgeNetwork:
         self._up = True
         await self._set_guests(forget)
         await self._open_resolver()
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._renew())
 
     async def _try_to_take_down(self) -> None:
         try:
@@ -242,6 +249,21 @@ class BridgeNetwork:
         down = BridgeDown(bridge=self._bridge.name, instance=self._bridge.instance)
         await self._host.perform(down)
         self._up = False
+
+    async def _renew(self) -> None:
+        """Set the tables again, for as long as the bridge is up."""
+        while True:
+            await asyncio.sleep(_RENEW_S)
+            async with self._changing:
+                if not self._up:
+                    return
+                if not self._machines:
+                    continue
+                try:
+                    await self._host.perform(self._bridge_up)
+                    await self._set_guests()
+                except BangerError as error:
+                    get_logger().warning("bridge not renewed", error=error.message)
 
     # Taps.
 

@@ -39,11 +39,13 @@ It is a program of its own, run by file name: it lives as long as its machine, p
 and ends when either side does, which ends the other. It uses the standard library only, and of
 that little: a machine should not wait for it, nor pay for it (12 ms, 9 MB).
 
-    frame_filter.py VM_ID GUEST_ADDRESS HYPERVISOR_FD PASST_FD all|none NETWORK
+    frame_filter.py VM_ID GUEST_ADDRESS HYPERVISOR_FD PASST_FD all|none NETWORK GATEWAY MAC
 
 ``all`` or ``none`` says whether anything goes on at all, which `SIGNALS` change: with ``none``,
-only ARP. What passt has taken from the network by then still reaches the guest, a window's worth at
-most. NETWORK, a.b.c.d/n, is one that is never reached: machines on the host's bridge are there.
+only ARP; the guest is told so (ICMP), for its programs to fail at once rather than wait. What passt
+has taken from the network by then still reaches the guest, a window's worth at most. NETWORK,
+a.b.c.d/n, is one that is never reached: machines on the host's bridge are there. GATEWAY and MAC
+are the addresses of who tells the guest.
 """
 
 from __future__ import annotations
@@ -100,8 +102,18 @@ _LOOPBACK = 127
 _LINK_LOCAL = b"\xa9\xfe"
 _FIRST_MULTICAST = 224
 
-# TCP (RFC 9293, 3.1): bits of the flags, and kinds of options.
+# Protocols of IPv4.
+_ICMP = 1
 _TCP = 6
+_UDP = 17
+
+#: Of ICMP errors: "communication administratively prohibited" (RFC 1812, 5.2.7.1), which Linux
+#: gives programs as EHOSTUNREACH. They have the packet's header with 8 bytes more.
+_PROHIBITED = b"\x03\x0d"
+_QUOTED_BYTES = 8
+_ECHO_REQUEST = 8
+
+# TCP (RFC 9293, 3.1): bits of the flags, and kinds of options.
 _TCP_BYTES = 20
 _SYN = 0x02
 _ACK = 0x10
@@ -310,9 +322,10 @@ class Outlet:
 
 
 class Gate:
-    """Whether more than ARP goes on, and where to not."""
+    """Whether more than ARP goes on of a guest's, and where to not."""
 
-    def __init__(self, egress: str, network: str) -> None:
+    def __init__(self, guest: str, egress: str, network: str) -> None:
+        self.guest = socket.inet_aton(guest)
         self._open = egress == "all"
         address, _, length = network.partition("/")
         self._shift = 32 - int(length)
@@ -335,17 +348,65 @@ class Gate:
         return self._open and destination >> self._shift != self._kept_from
 
 
-def from_guest(hypervisor: socket.socket, outlet: Outlet, guest: bytes, gate: Gate) -> None:
-    """Pass on what may pass until the hypervisor's side ends. Blocks; holds one read at most."""
+class Gateway:
+    """Who tells the guest that something did not go on."""
+
+    def __init__(self, address: str, mac: str) -> None:
+        self._address = socket.inet_aton(address)
+        self._mac = bytes.fromhex(mac.replace(":", ""))
+
+    def refusal(self, frame: bytes) -> bytes:
+        """The answer to a frame of IPv4, both with their length before them.
+
+        Empty where none is due (RFC 1122, 3.2.2): to errors, and to all but the first fragment.
+        """
+        start = _LENGTH_BYTES + _ETHERNET_BYTES
+        header_bytes = (frame[start] & 0x0F) * 4
+        quoted = frame[start : start + header_bytes + _QUOTED_BYTES]
+        if header_bytes < _IPV4_BYTES or len(quoted) < header_bytes + _QUOTED_BYTES:
+            return b""
+        asks = frame[start + 9] == _ICMP and quoted[header_bytes] == _ECHO_REQUEST
+        is_later = int.from_bytes(frame[start + 6 : start + 8], "big") & 0x1FFF
+        if is_later or not (asks or frame[start + 9] in (_TCP, _UDP)):
+            return b""
+        error = _with_checksum(_PROHIBITED + bytes(6) + quoted, 2)
+        total = (_IPV4_BYTES + len(error)).to_bytes(2, "big")
+        header = b"\x45\0" + total + bytes(4) + bytes((64, _ICMP)) + bytes(2)
+        packet = _with_checksum(header + self._address + frame[start + 12 : start + 16], 10) + error
+        guest_mac = frame[_LENGTH_BYTES + 6 : _LENGTH_BYTES + 12]
+        answer = guest_mac + self._mac + _IPV4 + packet
+        return len(answer).to_bytes(_LENGTH_BYTES, "big") + answer
+
+
+def _with_checksum(data: bytes, position: int) -> bytes:
+    """`data`, whole words, with the Internet checksum (RFC 1071) of all of it in place of zeros."""
+    total = sum(int.from_bytes(data[at : at + 2], "big") for at in range(0, len(data), 2))
+    total = (total & 0xFFFF) + (total >> 16)
+    total = (total & 0xFFFF) + (total >> 16)
+    return data[:position] + (total ^ 0xFFFF).to_bytes(2, "big") + data[position + 2 :]
+
+
+def from_guest(
+    hypervisor: socket.socket,
+    outlet: Outlet,
+    gate: Gate,
+    refuse: Callable[[bytes], None],
+) -> None:
+    """Pass on what may pass until the hypervisor's side ends; `refuse` what only the gate keeps.
+
+    Blocks; holds one read at most.
+    """
     pace = Pace()
     pending = b""
     while data := hypervisor.recv(_READ_BYTES):
         pending += data
-        kept, done = sift(pending, guest)
+        kept, done = sift(pending, gate.guest)
         pending = pending[done:]
         now = time.monotonic()
-        for frame in filter(gate.passes, kept):
-            if paced := pace.paced(frame, now):
+        for frame in kept:
+            if not gate.passes(frame):
+                refuse(frame)
+            elif paced := pace.paced(frame, now):
                 outlet.send(paced)
 
 
@@ -359,8 +420,15 @@ class Backlog:
         self._changed = threading.Condition()
         self._held = bytearray()
 
+    def offer(self, frame: bytes) -> None:
+        """Put it where there is room: a guest that takes nothing must not hold up what it sends."""
+        with self._changed:
+            if len(self._held) < BACKLOG_BYTES:
+                self._held += frame
+                self._changed.notify_all()
+
     def put(self, data: bytes) -> None:
-        """Blocks while it is full."""
+        """Whole frames, for others come between. Blocks while it is full."""
         with self._changed:
             self._changed.wait_for(lambda: len(self._held) < BACKLOG_BYTES)
             self._held += data
@@ -377,8 +445,25 @@ class Backlog:
 
 def from_passt(passt: socket.socket, backlog: Backlog) -> None:
     """Take everything until passt's side ends. Blocks."""
+    pending = b""
     while data := passt.recv(_READ_BYTES):
-        backlog.put(data)
+        pending += data
+        if end := whole_frames(pending):
+            backlog.put(pending[:end])
+            pending = pending[end:]
+
+
+def whole_frames(data: bytes) -> int:
+    """How many bytes of a stream, which begins with a frame, are whole frames. Raises BadStream."""
+    end = 0
+    while len(data) - end >= _LENGTH_BYTES:
+        length = int.from_bytes(data[end : end + _LENGTH_BYTES], "big")
+        if length > LENGTH_MAX:
+            raise BadStream(f"frame of {length} bytes")
+        if end + _LENGTH_BYTES + length > len(data):
+            break
+        end += _LENGTH_BYTES + length
+    return end
 
 
 def to_guest(backlog: Backlog, hypervisor: socket.socket) -> None:
@@ -389,19 +474,22 @@ def to_guest(backlog: Backlog, hypervisor: socket.socket) -> None:
 
 def main(argv: list[str]) -> None:
     """Relay until one side is gone; then end the process, and with it the other side."""
-    guest = socket.inet_aton(argv[2])
     hypervisor = socket.socket(fileno=int(argv[3]))
     passt = socket.socket(fileno=int(argv[4]))
-    gate = Gate(argv[5], argv[6])
+    gate = Gate(argv[2], argv[5], argv[6])
     gate.listen()
+    gateway = Gateway(argv[7], argv[8])
 
     backlog = Backlog()
+
+    def refuse(frame: bytes) -> None:
+        backlog.offer(gateway.refusal(frame))
 
     def relay(target: Callable[..., None], *args: object) -> None:
         try:
             target(*args)
-        except OSError:
-            pass  # the other side is gone: the end all the same
+        except (OSError, BadStream):
+            pass  # the other side is gone, or as good as gone: the end all the same
         finally:
             # The main thread sits in recv; only the end of the process stops it.
             os._exit(0)
@@ -409,7 +497,7 @@ def main(argv: list[str]) -> None:
     for relayed in ((from_passt, passt, backlog), (to_guest, backlog, hypervisor)):
         threading.Thread(target=relay, args=relayed, daemon=True).start()
     try:
-        from_guest(hypervisor, Outlet(passt, os.open(os.devnull, os.O_RDONLY)), guest, gate)
+        from_guest(hypervisor, Outlet(passt, os.open(os.devnull, os.O_RDONLY)), gate, refuse)
     except BadStream as error:
         print(f"network ended: the hypervisor sent a {error}", file=sys.stderr)  # noqa: T201
     except OSError:

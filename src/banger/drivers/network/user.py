@@ -285,5 +285,6 @@ def filter_argv(
     """
     program = os.fspath(Path(frame_filter.__file__).absolute())
     fds = (str(outer_fd), str(inner_fd))
-    words = (vm_id, GUEST_ADDRESS, *fds, egress.value, str(kept_from))
+    gateway = (GATEWAY, GATEWAY_MAC)
+    words = (vm_id, GUEST_ADDRESS, *fds, egress.value, str(kept_from), *gateway)
     return [sys.executable, "-I", "-S", program, *words]
