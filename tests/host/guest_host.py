@@ -87,6 +87,11 @@ class GuestHost:
         """Copy a file or folder out of it."""
         self.banger.ok("vm", "cp", f"{self.name}:{source}", destination)
 
+    def reboot(self) -> None:
+        """Power it off and on: nothing is left but what is on its disks."""
+        self.banger.ok("vm", "restart", "-q", self.name)
+        self.root(_UP)
+
     def load(self, *modules: str) -> None:
         """Load modules of its kernel. Idempotent."""
         self.root(f"modprobe -a {' '.join(modules)}")

@@ -86,6 +86,20 @@ def test_a_daemon_that_is_killed_cuts_nobody_off(network: GuestHost, unit: str) 
     until(lambda: _greeting(network, "box.vm") == "box\n", "the machine answers at its name")
 
 
+def test_machines_are_kept_apart_where_netfilter_sees_the_bridge(network: GuestHost) -> None:
+    """Container engines load it: what a bridge passes on goes through the chains of IP, too."""
+    network.load("br_netfilter")
+    assert network.root("cat /proc/sys/net/bridge/bridge-nf-call-iptables") == "1\n"
+    network.alice(f"{_RUN} other")
+    address = json.loads(network.alice("banger vm show box --json"))["runtime"]["address"]
+    ask = f"timeout 10 bash -c 'exec 3<>/dev/tcp/{address}/7000 && cat <&3' || true"
+    assert network.alice(f'banger vm exec other -- sh -c "{ask}"') == ""
+    network.alice("banger vm set box --no-isolated; banger vm set other --no-isolated")
+    assert network.alice(f'banger vm exec other -- sh -c "{ask}"') == "box\n"
+    assert _greeting(network, address) == "box\n"
+    network.alice("banger vm set box --isolated; banger vm delete -q --force other")
+
+
 def test_nothing_of_it_is_left(network: GuestHost) -> None:
     """Even where the daemon could take back nothing."""
     network.alice("banger vm delete -q --force box")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from _pytest.nodes import Node
 
+from banger import __version__
 from guest_host import GuestHost, GuestHosts
 from product import until
 
@@ -19,25 +20,6 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
 _numbers = itertools.count(1)
 
 _SITE = "/opt/banger/lib/python3.11/site-packages/banger"
-
-#: Where the helper is not part of the product yet: it listens where that would, and does nothing.
-_STAND_IN_HELPER = """
-import os, socket
-from banger.base.install import HELPER_SOCKET, INSTALL_FILE, load_installation
-HELPER_SOCKET.unlink(missing_ok=True)
-server = socket.socket(socket.AF_UNIX)
-server.bind(str(HELPER_SOCKET))
-os.chown(HELPER_SOCKET, load_installation(INSTALL_FILE).owner_uid, -1)
-server.listen()
-while True:
-    server.accept()[0].close()
-"""
-_WITH_A_HELPER = f"""
-cd {_SITE}
-mkdir -p hostops; chmod 755 hostops
-test -e hostops/helper.py || cat >hostops/helper.py
-/opt/banger/bin/python3 -m compileall -q hostops
-"""
 
 #: What is on the disk but what changes by itself: names, kinds, owners, modes, where links lead,
 #: and of files sizes and times. Below alice's home is what the documentation says is hers.
@@ -55,18 +37,12 @@ _INSTALL = "SUDO_UID=$(id -u alice) banger system install"
 _RUN = "banger vm run -q -d --memory 256M --vcpu 1"
 
 
-def _new(guest_hosts: GuestHosts) -> GuestHost:
-    host = guest_hosts.new(f"system-{next(_numbers)}")
-    host.root(_WITH_A_HELPER, stdin=_STAND_IN_HELPER.encode())
-    return host
-
-
 @pytest.fixture(scope="module")
 def bare(
     guest_hosts: GuestHosts, request: pytest.FixtureRequest, keeps: Callable[[Node], bool]
 ) -> Iterator[GuestHost]:
     """A host on which nothing is installed but the package."""
-    host = _new(guest_hosts)
+    host = guest_hosts.new(f"system-{next(_numbers)}")
     yield host
     if not keeps(request.node):
         host.banger.ok("vm", "delete", "--force", host.name)
@@ -77,7 +53,7 @@ def installed(
     guest_hosts: GuestHosts, request: pytest.FixtureRequest, keeps: Callable[[Node], bool]
 ) -> Iterator[GuestHost]:
     """A host with banger installed for alice, who has a machine ``box`` that runs."""
-    host = _new(guest_hosts)
+    host = guest_hosts.new(f"system-{next(_numbers)}")
     host.root(_INSTALL)
     host.alice(f"{_RUN} --name box")
     yield host
@@ -140,7 +116,7 @@ def test_two_daemons_of_one_user_are_not_to_be(bare: GuestHost) -> None:
 def test_nothing_is_left_of_it_but_what_is_the_users(bare: GuestHost) -> None:
     before = bare.root(_ALL_FILES)
     bare.root(_INSTALL)
-    assert bare.root(_INSTALL) == "banger 0.1.0 is installed for alice\n"  # again
+    assert bare.root(_INSTALL) == f"banger {__version__} is installed for alice\n"  # again
     during = set(bare.root(_ALL_FILES).splitlines()) - set(before.splitlines())
     assert {line.split()[0] for line in during if "banger" in line} >= {
         *("/etc/banger", "/etc/banger/install.toml", "/run/banger", "/run/bangerd"),
@@ -156,13 +132,13 @@ def test_all_of_it_runs_and_starts_at_boot(installed: GuestHost) -> None:
     status = _status(installed)
     assert (status["owner"], status["version"], status["helper_answers"]) == (
         "alice",
-        "0.1.0",
+        __version__,
         True,
     )
     assert [(unit["active"], unit["enabled"]) for unit in status["units"]] == [
         ("active", "enabled")
     ] * 2
-    assert status["units"][1]["status"] == "banger 0.1.0"
+    assert status["units"][1]["status"] == f"banger {__version__}"
     assert "active" in installed.root("banger system status")
     # Anybody may look; the socket is not theirs to try.
     others = json.loads(installed.run("setpriv", "--reuid", "65534", "--clear-groups",
@@ -222,15 +198,29 @@ def test_a_restart_by_owner_or_root_leaves_machines_running(installed: GuestHost
 def test_an_upgrade_leaves_machines_running(installed: GuestHost) -> None:
     """As by pip, which replaces the package in its place."""
     machine, before = installed.root("pidof qemu-system-x86_64"), _pids(installed)
-    installed.root(f'sed -i \'s/"0.1.0"/"0.1.1"/\' {_SITE}/__init__.py')
-    assert "this is banger 0.1.1" in installed.run("banger", "system", "status").stderr.decode()
-    assert "bangerd 0.1.0 is running" in installed.run("banger", "ps", user="alice").stderr.decode()
-    assert installed.root("banger system install") == "banger 0.1.1 is installed for alice\n"
+    newer = f"{__version__}.1"
+    installed.root(f'sed -i \'s/"{__version__}"/"{newer}"/\' {_SITE}/__init__.py')
+    assert f"this is banger {newer}" in installed.run("banger", "system", "status").stderr.decode()
+    said = installed.run("banger", "ps", user="alice").stderr.decode()
+    assert f"bangerd {__version__} is running" in said
+    assert installed.root("banger system install") == f"banger {newer} is installed for alice\n"
     status = _status(installed)
-    assert (status["version"], status["units"][1]["status"]) == ("0.1.1", "banger 0.1.1")
+    assert (status["version"], status["units"][1]["status"]) == (newer, f"banger {newer}")
     assert not set(_pids(installed)) & set(before)
     assert installed.root("pidof qemu-system-x86_64") == machine
     assert installed.alice("banger vm exec box -- echo runs") == "runs\n"
+
+
+def test_it_is_there_again_after_a_reboot(installed: GuestHost) -> None:
+    installed.alice("banger vm exec box -- sh -c 'echo kept >/root/file; sync'")
+    installed.reboot()
+    assert [unit["active"] for unit in _status(installed)["units"]] == ["active", "active"]
+    (box,) = json.loads(installed.alice("banger vm list --json"))
+    assert box["runtime"]["state"] == "stopped"
+    installed.alice("banger vm start -q box")
+    assert installed.alice("banger vm exec box -- cat /root/file") == "kept\n"
+    address = json.loads(installed.alice("banger vm show box --json"))["runtime"]["address"]
+    assert installed.alice("getent ahostsv4 box.vm").split()[0] == address
 
 
 def test_another_owner_cannot_take_it_over(installed: GuestHost) -> None:
