@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from banger.base.errors import BadRequest, NotFound
+from banger.daemon.guest_sessions import exec_request
 from banger.daemon.operate import operate
 from banger.daemon.params import ApplyResult, Nothing, ResultsReference, RunForks
-from banger.daemon.sessions import exec_request
 from banger.rpc.server import Connection
 from banger.services.fork_run import ForkRuns, Trial
 from banger.services.operations import Operations
