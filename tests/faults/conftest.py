@@ -35,7 +35,8 @@ def all_faults(request: pytest.FixtureRequest) -> bool:
     return _all_faults(request.config)
 
 
-@pytest.fixture(scope="session")
+# Of the module: their bystanders, which count all the while, are in the way of later tests.
+@pytest.fixture(scope="module")
 def seed(private_home: object) -> Iterator[Home]:
     """The home whose image the others have copies of; it was built for a first VM there."""
     home = new_home(Path(os.environ["HOME"]) / "seed")
@@ -46,7 +47,7 @@ def seed(private_home: object) -> Iterator[Home]:
     shutil.rmtree(home.directory)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def scenes(seed: Home) -> Iterator[Scenes]:
     made = Scenes(seed, Path(os.environ["HOME"]))
     yield made
