@@ -1,0 +1,46 @@
+"""The programs that tests run as Firecracker: the stand-in, and the real one where there is one."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
+
+STAND_IN = Path(__file__).with_name("stand_in_firecracker.py")
+
+#: Names the real one where it is not on the PATH.
+REAL_VARIABLE = "BANGER_TEST_FIRECRACKER"
+
+
+def stand_in(directory: Path) -> Path:
+    """A program in `directory` that runs the stand-in, and looks like Firecracker to who looks at
+    its command line."""
+    program = directory / "firecracker"
+    # Python finds its libraries by its own name, unless it is told where they are.
+    program.write_text(
+        "#!/bin/bash\n"
+        f"export PYTHONHOME={shlex.quote(sys.base_prefix)}\n"
+        f"export PYTHONPATH={shlex.quote(os.pathsep.join(_libraries()))}\n"
+        f"export PATH={shlex.quote(os.environ['PATH'])}\n"
+        f'exec -a firecracker {shlex.quote(_interpreter())} {shlex.quote(str(STAND_IN))} "$@"\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def real() -> Path | None:
+    """Firecracker itself, if this machine has it."""
+    found = os.environ.get(REAL_VARIABLE) or shutil.which("firecracker")
+    return Path(found) if found else None
+
+
+def _libraries() -> list[str]:
+    source = Path(__file__).parents[1] / "src"
+    return [str(STAND_IN.parent), str(source), sysconfig.get_path("purelib")]
+
+
+def _interpreter() -> str:
+    return os.path.realpath(sys.executable)
