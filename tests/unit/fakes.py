@@ -283,10 +283,10 @@ class Hypervisor:
         assert machine.memory_file.path.read_bytes() + state.read_bytes() == b"memorystate"
         return await self._start(machine, network, self.restore_gate)
 
-    async def save(self, control_socket: Path, state: Path) -> None:
+    async def save(self, machine: Machine, state: Path) -> None:
         self._check_answers()
         await self.save_gate.passed()
-        (machine,) = (each for each in self.machines if each.control_socket == control_socket)
+        assert machine in self.machines
         assert machine.memory_file is not None
         assert not machine.memory_file.private
         machine.memory_file.path.write_bytes(b"memory")

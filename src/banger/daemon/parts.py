@@ -68,7 +68,7 @@ class Parts:
         self.store = store
         self.operations = Operations()
         self.addresses = addresses
-        self.agents = Agents()
+        self.agents = Agents(drivers.hypervisor.features.agent_vsock_port)
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.networks, self.handles)
         self._put_images_together()

@@ -161,6 +161,9 @@ class HypervisorFeatures:
     """What services may ask of it. A flag is here once some service reads it."""
 
     disk_formats: frozenset[DiskFormat]
+    #: Where the guest's agent listens: `Machine.agent_socket` is then one of `guest.vsock`. 0: the
+    #: socket leads to the agent itself.
+    agent_vsock_port: int = 0
 
 
 class StateRefused(Unavailable):
@@ -209,9 +212,10 @@ class Hypervisor(Protocol):
         """
         ...
 
-    async def save(self, control_socket: Path, state: Path) -> None:
-        """Pause the machine and write to `state` all of it that is not in its (shared) memory
-        file. Its disks are then as the guest left them, and it is good for nothing but `quit`.
+    async def save(self, machine: Machine, state: Path) -> None:
+        """Pause the machine, which was launched with a shared memory file, have all of its memory
+        in that, and write to `state` the rest of it. Its disks are then as the guest left them,
+        and it is good for nothing but `quit`.
 
         Raises Unavailable when it cannot be saved.
         """

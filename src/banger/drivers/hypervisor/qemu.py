@@ -187,9 +187,9 @@ class QemuHypervisor:
                 raise MachineLost(error.message, hint=error.hint) from error
             raise
 
-    async def save(self, control_socket: Path, state: Path) -> None:
-        """See `Hypervisor.save`."""
-        async with conversation(control_socket, _SAVE_TIMEOUT_S) as client:
+    async def save(self, machine: Machine, state: Path) -> None:
+        """See `Hypervisor.save`. The memory is in its file from the start."""
+        async with conversation(machine.control_socket, _SAVE_TIMEOUT_S) as client:
             await save_state(client, state)
 
     async def capture(
