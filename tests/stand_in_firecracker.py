@@ -52,6 +52,7 @@ class Api:
         self._id = instance_id
         self._description = description
         self._resources = Resources()
+        self._taps: dict[str, int] = {}
         self._machine: StandInMachine | None = None
         self._configured = False
         self._metrics: Path | None = None
@@ -160,7 +161,7 @@ class Api:
         if len(name) > 15:
             raise Refused(f"{failed}Invalid interface name")
         try:
-            os.close(open_tap(name))
+            self._taps[body["iface_id"]] = open_tap(name)
         except OSError as error:
             raise Refused(
                 f"{failed}Error while creating ifreq structure: {_os_error(error)}. Invalid"
@@ -202,7 +203,7 @@ class Api:
             raise Refused(_NOT_BEFORE)
         if not self._resources.boot_source:
             raise Refused("Start microvm error: Cannot start microvm without kernel configuration.")
-        machine = StandInMachine(self._resources)
+        machine = StandInMachine(self._resources, self._taps)
         await machine.start()
         self._runs(machine)
 

@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import tempfile
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,6 +55,9 @@ class Resources:
     vsock: dict[str, Any] = field(default_factory=dict)
     entropy: bool = False
 
+    def saved(self) -> bytes:
+        return json.dumps(vars(self)).encode()
+
 
 def open_tap(name: str) -> int:
     """A tap of the host, by its name: opened with the flags that Firecracker has."""
@@ -70,8 +74,11 @@ def open_tap(name: str) -> int:
 class StandInMachine:
     """One machine, from its start to its end. `ended` gets QEMU's status."""
 
-    def __init__(self, resources: Resources) -> None:
+    def __init__(self, resources: Resources, taps: Mapping[str, int]) -> None:
+        """`taps` are descriptors, by the interface. They stay open as long as the process runs, as
+        Firecracker's do."""
         self._resources = resources
+        self._taps = dict(taps)
         self._qmp = QMPClient("stand-in")
         self._memory = os.memfd_create("memory")
         os.truncate(self._memory, int(resources.machine_config["mem_size_mib"]) << 20)
@@ -88,16 +95,13 @@ class StandInMachine:
         agent = socket.socket(socket.AF_UNIX)
         agent.bind(self._agent_address)
         agent.listen(1)
-        taps = [open_tap(each["host_dev_name"]) for each in self._resources.interfaces.values()]
         with theirs, agent:
-            fds = (theirs.fileno(), agent.fileno(), self._memory, *taps)
+            fds = (theirs.fileno(), agent.fileno(), self._memory, *self._taps.values())
             process = await asyncio.create_subprocess_exec(
-                *self._argv(theirs.fileno(), agent.fileno(), taps, incoming=state is not None),
+                *self._argv(theirs.fileno(), agent.fileno(), incoming=state is not None),
                 pass_fds=fds,
                 preexec_fn=_die_with_parent,
             )
-        for tap in taps:
-            os.close(tap)
         self._process = process
         self._reaping = asyncio.ensure_future(self._reap(process))
         await self._qmp.connect(ours)
@@ -112,7 +116,7 @@ class StandInMachine:
     async def _reap(self, process: asyncio.subprocess.Process) -> None:
         self.ended.set_result(await process.wait())
 
-    def _argv(self, qmp: int, agent: int, taps: list[int], *, incoming: bool) -> list[str]:
+    def _argv(self, qmp: int, agent: int, *, incoming: bool) -> list[str]:
         config, boot = self._resources.machine_config, self._resources.boot_source
         memory = f"{config['mem_size_mib']}M"
         argv = [
@@ -136,8 +140,8 @@ class StandInMachine:
             file = f"file.driver=file,file.filename={path}"
             argv += ["-blockdev", f"driver=raw,node-name={name},read-only={read_only},{file}"]
             argv += ["-device", f"virtio-blk-device,drive={name},serial=650010{number}"]
-        for tap, (name, interface) in zip(taps, self._resources.interfaces.items(), strict=True):
-            argv += ["-netdev", f"tap,id={name},fd={tap},vhost=off"]
+        for name, interface in self._resources.interfaces.items():
+            argv += ["-netdev", f"tap,id={name},fd={self._taps[name]},vhost=off"]
             argv += ["-device", f"virtio-net-device,netdev={name},mac={interface['guest_mac']}"]
         if self._resources.entropy:
             argv += ["-device", "virtio-rng-device"]
@@ -172,7 +176,7 @@ class StandInMachine:
             devices = Path(scratch, "devices")
             arguments = {"filename": str(devices), "live": False}
             await self._qmp.execute("xen-save-devices-state", arguments)
-            header = json.dumps(vars(self._resources)).encode()
+            header = self._resources.saved()
             file.write(_MAGIC + _LENGTH.pack(len(header)) + header + devices.read_bytes())
         with memory.open("wb") as file:
             _copy(self._memory, file.fileno())
@@ -191,7 +195,17 @@ class StandInMachine:
             if not resources.vsock:
                 raise LoadFailed("Failed to get snapshot state from file: Unknown Vsock Device.")
             resources.vsock["uds_path"] = vsock
-        machine = cls(resources)
+        failed = "Failed to build microVM from snapshot: Failed to restore devices: "
+        try:
+            opened = {
+                name: open_tap(interface["host_dev_name"])
+                for name, interface in resources.interfaces.items()
+            }
+        except OSError as error:
+            raise LoadFailed(
+                f"{failed}Cannot open/create the tap device: {error.strerror}"
+            ) from error
+        machine = cls(resources, opened)
         try:
             with memory.open("rb") as file:
                 _copy(file.fileno(), machine._memory)
@@ -205,10 +219,7 @@ class StandInMachine:
                 os.close(os.open(drive["path_on_host"], os.O_RDONLY))
             await machine.start(devices)
         except OSError as error:
-            raise LoadFailed(
-                "Failed to build microVM from snapshot: Failed to restore devices:"
-                f" {error.strerror} (os error {error.errno})"
-            ) from error
+            raise LoadFailed(f"{failed}{error.strerror} (os error {error.errno})") from error
         return machine
 
     async def _migrate(self, descriptor: int) -> None:

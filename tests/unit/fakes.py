@@ -244,7 +244,7 @@ class Hypervisor:
     """Machines are entries of `Processes`; ``machine SOCKET`` is their command line."""
 
     name = "fake"
-    features = HypervisorFeatures(disk_formats=frozenset({DiskFormat.QCOW2}))
+    features = HypervisorFeatures(disk_formats=frozenset({DiskFormat.QCOW2}), links=frozenset(Link))
 
     def __init__(self, processes: Processes, agent: Agent) -> None:
         self.processes = processes

@@ -7,7 +7,7 @@ idempotent where they undo something.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -152,6 +152,9 @@ class Capture:
     state: Path
     #: Disk name -> an empty layer over the file that it is in now: it goes on in that one.
     overlays: dict[str, Path]
+    #: Awaited while the machine is paused and nothing is on its way to its disks: they are copied,
+    #: where there are no layers for them to go on in.
+    at_rest: Callable[[], Awaitable[None]] | None = None
     #: False: it stays paused, and is good for nothing but `quit`.
     runs_on: bool = True
 
@@ -161,6 +164,8 @@ class HypervisorFeatures:
     """What services may ask of it. A flag is here once some service reads it."""
 
     disk_formats: frozenset[DiskFormat]
+    #: What a machine's interface can be joined to.
+    links: frozenset[Link]
     #: Where the guest's agent listens: `Machine.agent_socket` is then one of `guest.vsock`. 0: the
     #: socket leads to the agent itself.
     agent_vsock_port: int = 0
