@@ -24,6 +24,7 @@ def select(settings: dict[str, str], host: HostOps | None = None) -> registry.Se
     return registry.select(
         **settings,
         probe_cache=Path("/nowhere"),
+        vms_dir=Path("/nowhere/vms"),
         host=host or HelperHost(Path("/nowhere")),
         bridge=bridge_of("banger0", "10.213.0.0/16"),
         tap_pool_size=2,
@@ -46,11 +47,11 @@ def test_where_banger_is_installed_machines_are_on_its_bridge() -> None:
 
 
 def test_each_choice_has_its_reason() -> None:
-    settings = {**AUTO, "storage": "qcow2"}
+    settings = {**AUTO, "storage": "reflink"}
     choices = select(settings).choices
     assert [(choice.setting, choice.name, choice.reason) for choice in choices] == [
         ("hypervisor", "qemu", "auto: the only one there is"),
-        ("storage", "qcow2", "as configured"),
+        ("storage", "reflink", "as configured"),
         ("network", "user", "auto: it needs nothing of this host"),
     ]
 

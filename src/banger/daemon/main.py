@@ -148,6 +148,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         storage=config.storage,
         network=config.network,
         probe_cache=paths.probe_cache,
+        vms_dir=paths.vms_dir,
         host=host,
         bridge=bridge,
         tap_pool_size=config.tap_pool_size,

@@ -6,6 +6,8 @@ and so do tests, with drivers in memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from banger.base.config import Config
 from banger.base.model import Image
 from banger.base.paths import Paths
@@ -62,6 +64,8 @@ class Parts:
         addresses: Addresses,
         store: Store,
     ) -> None:
+        names = [drivers.storage.file_name(disk) for disk in ("system", "work")]
+        paths = replace(paths, system_disk_name=names[0], work_disk_name=names[1])
         self.paths = paths
         self.config = config
         self.drivers = drivers

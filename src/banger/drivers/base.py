@@ -297,6 +297,16 @@ class Storage(Protocol):
     name: str
     format: DiskFormat
 
+    @property
+    def layering(self) -> Layering | None:
+        """None: a disk is one file, which is copied while nobody writes to it."""
+        ...
+
+    def file_name(self, disk: str) -> str:
+        """What the file of a disk is called (``system``, ``work``). Its suffix says what it is:
+        what another storage has made is called otherwise."""
+        ...
+
     async def checks(self) -> list[Check]: ...
 
     async def create_overlay(self, base: Path, overlay: Path, size_mib: int) -> None:
@@ -325,10 +335,37 @@ class Storage(Protocol):
         """
         ...
 
+    async def share(self, disk: Path, directory: Path) -> None:
+        """Have a disk that nobody writes to, now or (with layers) any more, in `directory`, too.
+
+        It has its name there, and stays what it is now, whatever becomes of `disk`.
+        """
+        ...
+
+    async def branch(self, frozen: Path, disk: Path) -> None:
+        """A disk that begins as `frozen`, which `share` has made, and does not depend on it."""
+        ...
+
+    def room_bytes(self, source: Path) -> int:
+        """What a disk that begins as `source` takes of the host's at once, but for a few MiB."""
+        ...
+
+    def allocated_bytes(self, disk: Path) -> int:
+        """What the disk alone takes of the host's, 0 for none. What it shares with others is not
+        counted where the file system can tell."""
+        ...
+
+
+class Layering(Protocol):
+    """What a storage can do besides whose disks consist of files over one another.
+
+    A layer and what it lies over are in one directory and go together.
+    """
+
     async def add_layer(self, disk: Path, overlay: Path) -> None:
         """An empty disk over `disk`, of its size, for what is written from now on.
 
-        Both are in one directory and go together: the layer names `disk` by its name only.
+        The layer names `disk` by its name only.
         """
         ...
 
@@ -339,19 +376,8 @@ class Storage(Protocol):
         """
         ...
 
-    async def share(self, disk: Path, directory: Path) -> None:
-        """Have all the files of a disk that nobody writes to any more in `directory`, too.
-
-        They are the same files (hard links): they are there for as long as one of their names is.
-        """
-        ...
-
     async def collapse(self, disk: Path) -> None:
         """Bring all that lies between a disk, which no machine has open, and its image into it."""
-        ...
-
-    def allocated_bytes(self, disk: Path) -> int:
-        """What the disk takes of the host's, 0 for none."""
         ...
 
 

@@ -20,6 +20,7 @@ from banger.drivers.network.bridge import BridgeNetwork
 from banger.drivers.network.dns import DnsServer
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
+from banger.drivers.storage.reflink import ReflinkStorage
 from banger.hostops.ops import Bridge, HostOps
 
 AUTO = "auto"
@@ -49,7 +50,10 @@ class Selection:
 # In order of preference.
 _HYPERVISORS: Mapping[str, Callable[[str, Path], Hypervisor]] = {"qemu": QemuHypervisor}
 _ACCELERATORS = tuple(accelerator.value for accelerator in Accelerator)
-_STORAGES: Mapping[str, Callable[[], Storage]] = {"qcow2": Qcow2Storage}
+_STORAGES: Mapping[str, Callable[[Path], Storage]] = {
+    "qcow2": lambda _: Qcow2Storage(),
+    "reflink": ReflinkStorage,
+}
 _NETWORKS = (NetworkMode.BRIDGE, NetworkMode.USER)
 
 
@@ -70,6 +74,7 @@ def select(
     storage: str,
     network: str,
     probe_cache: Path,
+    vms_dir: Path,
     host: HostOps,
     bridge: Bridge,
     tap_pool_size: int,
@@ -86,7 +91,7 @@ def select(
     if accelerator not in (AUTO, *_ACCELERATORS):
         raise _unknown("accelerator", accelerator, _ACCELERATORS)
     why_network = _network_choice(network, host)
-    chosen, disks = make_hypervisor(accelerator, probe_cache), make_storage()
+    chosen, disks = make_hypervisor(accelerator, probe_cache), make_storage(vms_dir)
     if disks.format not in chosen.features.disk_formats:
         raise BadRequest(
             f"{chosen.name} cannot use {disks.format} disks, which {disks.name} storage makes",

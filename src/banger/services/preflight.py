@@ -50,9 +50,10 @@ def check_free_disk(directory: Path, needed_bytes: int = FREE_DISK_MIN_BYTES) ->
     )
 
 
-def check_room_for_memory(directory: Path, memory_mib: int) -> Check:
-    """Whether the memory of a machine fits there, all of it, beside what guests write meanwhile."""
-    return check_free_disk(directory, FREE_DISK_MIN_BYTES + (memory_mib << 20))
+def check_room_for_memory(directory: Path, memory_mib: int, disk_bytes: int = 0) -> Check:
+    """Whether the memory of a machine fits there, all of it, and so much of its disks, beside what
+    guests write meanwhile."""
+    return check_free_disk(directory, FREE_DISK_MIN_BYTES + (memory_mib << 20) + disk_bytes)
 
 
 def check_artifacts(image: Image, kernel: Kernel) -> list[Check]:

@@ -219,6 +219,8 @@ class QemuHypervisor:
             status = cast("dict[str, object]", await client.execute("query-status"))
             if status.get("status") != "paused":  # a full disk holds it in the middle of a write
                 raise Unavailable(f"its machine is {status.get('status')}")
+            if capture.at_rest is not None:
+                await capture.at_rest()
             await asyncio.to_thread(copy.at_rest)
             state = {"filename": str(capture.state), "live": False}
             await client.execute("xen-save-devices-state", state)
