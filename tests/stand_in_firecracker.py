@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -374,10 +375,16 @@ async def serve(socket: str, instance_id: str) -> int:
     api = Api(instance_id, Description())
     clients: set[asyncio.Task[None]] = set()
 
+    def done(task: asyncio.Task[None]) -> None:
+        clients.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            traceback.print_exception(error)
+            api.end(1)  # an error of the stand-in's own: nobody waits for it
+
     def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.ensure_future(_serve_client(api, reader, writer))
         clients.add(task)
-        task.add_done_callback(clients.discard)
+        task.add_done_callback(done)
 
     # asyncio would remove what is there; Firecracker does not.
     if Path(socket).exists():

@@ -91,6 +91,10 @@ class StandInMachine:
 
     async def start(self, state: bytes | None = None) -> None:
         """Run it; with a state it is paused there, and has that memory."""
+        # QEMU wants its kernel also where the memory has it: by a name that leads there from a
+        # directory of another machine, too.
+        boot = self._resources.boot_source
+        boot |= {name: os.path.realpath(path) for name, path in boot.items() if "path" in name}
         ours, theirs = socket.socketpair()
         agent = socket.socket(socket.AF_UNIX)
         agent.bind(self._agent_address)
