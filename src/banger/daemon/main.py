@@ -147,6 +147,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         accelerator=config.accelerator,
         storage=config.storage,
         network=config.network,
+        firecracker_bin=config.firecracker_bin,
         probe_cache=paths.probe_cache,
         vms_dir=paths.vms_dir,
         host=host,

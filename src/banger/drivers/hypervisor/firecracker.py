@@ -44,7 +44,7 @@ from banger.drivers.hypervisor import firecracker_machine as told
 from banger.drivers.hypervisor import firecracker_tap
 from banger.drivers.hypervisor.firecracker_api import FirecrackerClient, conversation
 from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused
-from banger.drivers.hypervisor.firecracker_place import Lent, Place
+from banger.drivers.hypervisor.firecracker_place import Lent, Place, Started
 from banger.drivers.hypervisor.firecracker_requests import (
     Action,
     ActionType,
@@ -197,16 +197,16 @@ class FirecrackerHypervisor:
             if tap >= 0:
                 os.close(tap)
             raise
-        ended, log = proc.watch(process), Log(machine.hypervisor_log)
+        log = Log(machine.hypervisor_log)
         try:
             with _tap_for(process.pid, network):
                 async with conversation(machine.control_socket) as client:
-                    await _answers(client, ended)
+                    await _answers(client, process.ended)
                     yield _Begun(client, process.pid)
         except BaseException as error:
-            await asyncio.shield(_end(process.pid, ended))
+            await asyncio.shield(_end(process))
             if isinstance(error, Unavailable) and not isinstance(error, FirecrackerRefused):
-                raise _with_log(error, ended, log) from error
+                raise _with_log(error, process.ended, log) from error
             raise
 
     async def save(self, machine: Machine, state: Path) -> None:
@@ -365,12 +365,12 @@ async def _answers(client: FirecrackerClient, ended: asyncio.Future[int]) -> Non
         await asyncio.wait({ended}, timeout=_LOOK_AGAIN_S)
 
 
-async def _end(pid: int, ended: asyncio.Future[int]) -> None:
+async def _end(process: Started) -> None:
     """End the process, if it does not end by itself now."""
-    await asyncio.wait({ended}, timeout=_LOOK_AGAIN_S)
-    if not ended.done():
-        os.kill(pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
-        await asyncio.wait({ended})
+    await asyncio.wait({process.ended}, timeout=_LOOK_AGAIN_S)
+    if not process.ended.done():
+        os.kill(process.pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
+        await asyncio.wait({process.ended})
 
 
 def _with_log(error: Unavailable, ended: asyncio.Future[int], log: Log) -> Unavailable:

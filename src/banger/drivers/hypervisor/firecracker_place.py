@@ -10,9 +10,9 @@ is another place: its names lead to links within a root of its own.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,14 @@ class Lent:
     read_only: bool
 
 
+@dataclass(frozen=True)
+class Started:
+    """A process of Firecracker's. ``ended`` gets its return code, as `proc.watch` has it."""
+
+    pid: int
+    ended: asyncio.Future[int]
+
+
 class Place(Protocol):
     """How Firecracker is started, and what it sees of the host."""
 
@@ -40,9 +48,7 @@ class Place(Protocol):
         """What this place needs of the host besides Firecracker, each with how it stands."""
         ...
 
-    async def start(
-        self, program: str, machine: Machine, lent: Mapping[str, Lent]
-    ) -> subprocess.Popen[bytes]:
+    async def start(self, program: str, machine: Machine, lent: Mapping[str, Lent]) -> Started:
         """Start it with the files of `lent` under these names, relative to its working directory.
 
         Its API is to be at `Machine.control_socket`, its log at `Machine.hypervisor_log`; what it
@@ -77,9 +83,7 @@ class Direct:
         hint = "set jailer_enabled = true, unless to look for an error"
         return [Check("jailer", Level.WARN, detail, hint)]
 
-    async def start(
-        self, program: str, machine: Machine, lent: Mapping[str, Lent]
-    ) -> subprocess.Popen[bytes]:
+    async def start(self, program: str, machine: Machine, lent: Mapping[str, Lent]) -> Started:
         """See `Place.start`."""
         root = _root(machine.control_socket)
         shutil.rmtree(root, ignore_errors=True)
@@ -91,7 +95,7 @@ class Direct:
             link = root / name
             link.parent.mkdir(mode=0o700, exist_ok=True)
             link.symlink_to(each.path)  # `read_only` is Firecracker's own to keep
-        return proc.spawn_detached(
+        process = proc.spawn_detached(
             firecracker_argv(
                 program, machine.vm_id, str(machine.control_socket), str(machine.hypervisor_log)
             ),
@@ -99,6 +103,7 @@ class Direct:
             env=proc.BARE_ENVIRONMENT,
             cwd=root,
         )
+        return Started(process.pid, proc.watch(process))
 
     def name_of(self, control_socket: Path, path: Path) -> str:  # noqa: ARG002 - of the protocol
         """See `Place.name_of`: its own."""
