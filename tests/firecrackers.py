@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shlex
 import shutil
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
+
+from banger.drivers.hypervisor import kvm
 
 STAND_IN = Path(__file__).with_name("stand_in_firecracker.py")
 
@@ -44,3 +48,22 @@ def _libraries() -> list[str]:
 
 def _interpreter() -> str:
     return os.path.realpath(sys.executable)
+
+
+def missing() -> list[str]:
+    """What keeps the real one from running machines here; nothing when it can."""
+    found = []
+    if real() is None:
+        found.append(
+            f"firecracker is not on PATH: put it there, or set {REAL_VARIABLE} to its path"
+        )
+    with tempfile.TemporaryDirectory() as cache:
+        answer = asyncio.run(kvm.probe(Path(cache) / "probes.json"))
+    if not answer.usable:
+        found.append(f"KVM runs no guest here: {answer.detail}")
+    return found
+
+
+if __name__ == "__main__":
+    for each in missing():
+        print(f"not with the real Firecracker: {each}")
