@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 from banger.drivers.hypervisor import kvm
+from stand_in_machine import VSOCK_VARIABLE
 
 STAND_IN = Path(__file__).with_name("stand_in_firecracker.py")
 
@@ -19,15 +20,16 @@ STAND_IN = Path(__file__).with_name("stand_in_firecracker.py")
 REAL_VARIABLE = "BANGER_TEST_FIRECRACKER"
 
 
-def stand_in(directory: Path) -> Path:
+def stand_in(directory: Path, *, vsock: bool = False) -> Path:
     """A program in `directory` that runs the stand-in, and looks like Firecracker to who looks at
-    its command line."""
-    program = directory / "firecracker"
+    its command line. With a `vsock` its guests have one, and cannot be saved."""
+    program = directory / ("firecracker-vsock" if vsock else "firecracker")
     # Python finds its libraries by its own name, unless it is told where they are.
     program.write_text(
         "#!/bin/bash\n"
         f"export PYTHONHOME={shlex.quote(sys.base_prefix)}\n"
         f"export PYTHONPATH={shlex.quote(os.pathsep.join(_libraries()))}\n"
+        f"{f'export {VSOCK_VARIABLE}=1' if vsock else ''}\n"
         f"export PATH={shlex.quote(os.environ['PATH'])}\n"
         f'exec -a firecracker {shlex.quote(_interpreter())} {shlex.quote(str(STAND_IN))} "$@"\n'
     )

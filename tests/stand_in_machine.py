@@ -1,9 +1,9 @@
 """The machine of `stand_in_firecracker`: QEMU's microvm, emulated, made of what the API was told.
 
-What Firecracker has and QEMU here has not: vsock (no vhost-vsock, no KVM). The Unix socket speaks
-as Firecracker's does, and leads to the guest agent's virtio-serial port; so the parameter that
-would have the agent listen on a vsock is taken from the kernel's. Disks have serials that mean
-nothing, as Firecracker's do.
+What Firecracker has and QEMU here has not: vsock that can be saved (no vhost-vsock, no KVM). The
+Unix socket speaks as Firecracker's does, and leads to the guest agent's virtio-serial port; so the
+parameter that would have the agent listen on a vsock is taken from the kernel's. Disks have serials
+that mean nothing, as Firecracker's do.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ from qemu.qmp import QMPClient
 
 from banger.drivers.hypervisor.qemu import tsc_khz
 from banger.drivers.hypervisor.qemu_argv import AGENT_PORT
+from stand_in_vsock import StandInVsock
+
+#: With this in the environment guests have a vsock of their own (`stand_in_vsock`). Their machines
+#: cannot be saved: QEMU does not save that device.
+VSOCK_VARIABLE = "STAND_IN_VSOCK"
 
 #: Before QEMU's state in the file: what it is, and the resources as JSON, with its length.
 _MAGIC = b"stand-in-1.16.1\n"
@@ -83,6 +88,7 @@ class StandInMachine:
         self._memory = os.memfd_create("memory")
         os.truncate(self._memory, int(resources.machine_config["mem_size_mib"]) << 20)
         self._vsock: asyncio.Server | None = None
+        self._device: StandInVsock | None = None
         self._agent_address = f"\0banger-stand-in-{os.getpid()}"
         self._client: asyncio.Task[None] | None = None
         self._ports = itertools.count(1 << 30)  # as Firecracker counts those of the host's side
@@ -99,8 +105,17 @@ class StandInMachine:
         agent = socket.socket(socket.AF_UNIX)
         agent.bind(self._agent_address)
         agent.listen(1)
+        if VSOCK_VARIABLE in os.environ:
+            self._device = StandInVsock(int(self._resources.vsock["guest_cid"]))
         with theirs, agent:
-            fds = (theirs.fileno(), agent.fileno(), self._memory, *self._taps.values())
+            device = (self._device.qemu.fileno(),) if self._device else ()
+            fds = (
+                *device,
+                theirs.fileno(),
+                agent.fileno(),
+                self._memory,
+                *self._taps.values(),
+            )
             process = await asyncio.create_subprocess_exec(
                 *self._argv(theirs.fileno(), agent.fileno(), incoming=state is not None),
                 pass_fds=fds,
@@ -138,6 +153,9 @@ class StandInMachine:
             *("-device", "virtio-serial-device"),
             *("-device", f"virtserialport,chardev=agent,name={AGENT_PORT}"),
         ]
+        if self._device:
+            argv += ["-chardev", f"socket,id=vsock,fd={self._device.qemu.fileno()}"]
+            argv += ["-device", "vhost-user-vsock-device,chardev=vsock"]
         for number, (name, drive) in enumerate(self._resources.drives.items()):
             path = drive["path_on_host"].replace(",", ",,")
             read_only = "on" if drive["is_read_only"] else "off"
@@ -243,7 +261,10 @@ class StandInMachine:
     # vsock: src/vmm/src/devices/virtio/vsock/unix/muxer.rs
 
     async def _open_vsock(self) -> None:
-        if path := self._resources.vsock.get("uds_path"):
+        path = self._resources.vsock.get("uds_path")
+        if path and self._device:
+            await self._device.listen(path)
+        elif path:
             self._vsock = await asyncio.start_unix_server(self._host_connects, path)
 
     def _host_connects(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -291,7 +312,7 @@ def _parameters(boot: dict[str, Any]) -> str:
     words = [
         "reboot=t" if word == "reboot=k" else word
         for word in boot.get("boot_args", "").split()
-        if not word.startswith("banger.vsock=")
+        if not word.startswith("banger.vsock=") or VSOCK_VARIABLE in os.environ
     ]
     return " ".join((*words, f"tsc_early_khz={tsc_khz()}", "no_timer_check", "cryptomgr.notests"))
 

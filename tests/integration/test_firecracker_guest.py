@@ -321,6 +321,31 @@ def _firecrackers_of(directory: Path) -> list[int]:
     return [pid for pid, argv in procfs.own_processes() if str(directory) in " ".join(argv)]
 
 
+async def test_the_agent_is_reached_by_a_vsock(scene: Scene, tmp_path: Path) -> None:
+    """Under the real Firecracker all of these tests are of that; the stand-in has it here alone."""
+    if scene.hypervisor.program == str(tmp_path / "firecracker"):
+
+        async def emulated() -> KvmProbe:
+            return KvmProbe(True, "emulated")
+
+        program = firecrackers.stand_in(tmp_path, vsock=True)
+        scene.hypervisor = FirecrackerHypervisor(str(program), Direct(), emulated)
+    machine = scene.machine("a")
+    pid = await scene.hypervisor.launch(machine, None)
+    assert "vmw_vsock_virtio_transport" in await scene.run(machine, "cat /proc/modules")
+    async with scene.agent(machine) as first:
+        data = os.urandom(1 << 20)  # several windows of both sides
+        echoed = await call(
+            first, Exec(["/bin/cat"]), stdin=data, timeout_s=_EXEC_S, limit_bytes=2 << 20
+        )
+        assert echoed.stdout == data
+        assert await scene.run(machine, "echo second") == "second\n"
+        await asyncio.wait_for(first.wait_closed(), 10)
+    async with scene.agent(machine) as channel:
+        await call(channel, Shutdown(), timeout_s=_EXEC_S)
+    await ends(pid)
+
+
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes taps: run as root")
 
 

@@ -92,7 +92,7 @@ class FirecrackerHypervisor:
         self, program: str, place: Place, probe: Callable[[], Awaitable[KvmProbe]]
     ) -> None:
         """`program` is the setting: a name, or a path. `probe` says whether KVM runs guests."""
-        self._program = program
+        self.program = program
         self._place = place
         self._probe = probe
         self._probing = asyncio.Lock()
@@ -119,10 +119,10 @@ class FirecrackerHypervisor:
         ]
 
     def _found(self) -> str:
-        path = proc.which(self._program)
+        path = proc.which(self.program)
         if path is None:
             raise PreconditionFailed(
-                f"{self._program} is not installed",
+                f"{self.program} is not installed",
                 hint="get a release of github.com/firecracker-microvm/firecracker and set"
                 " firecracker_bin to its path",
             )
