@@ -6,7 +6,7 @@ against the order that it demands: what `PrebootApiController` and `RuntimeApiCo
 src/vmm/src/rpc_interface.rs take, before a machine runs and afterwards, and what they say of the
 rest. The machine is QEMU's (`stand_in_machine`): the kernel, the drives and the tap are real.
 
-What it has not: KVM, a jailer, seccomp, rate limiters, MMDS, hot plugging, balloon statistics.
+What it has not: KVM, a jailer, seccomp, metrics, rate limiters, MMDS, hot plugging, balloons.
 """
 
 from __future__ import annotations
@@ -56,7 +56,6 @@ class Api:
         self._taps: dict[str, int] = {}
         self._machine: StandInMachine | None = None
         self._configured = False
-        self._metrics: Path | None = None
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def answer(self, method: str, path: str, body: bytes) -> tuple[int, object | None]:
@@ -184,21 +183,6 @@ class Api:
         self._configured = True
         self._resources.entropy = True
 
-    async def metrics(self, body: dict[str, Any]) -> None:
-        if self._metrics is not None:
-            raise Refused(
-                "Metrics error: Cannot initialize the metrics system due to bad user input:"
-                " Reinitialization of metrics not allowed."
-            )
-        try:
-            os.close(os.open(body["metrics_path"], os.O_RDWR | os.O_CREAT, 0o600))
-        except OSError as error:
-            raise Refused(
-                "Metrics error: Cannot initialize the metrics system due to bad user input:"
-                f" {_os_error(error)}"
-            ) from error
-        self._metrics = Path(body["metrics_path"])
-
     async def action_before(self, body: dict[str, Any]) -> None:
         if body["action_type"] != "InstanceStart":
             raise Refused(_NOT_BEFORE)
@@ -277,11 +261,8 @@ class Api:
             await self._running.resume()
 
     async def action_after(self, body: dict[str, Any]) -> None:
-        match body["action_type"]:
-            case "InstanceStart":
-                raise Refused(_NOT_AFTER)
-            case "FlushMetrics" if self._metrics is not None:
-                self._metrics.write_text(json.dumps({"stand_in": True}) + "\n")
+        if body["action_type"] == "InstanceStart":
+            raise Refused(_NOT_AFTER)
 
     async def create(self, body: dict[str, Any]) -> None:
         if not self._running.paused:
@@ -321,7 +302,6 @@ _BEFORE: dict[str, Handler] = _ALWAYS | {
     "PUT /network-interfaces": Api.network_interface,
     "PUT /vsock": Api.vsock,
     "PUT /entropy": Api.entropy,
-    "PUT /metrics": Api.metrics,
     "PUT /actions": Api.action_before,
     "PUT /snapshot/load": Api.load,
 }

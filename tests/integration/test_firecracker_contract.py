@@ -31,7 +31,6 @@ from banger.drivers.hypervisor.firecracker_requests import (
     InstanceState,
     MachineConfig,
     MemoryBackend,
-    Metrics,
     NetworkInterface,
     NetworkOverride,
     Request,
@@ -96,7 +95,6 @@ class Peer:
     async def configure(self) -> None:
         """All that a machine without a network is made of."""
         for each in (
-            Metrics(metrics_path=str(self.directory / "metrics")),
             self.boot_source(),
             MachineConfig(vcpu_count=1, mem_size_mib=64),
             self.drive(),
@@ -179,7 +177,6 @@ REQUESTS: tuple[Request, ...] = (
     NetworkInterface(iface_id="eth0", guest_mac="02:00:00:00:00:01", host_dev_name="tap0"),
     Vsock(guest_cid=3, uds_path="/v"),
     Entropy(),
-    Metrics(metrics_path="/m"),
     *(Action(action_type=each) for each in ActionType),
     *(SetState(state=each) for each in VmState),
     SnapshotCreate(snapshot_path="/s", mem_file_path="/m"),
@@ -222,7 +219,6 @@ async def test_a_machine_is_configured_in_any_order(peer: Peer) -> None:
         SnapshotCreate(snapshot_path="/s", mem_file_path="/m"),
         DriveUpdate(drive_id="system", path_on_host="/s"),
         Action(action_type=ActionType.SEND_CTRL_ALT_DEL),
-        Action(action_type=ActionType.FLUSH_METRICS),
     ],
     ids=lambda request: type(request).__name__,
 )
@@ -303,12 +299,6 @@ async def test_a_tap_that_is_not_there_or_not_ours_is_told_of(peer: Peer) -> Non
     assert isinstance(error, Unavailable)
 
 
-async def test_metrics_have_one_place_for_good(peer: Peer, tmp_path: Path) -> None:
-    await peer.client.tell(Metrics(metrics_path=str(tmp_path / "metrics")))
-    again = await peer.refusal(Metrics(metrics_path=str(tmp_path / "metrics")))
-    assert "metrics" in again.message
-
-
 async def test_a_state_is_not_loaded_into_a_configured_machine(peer: Peer) -> None:
     await peer.client.tell(peer.drive())
     error = await peer.refusal(peer.load())
@@ -318,7 +308,6 @@ async def test_a_state_is_not_loaded_into_a_configured_machine(peer: Peer) -> No
 
 @pytest.mark.parametrize("content", [None, b"", b"no state at all" * 100])
 async def test_a_state_that_is_none_ends_the_process(peer: Peer, content: bytes | None) -> None:
-    await peer.client.tell(Metrics(metrics_path=str(peer.directory / "metrics")))
     if content is not None:
         (peer.directory / "state").write_bytes(content)
     (peer.directory / "memory").write_bytes(bytes(1 << 20))
@@ -350,7 +339,6 @@ async def test_what_was_configured_stays_once_it_runs(machine: Peer) -> None:
         MachineConfig(vcpu_count=1, mem_size_mib=64),
         machine.vsock(),
         Entropy(),
-        Metrics(metrics_path="/m"),
         machine.load(),
         START,
     ):

@@ -89,7 +89,7 @@ def parts(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
         (tree / "bin" / name).symlink_to("busybox")
     for disk, source in (("rootfs", tree), ("work", made / "nothing")):
         source.mkdir(exist_ok=True)
-        argv = ["mke2fs", "-q", "-t", "ext4", "-d", source, made / disk, "32M"]
+        argv: list[str | Path] = ["mke2fs", "-q", "-t", "ext4", "-d", source, made / disk, "32M"]
         subprocess.run(argv, check=True, env=os.environ | {"PATH": os.environ["PATH"] + ":/sbin"})
     initramfs = made / "initramfs"
     build_initramfs(initramfs, agent=agent_binary("x86_64"), modules=kernel / "boot-modules")

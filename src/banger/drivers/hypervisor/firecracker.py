@@ -178,6 +178,8 @@ class FirecrackerHypervisor:
                 failure = MachineLost
                 await begun.client.tell(SetState(state=VmState.RESUMED))
         except Unavailable as error:
+            if failure is StateRefused and not isinstance(error, FirecrackerRefused):
+                raise  # a tap, a disk, the process itself: the state may be good
             raise failure(error.message, hint=error.hint) from error
         return begun.pid
 

@@ -22,7 +22,6 @@ from banger.drivers.hypervisor.firecracker_requests import (
     Entropy,
     MachineConfig,
     MemoryBackend,
-    Metrics,
     NetworkInterface,
     NetworkOverride,
     Request,
@@ -37,7 +36,6 @@ KERNEL = "kernel"
 INITRAMFS = "initramfs"
 STATE = "state"
 MEMORY = "memory"
-METRICS = "metrics"
 
 _INTERFACE = "eth0"
 
@@ -90,7 +88,6 @@ def boot_requests(
 ) -> tuple[Request, ...]:
     """All that is told of a machine that boots, in order; `agent_socket` as it is known there."""
     return (
-        Metrics(metrics_path=METRICS),
         MachineConfig(vcpu_count=machine.vcpu_count, mem_size_mib=machine.memory_mib),
         BootSource(
             kernel_image_path=KERNEL,
@@ -123,17 +120,13 @@ def boot_requests(
 
 
 def restore_requests(interface: Interface | None, agent_socket: str) -> tuple[Request, ...]:
-    """All that is told of a machine that goes on from a state, up to where it is paused in it.
-
-    Where logs and metrics go is not part of a state.
-    """
+    """All that is told of a machine that goes on from a state, up to where it is paused in it."""
     taps = (
         (NetworkOverride(iface_id=_INTERFACE, host_dev_name=interface.tap),)
         if interface is not None
         else ()
     )
     return (
-        Metrics(metrics_path=METRICS),
         SnapshotLoad(
             snapshot_path=STATE,
             mem_backend=MemoryBackend(backend_path=MEMORY),

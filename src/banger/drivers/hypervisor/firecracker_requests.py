@@ -2,8 +2,7 @@
 
 The same that Firecracker v1.16.1's own description has (src/firecracker/swagger/firecracker.yaml).
 What is configured is told before the machine starts, and refused afterwards; pausing, going on and
-saving the other way round; a state is loaded into a machine of which nothing was configured but
-where its metrics go.
+saving the other way round; a state is loaded into a machine of which nothing was configured.
 """
 
 from __future__ import annotations
@@ -105,18 +104,9 @@ class Entropy(Request, frozen=True, kw_only=True, omit_defaults=True):
         return "/entropy"
 
 
-class Metrics(Request, frozen=True, kw_only=True, omit_defaults=True):
-    metrics_path: str
-
-    @property
-    def path(self) -> str:
-        return "/metrics"
-
-
 class ActionType(StrEnum):
     INSTANCE_START = "InstanceStart"
     SEND_CTRL_ALT_DEL = "SendCtrlAltDel"
-    FLUSH_METRICS = "FlushMetrics"
 
 
 class Action(Request, frozen=True, kw_only=True, omit_defaults=True):
