@@ -63,6 +63,7 @@ _FUZZ = _ROOT / "tests/fuzz"
 _TIMEOUT_S = 30.0
 #: What the harness replaces or does not need: processes, sockets, and everything of a machine.
 _NOT_FUZZED = {
+    "host",
     "main",
     "exec",
     "account",

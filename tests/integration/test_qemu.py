@@ -136,7 +136,7 @@ async def saved(
             replace(machine, memory_file=MemoryFile(memory, private=False)), nowhere
         )
         await console_says(machine, "hello, host")
-        await hypervisor.save(machine.control_socket, state)
+        await hypervisor.save(machine, state)
     assert await hypervisor.status(machine.control_socket) is MachineStatus.PAUSED
     await hypervisor.quit(machine.control_socket)
     await exit_of(pid)
@@ -213,7 +213,7 @@ async def test_a_machine_whose_memory_is_its_own_cannot_be_saved_for_others(
     """Nothing fails: all of its memory is in the state then, which is what tells."""
     pid = await hypervisor.launch(machine, None)
     await console_says(machine, "hello, host")
-    await hypervisor.save(machine.control_socket, tmp_path / "state")
+    await hypervisor.save(machine, tmp_path / "state")
     assert b"hello, host" in (tmp_path / "state").read_bytes()
     await hypervisor.quit(machine.control_socket)
     await exit_of(pid)

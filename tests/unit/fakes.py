@@ -24,6 +24,7 @@ from banger.drivers.base import (
     DiskFormat,
     GuestNetwork,
     HypervisorFeatures,
+    Layering,
     Level,
     Link,
     Machine,
@@ -244,7 +245,7 @@ class Hypervisor:
     """Machines are entries of `Processes`; ``machine SOCKET`` is their command line."""
 
     name = "fake"
-    features = HypervisorFeatures(disk_formats=frozenset({DiskFormat.QCOW2}))
+    features = HypervisorFeatures(disk_formats=frozenset({DiskFormat.QCOW2}), links=frozenset(Link))
 
     def __init__(self, processes: Processes, agent: Agent) -> None:
         self.processes = processes
@@ -283,10 +284,10 @@ class Hypervisor:
         assert machine.memory_file.path.read_bytes() + state.read_bytes() == b"memorystate"
         return await self._start(machine, network, self.restore_gate)
 
-    async def save(self, control_socket: Path, state: Path) -> None:
+    async def save(self, machine: Machine, state: Path) -> None:
         self._check_answers()
         await self.save_gate.passed()
-        (machine,) = (each for each in self.machines if each.control_socket == control_socket)
+        assert machine in self.machines
         assert machine.memory_file is not None
         assert not machine.memory_file.private
         machine.memory_file.path.write_bytes(b"memory")
@@ -304,6 +305,8 @@ class Hypervisor:
         self.statuses[control_socket] = MachineStatus.PAUSED
         try:
             await self.capture_gate.passed()
+            if capture.at_rest is not None:
+                await capture.at_rest()
             capture.memory.write_bytes(b"memory")
             capture.state.write_bytes(b"state")
             self.tops[control_socket].update(capture.overlays)
@@ -397,7 +400,9 @@ class Storage:
     name = "fake"
     format = DiskFormat.QCOW2
 
-    def __init__(self) -> None:
+    def __init__(self, *, layered: bool = True) -> None:
+        self.layered = layered
+        self.suffix = ".qcow2"
         self.found: list[Check] = []
         self.gate = Gate()
         #: The second disk of a VM, made beside the first.
@@ -407,6 +412,13 @@ class Storage:
         self.layer_gate = Gate()
         self.share_gate = Gate()
         self.collapse_gate = Gate()
+
+    @property
+    def layering(self) -> Layering | None:
+        return self if self.layered else None
+
+    def file_name(self, disk: str) -> str:
+        return f"{disk}{self.suffix}"
 
     async def checks(self) -> list[Check]:
         return self.found
@@ -439,8 +451,18 @@ class Storage:
 
     async def share(self, disk: Path, directory: Path) -> None:
         await self.share_gate.passed()
+        if not self.layered:
+            (directory / disk.name).write_text(disk.read_text())
+            return
         for layer in await self.layers(disk):
             os.link(layer, directory / layer.name)
+
+    async def branch(self, frozen: Path, disk: Path) -> None:
+        if not self.layered:
+            disk.write_text(frozen.read_text())
+            return
+        await self.share(frozen, disk.parent)
+        await self.add_layer(disk.with_name(frozen.name), disk)
 
     async def collapse(self, disk: Path) -> None:
         await self.collapse_gate.passed()
@@ -448,6 +470,9 @@ class Storage:
         content = f"{base} {await self.size_mib(disk)}"
         disk.unlink()  # others have the layers below, and may have this file, too
         disk.write_text(content)
+
+    def room_bytes(self, source: Path) -> int:
+        return 0
 
     def allocated_bytes(self, disk: Path) -> int:
         return disk.stat().st_size if disk.exists() else 0

@@ -23,7 +23,9 @@ class _InstalledHost(HelperHost):
 def select(settings: dict[str, str], host: HostOps | None = None) -> registry.Selection:
     return registry.select(
         **settings,
+        firecracker_bin="firecracker",
         probe_cache=Path("/nowhere"),
+        vms_dir=Path("/nowhere/vms"),
         host=host or HelperHost(Path("/nowhere")),
         bridge=bridge_of("banger0", "10.213.0.0/16"),
         tap_pool_size=2,
@@ -46,11 +48,11 @@ def test_where_banger_is_installed_machines_are_on_its_bridge() -> None:
 
 
 def test_each_choice_has_its_reason() -> None:
-    settings = {**AUTO, "storage": "qcow2"}
+    settings = {**AUTO, "storage": "reflink"}
     choices = select(settings).choices
     assert [(choice.setting, choice.name, choice.reason) for choice in choices] == [
-        ("hypervisor", "qemu", "auto: the only one there is"),
-        ("storage", "qcow2", "as configured"),
+        ("hypervisor", "qemu", "auto: preferred over firecracker"),
+        ("storage", "reflink", "as configured"),
         ("network", "user", "auto: it needs nothing of this host"),
     ]
 
@@ -62,3 +64,18 @@ def test_every_available_name_can_be_selected_and_no_other(setting: str) -> None
     with pytest.raises(BadRequest, match=f'there is no {setting} driver "vbox"') as caught:
         select({**AUTO, setting: "vbox"})
     assert caught.value.hint.startswith("use auto, ")
+
+
+def test_firecracker_gets_raw_disks_and_the_bridge_and_nothing_else() -> None:
+    settings = {**AUTO, "hypervisor": "firecracker"}
+    selection = select(settings)
+    assert selection.hypervisor.name == "firecracker"
+    assert selection.storage.format in selection.hypervisor.features.disk_formats
+    assert selection.networks.default is NetworkMode.BRIDGE
+    reasons = {choice.setting: choice.reason for choice in selection.choices}
+    assert reasons["storage"] == "auto: firecracker needs raw disks"
+    assert reasons["network"] == "auto: firecracker needs taps"
+    with pytest.raises(BadRequest, match="cannot use qcow2 disks"):
+        select({**settings, "storage": "qcow2"})
+    with pytest.raises(BadRequest, match="cannot join machines to user networking"):
+        select({**settings, "network": "user"})

@@ -46,11 +46,12 @@ class World(Parts):
         template_limit: int = 0,
         standby_limit: int = 0,
         forward_ports: bool = False,
+        layered: bool = True,
     ) -> None:
         self.processes = processes
         self.agent = agent
         self.hypervisor = Hypervisor(processes, agent)
-        self.storage = self.hypervisor.storage = Storage()
+        self.storage = self.hypervisor.storage = Storage(layered=layered)
         self.network = Network(processes)
         super().__init__(
             paths,
@@ -112,6 +113,7 @@ class World(Parts):
             template_limit=self.config.template_limit,
             standby_limit=self.config.standby_limit,
             forward_ports=self.config.forward_ports,
+            layered=self.storage.layered,
         )
         following.hypervisor.pids = self.hypervisor.pids
         following.hypervisor.tops = self.hypervisor.tops
@@ -202,6 +204,7 @@ async def made_world(
     template_limit: int = 0,
     standby_limit: int = 0,
     forward_ports: bool = False,
+    layered: bool = True,
 ) -> AsyncIterator[World]:
     """A world below `root`, with an image called ``base`` and its kernel.
 
@@ -227,6 +230,7 @@ async def made_world(
         template_limit=template_limit,
         standby_limit=standby_limit,
         forward_ports=forward_ports,
+        layered=layered,
     )
     try:
         yield world

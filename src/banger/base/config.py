@@ -55,6 +55,13 @@ def _own_path(value: object) -> str:
     return text
 
 
+def _program(value: object) -> str:
+    text = _text(value)
+    if not text or ("/" in text and not text.startswith(("/", "~/"))):
+        raise BadRequest(f'"{text}" is neither a name nor absolute nor below ~/')
+    return text
+
+
 def _count(least: int, most: int) -> Callable[[object], int]:
     def parse(value: object) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -117,6 +124,7 @@ class Config:
 
     log_level: str
     hypervisor: str
+    firecracker_bin: str
     accelerator: str
     storage: str
     network: str
@@ -161,10 +169,16 @@ class Setting:
 SETTINGS: tuple[Setting, ...] = (
     Setting("log_level", lambda value: parse_log_level(_text(value)), "info",
             "what goes to the daemon's log: debug, info, warn or error"),
-    Setting("hypervisor", _choice("auto", "qemu"), "auto", "which hypervisor runs VMs"),
+    Setting("hypervisor", _choice("auto", "qemu", "firecracker"), "auto",
+            "which hypervisor runs VMs; auto takes qemu. firecracker needs KVM, raw disks and the"
+            " bridge"),
+    Setting("firecracker_bin", _program, "firecracker",
+            "Firecracker itself: a name to be found on PATH, or absolute, or below ~/"),
     Setting("accelerator", _choice("auto", "kvm", "tcg"), "auto",
             "what QEMU runs vCPUs with; auto takes kvm when a vCPU really runs"),
-    Setting("storage", _choice("auto", "qcow2"), "auto", "how disks share an image"),
+    Setting("storage", _choice("auto", "qcow2", "reflink"), "auto",
+            "how disks share an image: qcow2 (layers), or reflink (raw files, clones where the file"
+            " system makes them); VMs keep what they were made with"),
     Setting("network", _choice("auto", "bridge", "user"), "auto",
             "how VMs reach the network that do not say; auto takes bridge where banger's helper is"
             " installed"),

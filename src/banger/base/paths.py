@@ -11,7 +11,7 @@ import pwd
 import re
 import stat
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from banger.base.errors import BadRequest, NotFound, PermissionDenied, PreconditionFailed
@@ -40,14 +40,17 @@ class VmPaths:
 
     directory: Path
     runtime: Path
+    #: See `Paths`.
+    system_disk_name: str = field(default="system.qcow2", kw_only=True)
+    work_disk_name: str = field(default="work.qcow2", kw_only=True)
 
     @property
     def system_overlay(self) -> Path:
-        return self.directory / "system.qcow2"
+        return self.directory / self.system_disk_name
 
     @property
     def work_disk(self) -> Path:
-        return self.directory / "work.qcow2"
+        return self.directory / self.work_disk_name
 
     @property
     def console_log(self) -> Path:
@@ -100,6 +103,9 @@ class Paths:
     state_dir: Path
     runtime_dir: Path
     cache_dir: Path
+    #: Of a VM's disks, as the storage in use calls them.
+    system_disk_name: str = field(default="system.qcow2", kw_only=True)
+    work_disk_name: str = field(default="work.qcow2", kw_only=True)
 
     @classmethod
     def from_environment(cls) -> Paths:
@@ -200,7 +206,7 @@ class Paths:
 
     def vm(self, vm_id: str) -> VmPaths:
         component = safe_component(vm_id)
-        return VmPaths(self.vms_dir / component, self.vms_runtime_dir / component)
+        return self.machine(self.vms_dir / component, self.vms_runtime_dir / component)
 
     @property
     def ssh_key(self) -> Path:
@@ -241,7 +247,16 @@ class Paths:
 
     def template(self, template_id: str) -> VmPaths:
         component = safe_component(template_id)
-        return VmPaths(self.templates_dir / component, self.templates_runtime_dir / component)
+        return self.machine(self.templates_dir / component, self.templates_runtime_dir / component)
+
+    def machine(self, directory: Path, runtime: Path) -> VmPaths:
+        """Of a machine with these directories."""
+        return VmPaths(
+            directory,
+            runtime,
+            system_disk_name=self.system_disk_name,
+            work_disk_name=self.work_disk_name,
+        )
 
 
 def _xdg(variable: str, fallback: Path) -> Path:

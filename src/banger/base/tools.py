@@ -12,6 +12,7 @@ _PACKAGES = {
     "mmdebstrap": "mmdebstrap",
     "unshare": "util-linux",
     "setpriv": "util-linux",
+    "fallocate": "util-linux",
     "prlimit": "util-linux",
     "newuidmap": "uidmap",
     "newgidmap": "uidmap",

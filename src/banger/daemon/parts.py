@@ -6,6 +6,8 @@ and so do tests, with drivers in memory.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from banger.base.config import Config
 from banger.base.model import Image
 from banger.base.paths import Paths
@@ -62,13 +64,15 @@ class Parts:
         addresses: Addresses,
         store: Store,
     ) -> None:
+        names = [drivers.storage.file_name(disk) for disk in ("system", "work")]
+        paths = replace(paths, system_disk_name=names[0], work_disk_name=names[1])
         self.paths = paths
         self.config = config
         self.drivers = drivers
         self.store = store
         self.operations = Operations()
         self.addresses = addresses
-        self.agents = Agents()
+        self.agents = Agents(drivers.hypervisor.features.agent_vsock_port)
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.networks, self.handles)
         self._put_images_together()

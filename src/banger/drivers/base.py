@@ -7,7 +7,7 @@ idempotent where they undo something.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -152,6 +152,9 @@ class Capture:
     state: Path
     #: Disk name -> an empty layer over the file that it is in now: it goes on in that one.
     overlays: dict[str, Path]
+    #: Awaited while the machine is paused and nothing is on its way to its disks: they are copied,
+    #: where there are no layers for them to go on in.
+    at_rest: Callable[[], Awaitable[None]] | None = None
     #: False: it stays paused, and is good for nothing but `quit`.
     runs_on: bool = True
 
@@ -161,6 +164,11 @@ class HypervisorFeatures:
     """What services may ask of it. A flag is here once some service reads it."""
 
     disk_formats: frozenset[DiskFormat]
+    #: What a machine's interface can be joined to.
+    links: frozenset[Link]
+    #: Where the guest's agent listens: `Machine.agent_socket` is then one of `guest.vsock`. 0: the
+    #: socket leads to the agent itself.
+    agent_vsock_port: int = 0
 
 
 class StateRefused(Unavailable):
@@ -209,9 +217,10 @@ class Hypervisor(Protocol):
         """
         ...
 
-    async def save(self, control_socket: Path, state: Path) -> None:
-        """Pause the machine and write to `state` all of it that is not in its (shared) memory
-        file. Its disks are then as the guest left them, and it is good for nothing but `quit`.
+    async def save(self, machine: Machine, state: Path) -> None:
+        """Pause the machine, which was launched with a shared memory file, have all of its memory
+        in that, and write to `state` the rest of it. Its disks are then as the guest left them,
+        and it is good for nothing but `quit`.
 
         Raises Unavailable when it cannot be saved.
         """
@@ -288,6 +297,16 @@ class Storage(Protocol):
     name: str
     format: DiskFormat
 
+    @property
+    def layering(self) -> Layering | None:
+        """None: a disk is one file, which is copied while nobody writes to it."""
+        ...
+
+    def file_name(self, disk: str) -> str:
+        """What the file of a disk is called (``system``, ``work``). Its suffix says what it is:
+        what another storage has made is called otherwise."""
+        ...
+
     async def checks(self) -> list[Check]: ...
 
     async def create_overlay(self, base: Path, overlay: Path, size_mib: int) -> None:
@@ -316,10 +335,37 @@ class Storage(Protocol):
         """
         ...
 
+    async def share(self, disk: Path, directory: Path) -> None:
+        """Have a disk that nobody writes to, now or (with layers) any more, in `directory`, too.
+
+        It has its name there, and stays what it is now, whatever becomes of `disk`.
+        """
+        ...
+
+    async def branch(self, frozen: Path, disk: Path) -> None:
+        """A disk that begins as `frozen`, which `share` has made, and does not depend on it."""
+        ...
+
+    def room_bytes(self, source: Path) -> int:
+        """What a disk that begins as `source` takes of the host's at once, but for a few MiB."""
+        ...
+
+    def allocated_bytes(self, disk: Path) -> int:
+        """What the disk alone takes of the host's, 0 for none. What it shares with others is not
+        counted where the file system can tell."""
+        ...
+
+
+class Layering(Protocol):
+    """What a storage can do besides whose disks consist of files over one another.
+
+    A layer and what it lies over are in one directory and go together.
+    """
+
     async def add_layer(self, disk: Path, overlay: Path) -> None:
         """An empty disk over `disk`, of its size, for what is written from now on.
 
-        Both are in one directory and go together: the layer names `disk` by its name only.
+        The layer names `disk` by its name only.
         """
         ...
 
@@ -330,19 +376,8 @@ class Storage(Protocol):
         """
         ...
 
-    async def share(self, disk: Path, directory: Path) -> None:
-        """Have all the files of a disk that nobody writes to any more in `directory`, too.
-
-        They are the same files (hard links): they are there for as long as one of their names is.
-        """
-        ...
-
     async def collapse(self, disk: Path) -> None:
         """Bring all that lies between a disk, which no machine has open, and its image into it."""
-        ...
-
-    def allocated_bytes(self, disk: Path) -> int:
-        """What the disk takes of the host's, 0 for none."""
         ...
 
 

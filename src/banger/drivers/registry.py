@@ -5,21 +5,27 @@ Only the composition root imports this: everybody else is handed drivers.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TypeVar
 
 from banger.base.errors import BadRequest
 from banger.base.model import NetworkMode
-from banger.drivers.base import Hypervisor, NameServer, Networks, Storage, VmNames
+from banger.drivers.base import Hypervisor, NameServer, Network, Networks, Storage, VmNames
+from banger.drivers.hypervisor import kvm
+from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
+from banger.drivers.hypervisor.firecracker_place import Direct
 from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.hypervisor.qemu_argv import Accelerator
 from banger.drivers.network.bridge import BridgeNetwork
 from banger.drivers.network.dns import DnsServer
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
+from banger.drivers.storage.reflink import ReflinkStorage
 from banger.hostops.ops import Bridge, HostOps
 
 AUTO = "auto"
@@ -46,10 +52,36 @@ class Selection:
     choices: tuple[Choice, ...]
 
 
-# In order of preference.
-_HYPERVISORS: Mapping[str, Callable[[str, Path], Hypervisor]] = {"qemu": QemuHypervisor}
+@dataclass(frozen=True)
+class HypervisorSettings:
+    """What hypervisors are made with."""
+
+    #: ``auto``, ``kvm`` or ``tcg``.
+    accelerator: str
+    #: Where it is kept whether KVM runs guests here.
+    probe_cache: Path
+    firecracker_bin: str
+
+
+def _qemu(settings: HypervisorSettings) -> Hypervisor:
+    return QemuHypervisor(settings.accelerator, settings.probe_cache)
+
+
+def _firecracker(settings: HypervisorSettings) -> Hypervisor:
+    program = os.path.expanduser(settings.firecracker_bin)  # noqa: PTH111 - it may be a name
+    return FirecrackerHypervisor(program, Direct(), partial(kvm.probe, settings.probe_cache))
+
+
+# The first is what ``auto`` means: QEMU runs everywhere, and has the VMs of who chose nothing.
+_HYPERVISORS: Mapping[str, Callable[[HypervisorSettings], Hypervisor]] = {
+    "qemu": _qemu,
+    "firecracker": _firecracker,
+}
 _ACCELERATORS = tuple(accelerator.value for accelerator in Accelerator)
-_STORAGES: Mapping[str, Callable[[], Storage]] = {"qcow2": Qcow2Storage}
+_STORAGES: Mapping[str, Callable[[Path], Storage]] = {
+    "qcow2": lambda _: Qcow2Storage(),
+    "reflink": ReflinkStorage,
+}
 _NETWORKS = (NetworkMode.BRIDGE, NetworkMode.USER)
 
 
@@ -69,7 +101,9 @@ def select(
     accelerator: str,
     storage: str,
     network: str,
+    firecracker_bin: str,
     probe_cache: Path,
+    vms_dir: Path,
     host: HostOps,
     bridge: Bridge,
     tap_pool_size: int,
@@ -82,37 +116,64 @@ def select(
     name there is no driver for.
     """
     make_hypervisor, why_hypervisor = _pick("hypervisor", hypervisor, _HYPERVISORS)
-    make_storage, why_storage = _pick("storage", storage, _STORAGES)
     if accelerator not in (AUTO, *_ACCELERATORS):
         raise _unknown("accelerator", accelerator, _ACCELERATORS)
-    why_network = _network_choice(network, host)
-    chosen, disks = make_hypervisor(accelerator, probe_cache), make_storage()
-    if disks.format not in chosen.features.disk_formats:
-        raise BadRequest(
-            f"{chosen.name} cannot use {disks.format} disks, which {disks.name} storage makes",
-            hint='set storage = "auto"',
-        )
+    chosen = make_hypervisor(HypervisorSettings(accelerator, probe_cache, firecracker_bin))
+    disks, why_storage = _storage_choice(storage, chosen, vms_dir)
+    networks: dict[NetworkMode, Network] = {
+        NetworkMode.BRIDGE: BridgeNetwork(host, bridge, names, pool_size=tap_pool_size),
+        NetworkMode.USER: PasstNetwork(bridge.network),
+    }
+    why_network = _network_choice(network, chosen, networks, host)
     return Selection(
         hypervisor=chosen,
         storage=disks,
-        networks=Networks(
-            default=NetworkMode(why_network.name),
-            by_mode={
-                NetworkMode.BRIDGE: BridgeNetwork(host, bridge, names, pool_size=tap_pool_size),
-                NetworkMode.USER: PasstNetwork(bridge.network),
-            },
-        ),
+        networks=Networks(default=NetworkMode(why_network.name), by_mode=networks),
         choices=(why_hypervisor, why_storage, why_network),
     )
 
 
-def _network_choice(setting: str, host: HostOps) -> Choice:
-    """Bridging is for hosts that were set up for it: root alone would change those it is on."""
+def _storage_choice(setting: str, hypervisor: Hypervisor, vms_dir: Path) -> tuple[Storage, Choice]:
+    """What makes disks that the hypervisor can use."""
+    make, why = _pick("storage", setting, _STORAGES)
+    formats = hypervisor.features.disk_formats
+    disks = make(vms_dir)
+    if disks.format in formats:
+        return disks, why
+    if setting != AUTO:
+        raise BadRequest(
+            f"{hypervisor.name} cannot use {disks.format} disks, which {disks.name} storage makes",
+            hint='set storage = "auto"',
+        )
+    disks = next(
+        each for each in (make(vms_dir) for make in _STORAGES.values()) if each.format in formats
+    )
+    return disks, Choice("storage", disks.name, f"auto: {hypervisor.name} needs raw disks")
+
+
+def _network_choice(
+    setting: str,
+    hypervisor: Hypervisor,
+    networks: Mapping[NetworkMode, Network],
+    host: HostOps,
+) -> Choice:
+    """What machines of the hypervisor's can be joined to.
+
+    Else bridging is for hosts that were set up for it: root alone would change those it is on.
+    """
+    links = hypervisor.features.links
     names = tuple(mode.value for mode in _NETWORKS)
     if setting in names:
+        if networks[NetworkMode(setting)].link not in links:
+            raise BadRequest(
+                f"{hypervisor.name} cannot join machines to {setting} networking",
+                hint='set network = "auto"',
+            )
         return Choice("network", setting, "as configured")
     if setting != AUTO:
         raise _unknown("network", setting, names)
+    if networks[NetworkMode.USER].link not in links:
+        return Choice("network", NetworkMode.BRIDGE, f"auto: {hypervisor.name} needs taps")
     if host.installed:
         return Choice("network", NetworkMode.BRIDGE, "auto: banger is installed on this host")
     return Choice("network", NetworkMode.USER, "auto: it needs nothing of this host")

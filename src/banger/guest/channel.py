@@ -17,6 +17,7 @@ from typing import Self
 
 from banger.base.errors import BangerError, OperationTimeout, PreconditionFailed, Unavailable
 from banger.base.paths import check_socket_path
+from banger.guest import vsock
 from banger.guest.frames import (
     HEADER,
     HELLO_LIMIT_BYTES,
@@ -96,19 +97,20 @@ class AgentChannel(asyncio.BufferedProtocol):
         self._error: BangerError | None = None
 
     @classmethod
-    async def connect(cls, socket_path: Path, *, timeout_s: float) -> Self:
+    async def connect(cls, socket_path: Path, *, timeout_s: float, vsock_port: int = 0) -> Self:
         """Connect to a hypervisor's socket and wait for the agent to boot and answer.
 
-        A machine has its sockets by the time it is launched, and one HELLO is enough: the
-        hypervisor keeps it until the guest opens its port. Raises OperationTimeout when no answer
-        came in `timeout_s` seconds, Unavailable when there is no machine (any more),
-        ProtocolViolation when what answered is not an agent.
+        A machine has its sockets by the time it is launched. Where they lead to a port of the
+        agent's, one HELLO is enough: the hypervisor keeps it until the guest opens that. With a
+        `vsock_port` the socket is one of `guest.vsock`, and the agent has to listen. Raises
+        OperationTimeout when no answer came in `timeout_s` seconds, Unavailable when there is no
+        machine (any more), ProtocolViolation when what answered is not an agent.
         """
         check_socket_path(socket_path)
         channel: Self | None = None
         try:
             async with asyncio.timeout(timeout_s):
-                channel = await cls._connect(socket_path)
+                channel = await cls._connect(socket_path, vsock_port)
                 await channel.greet()
         except TimeoutError:
             raise OperationTimeout(
@@ -120,11 +122,14 @@ class AgentChannel(asyncio.BufferedProtocol):
         return channel
 
     @classmethod
-    async def _connect(cls, socket_path: Path) -> Self:
+    async def _connect(cls, socket_path: Path, vsock_port: int) -> Self:
+        loop = asyncio.get_running_loop()
         try:
-            _, channel = await asyncio.get_running_loop().create_unix_connection(
-                cls, str(socket_path)
-            )
+            if vsock_port:
+                connected = await vsock.connect(socket_path, vsock_port)
+                _, channel = await loop.create_unix_connection(cls, sock=connected)
+            else:
+                _, channel = await loop.create_unix_connection(cls, str(socket_path))
         except OSError as error:
             raise Unavailable(f"cannot connect to {socket_path}: {error.strerror}") from error
         return channel

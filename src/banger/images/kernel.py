@@ -44,6 +44,9 @@ BOOT_MODULES = (
     *("virtio_blk", "virtio_net", "virtio_console"),
 )
 
+#: What it needs where a vsock leads to the agent (Firecracker); a kernel without it is QEMU's only.
+VSOCK_MODULE = "vmw_vsock_virtio_transport"
+
 
 #: The name of `KernelBuild.boot_modules`.
 BOOT_MODULES_DIR = "boot-modules"
@@ -135,7 +138,8 @@ def take_boot_modules(modules: Path, order: list[str], dest: Path) -> None:
 
 
 def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -> list[str]:
-    """The files of `BOOT_MODULES` and all they depend on, relative to `modules`, in load order.
+    """The files of `BOOT_MODULES`, `VSOCK_MODULE` where there is one, and all they depend on,
+    relative to `modules`, in load order.
 
     What is built into the kernel, by ``modules.builtin`` or `built_in`, is left out. Raises
     PreconditionFailed for one that the kernel does not have, or has compressed (the agent loads
@@ -169,6 +173,8 @@ def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -
                 f"kernel {modules.name} has no module {name}",
                 hint="guests reach their disks, network and agent by virtio",
             )
+    if VSOCK_MODULE in by_name:
+        add(by_name[VSOCK_MODULE])
     check_boot_modules(len(order), 0)
     compressed = [file for file in order if not file.endswith(".ko")]
     if compressed:

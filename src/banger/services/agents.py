@@ -16,7 +16,9 @@ RECONNECT_TIMEOUT_S = 20.0
 
 
 class Agents:
-    def __init__(self) -> None:
+    def __init__(self, vsock_port: int = 0) -> None:
+        """`vsock_port` is `HypervisorFeatures.agent_vsock_port`."""
+        self._vsock_port = vsock_port
         self._channels: dict[str, AgentChannel] = {}
         self._connecting = Locks(Rank.CHANNEL)
         self._attempts: dict[str, asyncio.Timeout] = {}
@@ -44,7 +46,9 @@ class Agents:
                 self._attempts[vm.id] = attempt
                 try:
                     return await AgentChannel.connect(
-                        Path(vm.runtime.agent_socket), timeout_s=timeout_s
+                        Path(vm.runtime.agent_socket),
+                        timeout_s=timeout_s,
+                        vsock_port=self._vsock_port,
                     )
                 finally:
                     self._attempts.pop(vm.id, None)

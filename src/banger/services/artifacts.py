@@ -20,6 +20,7 @@ from typing import Any
 
 from banger.base.cancellation import past_recall, to_its_end
 from banger.base.errors import BadRequest
+from banger.base.extents import own_bytes
 from banger.base.files import move_into_place, sync_directory
 from banger.base.log import get_logger
 from banger.images.userns import remove_tree
@@ -137,8 +138,13 @@ async def export(
 
 
 def allocated_bytes(directory: Path) -> int:
-    """How much of the disk the files in `directory` take (blocks, not lengths)."""
-    return sum(entry.lstat().st_blocks * 512 for entry in directory.rglob("*"))
+    """How much of the disk the files in `directory` take (blocks, not lengths): what they share
+    with others, as clones do, is left out where the file system tells."""
+    return sum(
+        own_bytes(entry) if stat.S_ISREG(info.st_mode) else info.st_blocks * 512
+        for entry in directory.rglob("*")
+        for info in (entry.lstat(),)
+    )
 
 
 def _leftovers(parent: Path, known_ids: set[str]) -> list[Path]:

@@ -12,12 +12,14 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
+from banger.base.errors import PreconditionFailed
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths
 from banger.drivers.base import Check, Disk, Level, Storage
 from banger.services.capabilities import Capability, Start
 from banger.services.image import ImageService
-from banger.services.preflight import check_artifacts, check_free_disk
+from banger.services.layers import check_kind
+from banger.services.preflight import FREE_DISK_MIN_BYTES, check_artifacts, check_free_disk
 
 _MIB = 1 << 20
 
@@ -32,11 +34,12 @@ class SystemDisk(Capability):
         self._storage = storage
 
     async def add_start_prereqs(self, start: Start) -> list[Check]:
+        room_bytes = await asyncio.to_thread(_room_bytes, self._storage, start)
         return [
             *await self._storage.checks(),
-            check_free_disk(self._paths.vms_dir),
+            check_free_disk(self._paths.vms_dir, FREE_DISK_MIN_BYTES + room_bytes),
             *await asyncio.to_thread(check_artifacts, start.image, start.kernel),
-            *_check_there(start.vm, "system disk", start.vm.runtime.system_overlay),
+            *_check_there(self._storage, start, "system disk", start.vm.runtime.system_overlay),
         ]
 
     async def create(self, start: Start) -> None:
@@ -46,7 +49,7 @@ class SystemDisk(Capability):
             await self._storage.copy_overlay(made, disk)
             return
         if (of := start.snapshot) is not None:
-            await _branch(self._storage, Path(of.directory) / of.system_disk, disk)
+            await self._storage.branch(Path(of.directory) / of.system_disk, disk)
             return
         size_mib = start.vm.spec.system_overlay_size_mib
         await self._storage.create_overlay(Path(start.image.rootfs_path), disk, size_mib)
@@ -73,7 +76,7 @@ class WorkDisk(Capability):
 
     async def add_start_prereqs(self, start: Start) -> list[Check]:
         return [
-            *_check_there(start.vm, "work disk", start.vm.runtime.work_disk),
+            *_check_there(self._storage, start, "work disk", start.vm.runtime.work_disk),
             *await asyncio.to_thread(_check_holds_seed, start),
         ]
 
@@ -84,7 +87,7 @@ class WorkDisk(Capability):
             await self._storage.copy_overlay(made, disk)
             return
         if (of := start.snapshot) is not None:
-            await _branch(self._storage, Path(of.directory) / of.work_disk, disk)
+            await self._storage.branch(Path(of.directory) / of.work_disk, disk)
             return
         seed = await self._images.work_seed(start.image, size_mib)
         await self._storage.create_overlay(seed, disk, size_mib)
@@ -107,19 +110,15 @@ class WorkDisk(Capability):
     async def apply_config_changes(self, before: Vm, after: Vm) -> None:
         # A smaller size comes only when a change is taken back: the disk keeps what it has.
         if after.spec.disk_size_mib > before.spec.disk_size_mib:
-            await self._storage.grow(Path(after.runtime.work_disk), after.spec.disk_size_mib)
+            disk = Path(after.runtime.work_disk)
+            check_kind(self._storage, disk)
+            await self._storage.grow(disk, after.spec.disk_size_mib)
 
 
 def _enlarged_mib(start: Start) -> int:
     """What the work disk of a restored machine grows to; 0 when it is as large already."""
     saved, wanted_mib = start.saved, start.vm.spec.disk_size_mib
     return wanted_mib if saved is not None and wanted_mib > saved.disk_size_mib else 0
-
-
-async def _branch(storage: Storage, frozen: Path, disk: Path) -> None:
-    """A disk of a VM's own that begins as a snapshot's: with the same files, and a layer of its."""
-    await storage.share(frozen, disk.parent)
-    await storage.add_layer(disk.with_name(frozen.name), disk)
 
 
 def _check_holds_seed(start: Start) -> list[Check]:
@@ -134,8 +133,26 @@ def _check_holds_seed(start: Start) -> list[Check]:
     return [Check("work disk", Level.FAIL, detail, f"give it at least {least_mib}M")]
 
 
-def _check_there(vm: Vm, name: str, path: str) -> list[Check]:
+def _room_bytes(storage: Storage, start: Start) -> int:
+    """What the disks of a VM that is being made take at once."""
+    if start.vm.runtime.state is not VmState.CREATING:
+        return 0
+    if (of := start.snapshot) is not None:
+        begin = [Path(of.directory) / name for name in (of.system_disk, of.work_disk)]
+    else:
+        begin = [Path(start.image.rootfs_path), Path(start.image.work_seed_path)]
+    return sum(storage.room_bytes(each) for each in begin)
+
+
+def _check_there(storage: Storage, start: Start, name: str, path: str) -> list[Check]:
     """A disk that was made must be there: an empty one in its place would hide the loss."""
+    vm, of = start.vm, start.snapshot
+    made = (of.system_disk, of.work_disk) if of is not None else (path,)
+    try:
+        for disk in made:
+            check_kind(storage, Path(disk))
+    except PreconditionFailed as error:
+        return [Check(f'{name} of vm "{vm.name}"', Level.FAIL, error.message, error.hint)]
     if vm.runtime.state is VmState.CREATING or Path(path).is_file():
         return []
     hint = f"what was on it is lost; banger vm delete {vm.name} removes the rest"

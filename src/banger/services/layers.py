@@ -1,5 +1,7 @@
 """The layers of a VM's disks: each snapshot of it ends one, and what is written goes to the next.
 
+(Where the storage has layers. Where it has none, `settle`, `bound` and `add` have nothing to do.)
+
 A VM, and each snapshot, has all the files of its disks in its own directory, as hard links: the
 file system counts who needs a layer, and whatever is deleted, nobody else misses it. Which layer
 is written to is on the VM's record. The record changes first, and the machine then: what dies
@@ -15,8 +17,9 @@ from pathlib import Path
 import msgspec
 
 from banger.base.cancellation import to_its_end
+from banger.base.errors import PreconditionFailed
 from banger.base.model import Vm
-from banger.drivers.base import Hypervisor, Storage
+from banger.drivers.base import Hypervisor, Layering, Storage
 from banger.services.liveness import Liveness
 from banger.services.operations import Stages
 from banger.services.vm import VmService
@@ -25,9 +28,23 @@ from banger.services.vm import VmService
 LAYERS_MAX = 8
 
 
-def layer_name(disk: str) -> str:
-    """The name of a new layer's file, which no other has."""
-    return f"{disk}-{secrets.token_hex(6)}.qcow2"
+def layer_of(disk: Path) -> Path:
+    """A new layer's file, beside the disk's; no other has its name."""
+    name = disk.name.partition(".")[0].partition("-")[0]
+    return disk.with_name(f"{name}-{secrets.token_hex(6)}{disk.suffix}")
+
+
+def check_kind(storage: Storage, disk: Path) -> None:
+    """Raise PreconditionFailed for a disk that another storage has made.
+
+    None may be opened as what it is not: what a guest has written on a raw disk could be the header
+    of another format, which names files of the host.
+    """
+    if disk.suffix not in {Path(storage.file_name(name)).suffix for name in ("system", "work")}:
+        raise PreconditionFailed(
+            f"{disk} was not made by {storage.name} storage",
+            hint="set storage back to what it was then, and restart the daemon",
+        )
 
 
 class DiskLayers:
@@ -43,34 +60,43 @@ class DiskLayers:
 
     async def settle(self, vm: Vm) -> Vm:
         """The VM with the disks that its machine writes to on its record; other layers go."""
+        layering = self._layering(vm)
+        if layering is None:
+            return vm
         if self._liveness.vm_alive(vm):
             disks = await self._hypervisor.disks(Path(vm.runtime.api_socket))
             vm = await self._recorded(vm, disks)
-        await self._sweep(vm)
+        await self._sweep(vm, layering)
         return vm
 
     async def add(self, vm: Vm) -> tuple[Vm, dict[str, Path]]:
         """An empty layer over each disk, on the record: the VM, and the layers by disk.
 
-        A machine that runs has to be told (`Hypervisor.capture`).
+        A machine that runs has to be told (`Hypervisor.capture`). Without layers there are none.
         """
+        layering = self._layering(vm)
+        if layering is None:
+            return vm, {}
         overlays = {}
         for name, disk in disks_of(vm).items():
-            overlay = disk.with_name(layer_name(name))
-            await self._storage.add_layer(disk, overlay)
+            overlay = layer_of(disk)
+            await layering.add_layer(disk, overlay)
             overlays[name] = overlay
         return await self._recorded(vm, overlays), overlays
 
     async def bound(self, vm: Vm, stages: Stages) -> None:
         """Make room for one more layer: what would be too many become one."""
+        layering = self._layering(vm)
+        if layering is None:
+            return
         try:
-            await self._bound(vm, stages)
+            await self._bound(vm, layering, stages)
         finally:
-            await to_its_end(self._sweep(vm))
+            await to_its_end(self._sweep(vm, layering))
 
-    async def _bound(self, vm: Vm, stages: Stages) -> None:
+    async def _bound(self, vm: Vm, layering: Layering, stages: Stages) -> None:
         for name, disk in disks_of(vm).items():
-            if len(await self._storage.layers(disk)) < LAYERS_MAX:
+            if len(await layering.layers(disk)) < LAYERS_MAX:
                 continue
             stages.stage("collapse", f"the layers of its {name} disk")
             if self._liveness.vm_alive(vm):
@@ -81,7 +107,13 @@ class DiskLayers:
                 socket = Path(vm.runtime.api_socket)
                 await self._hypervisor.collapse(socket, name, tell)
             else:
-                await self._storage.collapse(disk)
+                await layering.collapse(disk)
+
+    def _layering(self, vm: Vm) -> Layering | None:
+        """Of the VM's disks. Raises PreconditionFailed when they are another storage's."""
+        for disk in disks_of(vm).values():
+            check_kind(self._storage, disk)
+        return self._storage.layering
 
     async def _recorded(self, vm: Vm, disks: dict[str, Path]) -> Vm:
         runtime = msgspec.structs.replace(
@@ -91,14 +123,13 @@ class DiskLayers:
             return vm
         return await self._vms.save(msgspec.structs.replace(vm, runtime=runtime))
 
-    async def _sweep(self, vm: Vm) -> None:
+    async def _sweep(self, vm: Vm, layering: Layering) -> None:
         """Remove the layers that no disk of this VM needs any more."""
         needed = {
-            layer.name
-            for disk in disks_of(vm).values()
-            for layer in await self._storage.layers(disk)
+            layer.name for disk in disks_of(vm).values() for layer in await layering.layers(disk)
         }
-        await asyncio.to_thread(_remove_others, Path(vm.runtime.vm_dir), needed)
+        patterns = [f"{name}*{disk.suffix}" for name, disk in disks_of(vm).items()]
+        await asyncio.to_thread(_remove_others, Path(vm.runtime.vm_dir), patterns, needed)
 
 
 def disks_of(vm: Vm) -> dict[str, Path]:
@@ -106,8 +137,8 @@ def disks_of(vm: Vm) -> dict[str, Path]:
     return {"system": Path(vm.runtime.system_overlay), "work": Path(vm.runtime.work_disk)}
 
 
-def _remove_others(directory: Path, needed: set[str]) -> None:
-    for pattern in ("system*.qcow2", "work*.qcow2"):
+def _remove_others(directory: Path, patterns: list[str], needed: set[str]) -> None:
+    for pattern in patterns:
         for layer in directory.glob(pattern):
             if layer.name not in needed:
                 layer.unlink()

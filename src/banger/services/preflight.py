@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from banger.base.errors import BangerError, PreconditionFailed
-from banger.base.model import Image, Kernel
+from banger.base.model import Image, Kernel, Vm
 from banger.base.units import format_size
-from banger.drivers.base import Check, Level
+from banger.drivers.base import Check, Hypervisor, Level, Networks
 from banger.images.ext4 import check_ext4, file_identity
 from banger.images.kernel import check_vmlinux
 
@@ -34,6 +34,17 @@ def require(checks: Iterable[Check]) -> None:
     raise PreconditionFailed(f"cannot start a VM here: {problems}", hint="; ".join(hints))
 
 
+def link_checks(hypervisor: Hypervisor, networks: Networks, vm: Vm) -> list[Check]:
+    """What keeps the VM's machine from being joined to its network, if anything does."""
+    mode = vm.spec.network
+    link = networks.link(mode)
+    if link is None or link in hypervisor.features.links:
+        return []
+    detail = f"{hypervisor.name} cannot join machines to {mode} networking"
+    hint = "make the VM with --network bridge, or --network none"
+    return [Check("network", Level.FAIL, detail, hint)]
+
+
 def check_free_disk(directory: Path, needed_bytes: int = FREE_DISK_MIN_BYTES) -> Check:
     """Whether the file system of `directory` (or its nearest parent that exists) has room."""
     while not directory.exists():
@@ -50,9 +61,10 @@ def check_free_disk(directory: Path, needed_bytes: int = FREE_DISK_MIN_BYTES) ->
     )
 
 
-def check_room_for_memory(directory: Path, memory_mib: int) -> Check:
-    """Whether the memory of a machine fits there, all of it, beside what guests write meanwhile."""
-    return check_free_disk(directory, FREE_DISK_MIN_BYTES + (memory_mib << 20))
+def check_room_for_memory(directory: Path, memory_mib: int, disk_bytes: int = 0) -> Check:
+    """Whether the memory of a machine fits there, all of it, and so much of its disks, beside what
+    guests write meanwhile."""
+    return check_free_disk(directory, FREE_DISK_MIN_BYTES + (memory_mib << 20) + disk_bytes)
 
 
 def check_artifacts(image: Image, kernel: Kernel) -> list[Check]:

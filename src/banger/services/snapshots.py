@@ -2,7 +2,9 @@
 
 The VM is paused for some milliseconds at most and goes on. A snapshot and its VM share the layers
 of disks that were written until then (`layers`), and otherwise know nothing of each other: either
-can be deleted first. `taken` is also the first half of a fork, which keeps no snapshot.
+can be deleted first. Where the storage has no layers the disks are copied in that pause, which is
+as short where the file system makes clones. `taken` is also the first half of a fork, which keeps
+no snapshot.
 """
 
 from __future__ import annotations
@@ -110,9 +112,10 @@ class SnapshotService:
         With the VM's lock held, which the block needs no more.
         """
         running = self._check_state(vm)
-        memory_mib = vm.spec.memory_mib if running else 0
-        require([check_room_for_memory(self._paths.vms_dir, memory_mib)])
         vm = await self._layers.settle(vm)
+        memory_mib = vm.spec.memory_mib if running else 0
+        room_bytes = 0 if self._storage.layering else await asyncio.to_thread(self._room_bytes, vm)
+        require([check_room_for_memory(self._paths.vms_dir, memory_mib, room_bytes)])
         await self._layers.bound(vm, stages)
         snapshot_id = new_id()
         final = self._paths.snapshot_dir(snapshot_id)
@@ -156,8 +159,8 @@ class SnapshotService:
         raise Conflict(f'vm "{vm.name}" is {vm.runtime.state}', hint=hint)
 
     async def _captured(self, vm: Vm, directory: Path, stages: Stages) -> tuple[str, float]:
-        """Copy the machine and have its disks go on in new layers; its shape, and for how many
-        seconds it was paused."""
+        """Copy the machine, and have its disks go on in new layers or copy them; its shape, and
+        for how many seconds it was paused."""
         socket = Path(vm.runtime.api_socket)
         if await self._hypervisor.status(socket) is not MachineStatus.RUNNING:
             raise Conflict(
@@ -167,7 +170,8 @@ class SnapshotService:
         shape = await self.shape(vm)
         try:
             _, overlays = await self._layers.add(vm)
-            capture = Capture(directory / MEMORY, directory / STATE, overlays)
+            at_rest = None if overlays else partial(self._share, vm, directory)
+            capture = Capture(directory / MEMORY, directory / STATE, overlays, at_rest)
             try:
                 pid = self._liveness.pid(vm)
                 paused_s = await self._hypervisor.capture(socket, pid, capture, stages.stage)
@@ -176,7 +180,8 @@ class SnapshotService:
                     f'the memory of vm "{vm.name}" cannot be copied: {error.strerror or error}',
                     hint="see that the disk has free space",
                 ) from error
-            await self._share(vm, directory)
+            if overlays:
+                await self._share(vm, directory)
         except BaseException:
             await to_its_end(self._settled(vm))
             raise
@@ -195,6 +200,10 @@ class SnapshotService:
     async def _share(self, vm: Vm, directory: Path) -> None:
         for disk in disks_of(vm).values():
             await self._storage.share(disk, directory)
+
+    def _room_bytes(self, vm: Vm) -> int:
+        """For copies of its disks."""
+        return sum(self._storage.room_bytes(disk) for disk in disks_of(vm).values())
 
     async def _settled(self, vm: Vm) -> None:
         """After a failure: it runs, and what it writes to is on the record."""

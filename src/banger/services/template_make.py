@@ -96,17 +96,20 @@ async def _boot_and_save(
     try:
         if pidfd < 0:
             raise Unavailable("the machine ended at once")
-        await while_it_runs(_come_to_rest(machine), procfs.wait_exit(pidfd, 2 * _BOOT_TIMEOUT_S))
+        resting = _come_to_rest(machine, hypervisor.features.agent_vsock_port)
+        await while_it_runs(resting, procfs.wait_exit(pidfd, 2 * _BOOT_TIMEOUT_S))
     except BangerError as error:
         tail = console_tail(paths.console_log, 0)
         said = f"; the end of its console: {tail.splitlines()[-1]}" if tail else ""
         raise Unavailable(f"its guest did not come up: {error.message}{said}") from error
     progress.stage("save")
-    await hypervisor.save(machine.control_socket, paths.machine_state)
+    await hypervisor.save(machine, paths.machine_state)
 
 
-async def _come_to_rest(machine: Machine) -> None:
-    channel = await AgentChannel.connect(machine.agent_socket, timeout_s=_BOOT_TIMEOUT_S)
+async def _come_to_rest(machine: Machine, vsock_port: int) -> None:
+    channel = await AgentChannel.connect(
+        machine.agent_socket, timeout_s=_BOOT_TIMEOUT_S, vsock_port=vsock_port
+    )
     try:
         await call(channel, Ping(), timeout_s=_PING_TIMEOUT_S)
         await call(channel, _WARM_UP, timeout_s=_WARM_UP_TIMEOUT_S)

@@ -254,6 +254,7 @@ class TemplateService:
         spec = made.vm.spec
         parts = (
             *(shape, made.image.id, made.kernel.id, initramfs.name),
+            *(self._paths.system_disk_name, self._paths.work_disk_name),
             *(str(spec.system_overlay_size_mib), str(spec.disk_size_mib)),
         )
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -300,7 +301,7 @@ class TemplateService:
         final = self._paths.template(template_id)
         check_socket_path(final.control_socket)
         async with staged(final.directory) as staging:
-            paths = VmPaths(staging.path, final.runtime)
+            paths = self._paths.machine(staging.path, final.runtime)
             start = _without_identity(plan.start, template_id, paths, plan.disk_size_mib)
             await make_machine(
                 start,

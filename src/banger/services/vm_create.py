@@ -30,7 +30,7 @@ from banger.base.paths import Paths, check_socket_path
 from banger.services.capabilities import Start
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
-from banger.services.layers import layer_name
+from banger.services.layers import layer_of
 from banger.services.listeners import numbered
 from banger.services.machine import new_runtime
 from banger.services.names import generate_name
@@ -184,7 +184,7 @@ class VmCreator:
         check_socket_path(paths.control_socket)
         system, work = paths.system_overlay, paths.work_disk
         if copied_from:  # these names may be those of layers that come with the copy
-            system, work = (system.with_name(layer_name(disk)) for disk in ("system", "work"))
+            system, work = layer_of(system), layer_of(work)
         moment = now()
         return Vm(
             id=vm_id,

@@ -37,6 +37,8 @@ from banger.drivers.base import (
     StateRefused,
 )
 from banger.drivers.hypervisor import kvm
+from banger.drivers.hypervisor.process_log import Log
+from banger.drivers.hypervisor.processor import processor
 from banger.drivers.hypervisor.qemu_argv import (
     QEMU,
     Accelerator,
@@ -57,7 +59,6 @@ from banger.drivers.hypervisor.qemu_capture import (
     top_nodes,
 )
 from banger.drivers.hypervisor.qemu_monitor import (
-    Log,
     conversation,
     launching,
     load_state,
@@ -65,9 +66,6 @@ from banger.drivers.hypervisor.qemu_monitor import (
 )
 
 _CPUINFO = Path("/proc/cpuinfo")
-#: What in /proc/cpuinfo says which processor it is; a guest under KVM sees all of it.
-_CPU_FIELDS = frozenset({"vendor_id", "cpu family", "model", "stepping", "microcode", "flags"})
-
 #: Waiting for the state to be written is waiting for the disk.
 _SAVE_TIMEOUT_S = 60.0
 #: Gigabytes of memory are copied, gigabytes of disk in the other case.
@@ -79,7 +77,9 @@ class QemuHypervisor:
     """Implements `drivers.base.Hypervisor`."""
 
     name = "qemu"
-    features = HypervisorFeatures(disk_formats=frozenset({DiskFormat.RAW, DiskFormat.QCOW2}))
+    features = HypervisorFeatures(
+        disk_formats=frozenset({DiskFormat.RAW, DiskFormat.QCOW2}), links=frozenset(Link)
+    )
 
     def __init__(self, accelerator: str, probe_cache: Path) -> None:
         """`accelerator` is the setting: ``auto``, ``kvm`` or ``tcg``."""
@@ -187,9 +187,9 @@ class QemuHypervisor:
                 raise MachineLost(error.message, hint=error.hint) from error
             raise
 
-    async def save(self, control_socket: Path, state: Path) -> None:
-        """See `Hypervisor.save`."""
-        async with conversation(control_socket, _SAVE_TIMEOUT_S) as client:
+    async def save(self, machine: Machine, state: Path) -> None:
+        """See `Hypervisor.save`. The memory is in its file from the start."""
+        async with conversation(machine.control_socket, _SAVE_TIMEOUT_S) as client:
             await save_state(client, state)
 
     async def capture(
@@ -219,6 +219,8 @@ class QemuHypervisor:
             status = cast("dict[str, object]", await client.execute("query-status"))
             if status.get("status") != "paused":  # a full disk holds it in the middle of a write
                 raise Unavailable(f"its machine is {status.get('status')}")
+            if capture.at_rest is not None:
+                await capture.at_rest()
             await asyncio.to_thread(copy.at_rest)
             state = {"filename": str(capture.state), "live": False}
             await client.execute("xen-save-devices-state", state)
@@ -307,11 +309,3 @@ def tsc_khz() -> int:
         if name.strip() == "bogomips":
             return round(float(value) * 1000 / 2)
     return 0
-
-
-def processor() -> str:
-    """Which processor the host has, as the kernel tells of the first of them."""
-    first, _, _ = _CPUINFO.read_text().partition("\n\n")
-    return "\n".join(
-        line for line in first.splitlines() if line.partition(":")[0].strip() in _CPU_FIELDS
-    )

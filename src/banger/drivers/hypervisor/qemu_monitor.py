@@ -19,6 +19,7 @@ from qemu.qmp import QMPClient, QMPError
 
 from banger.base.errors import OperationTimeout, Unavailable
 from banger.drivers.base import Disk
+from banger.drivers.hypervisor.process_log import Log, how_it_ended
 
 #: 50 to 100 ms are usual; a host that swaps may take seconds.
 _LAUNCH_TIMEOUT_S = 30.0
@@ -30,24 +31,10 @@ _LATER_ANSWER_TIMEOUT_S = 1.0
 #: 10 to 20 ms are usual.
 _STATE_TIMEOUT_S = 30.0
 _POLL_S = 0.002
-_LOG_TAIL_BYTES = 2000
 
 #: Memory in a shared file, or in a private mapping of one, is not part of the state.
 _STATE_ONLY = {"capabilities": [{"capability": "x-ignore-shared", "state": True}]}
 _STATE_FD = "state"
-
-
-class Log:
-    """What QEMU adds to its log from now on."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._start = path.stat().st_size if path.exists() else 0
-
-    def tail(self) -> str:
-        with self.path.open("rb") as file:
-            file.seek(max(self._start, file.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-            return file.read().decode(errors="replace").strip()
 
 
 class _Client(QMPClient):
@@ -132,14 +119,9 @@ async def launching(
 async def _ending(ended: asyncio.Future[int], log: Log, why: str = "") -> Unavailable:
     """The error for a connection that fails: mostly QEMU is ending, and its status comes next."""
     await asyncio.wait({ended}, timeout=_QMP_TIMEOUT_S if not why else _POLL_S)
-    how = _how_it_ended(ended) if ended.done() else why or "closed its control connection"
+    how = how_it_ended(ended.result()) if ended.done() else why or "closed its control connection"
     tail = log.tail()
     return Unavailable(f"QEMU {how}{': ' if tail else ''}{tail}; inspect {log.path}")
-
-
-def _how_it_ended(ended: asyncio.Future[int]) -> str:
-    status = ended.result()
-    return f"exited with status {status}" if status >= 0 else f"was ended by signal {-status}"
 
 
 async def _disconnect(client: QMPClient) -> None:

@@ -17,7 +17,7 @@ from banger.base import proc
 from banger.base.cancellation import to_its_end
 from banger.base.errors import PreconditionFailed
 from banger.base.files import sync_directory, sync_file
-from banger.drivers.base import Check, DiskFormat, Level
+from banger.drivers.base import Check, DiskFormat, Layering, Level
 
 QEMU_IMG = "qemu-img"
 
@@ -31,10 +31,19 @@ _MIB = 1 << 20
 
 
 class Qcow2Storage:
-    """Implements `drivers.base.Storage`."""
+    """Implements `drivers.base.Storage` and `drivers.base.Layering`."""
 
     name = "qcow2"
     format = DiskFormat.QCOW2
+
+    @property
+    def layering(self) -> Layering:
+        """See `Storage.layering`."""
+        return self
+
+    def file_name(self, disk: str) -> str:
+        """See `Storage.file_name`."""
+        return f"{disk}.qcow2"
 
     async def checks(self) -> list[Check]:
         path = proc.which(QEMU_IMG)
@@ -96,7 +105,7 @@ class Qcow2Storage:
         await to_its_end(asyncio.to_thread(_copy, overlay, copy))
 
     async def add_layer(self, disk: Path, overlay: Path) -> None:
-        """See `Storage.add_layer`. Raises ProcessFailed when qemu-img fails."""
+        """See `Layering.add_layer`. Raises ProcessFailed when qemu-img fails."""
         size_bytes = (await _infos(disk))[0].virtual_size
         argv = layer_argv(disk.name, overlay, size_bytes)
         await proc.run(argv, timeout_s=_CREATE_TIMEOUT_S)
@@ -104,22 +113,32 @@ class Qcow2Storage:
         await asyncio.to_thread(_sync, overlay)
 
     async def layers(self, disk: Path) -> list[Path]:
-        """See `Storage.layers`."""
+        """See `Layering.layers`."""
         return [Path(each.filename) for each in await _infos(disk) if each.format == "qcow2"]
 
     async def share(self, disk: Path, directory: Path) -> None:
-        """See `Storage.share`."""
+        """See `Storage.share`. All of the disk's files, as hard links: they are there for as long
+        as one of their names is."""
         for layer in await self.layers(disk):
             os.link(layer, directory / layer.name)
 
+    async def branch(self, frozen: Path, disk: Path) -> None:
+        """See `Storage.branch`: the same files, and a layer over them."""
+        await self.share(frozen, disk.parent)
+        await self.add_layer(disk.with_name(frozen.name), disk)
+
     async def collapse(self, disk: Path) -> None:
-        """See `Storage.collapse`. qemu-img writes the new base last, into the header.
+        """See `Layering.collapse`. qemu-img writes the new base last, into the header.
 
         Raises ProcessFailed when it fails, on a full disk, say: the disk is then as it was.
         """
         base = (await _infos(disk))[-1].filename
         rebase = overlay_argv("rebase", disk, "-q", "-b", base, "-F", "raw")
         await proc.run(rebase, timeout_s=_COLLAPSE_TIMEOUT_S)
+
+    def room_bytes(self, source: Path) -> int:  # noqa: ARG002 - others copy it
+        """See `Storage.room_bytes`."""
+        return 0
 
     def allocated_bytes(self, disk: Path) -> int:
         """See `Storage.allocated_bytes`."""

@@ -24,10 +24,9 @@
 #include "session.h"
 #include "setup.h"
 
-enum { DEVICE_MS = 20000, FILE_LIMIT = 4096 };
+enum { FILE_LIMIT = 4096 };
 
 #define NEW_ROOT "/newroot"
-#define PORT_NAME "banger.agent"
 
 static bool ours = true;
 
@@ -72,15 +71,32 @@ static int is_module(const struct dirent *entry) {
     return length > 3 && strcmp(entry->d_name + length - 3, ".ko") == 0;
 }
 
-/* A module that does not load is only told of: what it is for may not be in this machine. */
+bool boot_parameter(const char *name, char *value, size_t size) {
+    char line[4096], *state;
+    size_t length = strlen(name);
+    bool found = false;
+    read_line("/proc/cmdline", line, sizeof line);
+    for (char *word = strtok_r(line, " ", &state); word; word = strtok_r(NULL, " ", &state))
+        if (strncmp(word, name, length) == 0 && word[length] == '=') {
+            snprintf(value, size, "%s", word + length + 1);
+            found = true;
+        }
+    return found;
+}
+
+/* A module that does not load is only told of: what it is for may not be in this machine. Those of
+ * vsock are for machines that are told of one. */
 static void load_modules(void) {
     struct dirent **entries;
+    char port[32];
+    bool vsock = boot_parameter("banger.vsock", port, sizeof port);
     int count = scandir("/modules", &entries, is_module, by_name);
     for (int i = 0; i < count; i++) {
         char path[300];
         snprintf(path, sizeof path, "/modules/%s", entries[i]->d_name);
-        int fd = open(path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST))
+        bool wanted = vsock || strstr(entries[i]->d_name, "vsock") == NULL;
+        int fd = wanted ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+        if (wanted && (fd < 0 || (syscall(SYS_finit_module, fd, "", 0) < 0 && errno != EEXIST)))
             dprintf(STDERR_FILENO, "banger: %s: %s\n", path, strerror(errno));
         if (fd >= 0)
             close(fd);
@@ -91,8 +107,7 @@ static void load_modules(void) {
         free(entries);
 }
 
-/* The kernel's device events: what we wait for, rather than asking again and again. */
-static int open_uevents(void) {
+int open_uevents(void) {
     struct sockaddr_nl address = {.nl_family = AF_NETLINK, .nl_groups = 1};
     int fd = socket(AF_NETLINK, SOCK_DGRAM | SOCK_CLOEXEC | SOCK_NONBLOCK, NETLINK_KOBJECT_UEVENT);
     if (fd >= 0 && bind(fd, (struct sockaddr *)&address, sizeof address) < 0) {
@@ -102,8 +117,7 @@ static int open_uevents(void) {
     return fd;
 }
 
-/* False when the time is over. */
-static bool wait_event(int uevents, int64_t end) {
+bool wait_event(int uevents, int64_t end) {
     char event[4096];
     int64_t left = end - now_ms();
     if (left <= 0)
@@ -115,8 +129,26 @@ static bool wait_event(int uevents, int64_t end) {
     return true;
 }
 
+/* Firecracker gives disks serials of its own, and their order is that in which they were told of:
+ * the parameter banger.disks has their names in that order. */
+static bool find_placed(const char *order, const char *name, char *device, size_t size) {
+    size_t length = strlen(name);
+    for (char letter = 'a'; letter <= 'z' && *order; letter++) {
+        size_t word = strcspn(order, ",");
+        if (word == length && strncmp(order, name, length) == 0) {
+            snprintf(device, size, "/dev/vd%c", letter);
+            return access(device, F_OK) == 0;
+        }
+        order += word + (order[word] == ',');
+    }
+    return false;
+}
+
 /* The device of a disk, by its serial; or by its place when no disk has one. */
 static bool find_disk(const char *serial, const char *fallback, char *device, size_t size) {
+    char order[256];
+    if (boot_parameter("banger.disks", order, sizeof order))
+        return find_placed(order, serial, device, size);
     DIR *disks = opendir("/sys/block");
     bool found = false, any_serial = false;
     for (struct dirent *entry; disks && !found && (entry = readdir(disks)) != NULL;) {
@@ -156,7 +188,7 @@ static void mount_root(int uevents) {
     int64_t end = now_ms() + DEVICE_MS;
     while (!find_disk("system", "vda", device, sizeof device))
         if (!wait_event(uevents, end))
-            init_fatal("there is no disk with the serial \"system\"");
+            init_fatal("there is no disk named \"system\"");
     mount_disk(device, NEW_ROOT, 0);
 }
 
@@ -283,15 +315,12 @@ static void mount_minimal(void) {
 }
 
 static bool wants_systemd(void) {
-    char line[4096];
-    read_line("/proc/cmdline", line, sizeof line);
-    bool systemd = false;
-    for (char *word = strtok(line, " "); word; word = strtok(NULL, " "))
-        if (strncmp(word, "banger.init=", 12) == 0) {
-            systemd = strcmp(word + 12, "systemd") == 0;
-            if (!systemd && strcmp(word + 12, "minimal") != 0)
-                init_fatal("banger.init=%s: it is minimal or systemd", word + 12);
-        }
+    char mode[32];
+    if (!boot_parameter("banger.init", mode, sizeof mode))
+        return false;
+    bool systemd = strcmp(mode, "systemd") == 0;
+    if (!systemd && strcmp(mode, "minimal") != 0)
+        init_fatal("banger.init=%s: it is minimal or systemd", mode);
     return systemd;
 }
 
@@ -343,37 +372,4 @@ void init_boot(void) {
         hand_over();
     else
         mount_minimal();
-}
-
-/* virtio-serial ports are numbered by the bus: ours is known by its name only. */
-static bool find_port(char *device, size_t size) {
-    DIR *ports = opendir("/sys/class/virtio-ports");
-    bool found = false;
-    for (struct dirent *entry; ports && !found && (entry = readdir(ports)) != NULL;) {
-        char path[320], name[64];
-        snprintf(path, sizeof path, "/sys/class/virtio-ports/%s/name", entry->d_name);
-        if (entry->d_name[0] == '.')
-            continue;
-        read_line(path, name, sizeof name);
-        found = strcmp(name, PORT_NAME) == 0;
-        if (found)
-            snprintf(device, size, "/dev/%.32s", entry->d_name);
-    }
-    if (ports)
-        closedir(ports);
-    return found;
-}
-
-int init_open_port(void) {
-    char device[64];
-    int64_t end = now_ms() + DEVICE_MS;
-    int uevents = open_uevents();
-    while (!find_port(device, sizeof device))
-        if (!wait_event(uevents, end))
-            init_fatal("there is no virtio-serial port named " PORT_NAME);
-    close(uevents);
-    int port = open(device, O_RDWR | O_NONBLOCK | O_CLOEXEC);
-    if (port < 0)
-        init_fatal("cannot open %s: %s", device, strerror(errno));
-    return port;
 }

@@ -9,6 +9,7 @@
 #include <sys/signalfd.h>
 #include <unistd.h>
 
+#include "host.h"
 #include "init.h"
 #include "session.h"
 
@@ -45,8 +46,8 @@ int main(int count, char **arguments) {
         return 2;
     }
     init_boot();
-    int port = init_open_port();
-    session_init(&session, port, true);
+    session_init(&session, -1, true);
+    host_open(&session);
     session_run(&session, watch_children());
     power_off(session.shutdown & SHUTDOWN_REBOOT);
 }

@@ -24,7 +24,14 @@ enum {
     SYSTEMD_RTMIN = 34,
 };
 
+/* Firecracker's machines cannot power off: they would halt for ever. It ends when they reset. */
+static bool ends_by_reset(void) {
+    char how[16];
+    return boot_parameter("banger.end", how, sizeof how) && strcmp(how, "reset") == 0;
+}
+
 _Noreturn void power_cut(bool reboot_instead) {
+    reboot_instead |= ends_by_reset();
     sync();
     reboot(reboot_instead ? RB_AUTOBOOT : RB_POWER_OFF);
     reboot(RB_AUTOBOOT); /* a machine that cannot power off: its hypervisor exits on reset */
@@ -67,6 +74,7 @@ static void go_down(bool reboot_instead) {
 
 _Noreturn void power_off(bool reboot_instead) {
     char init[32];
+    reboot_instead |= ends_by_reset();
     /* systemd's own signals for poweroff.target and reboot.target: systemd(1), "Signals". */
     int number = SYSTEMD_RTMIN + (reboot_instead ? 5 : 4);
     if (!init_is_ours() && read_line("/proc/1/comm", init, sizeof init) &&

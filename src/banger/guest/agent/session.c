@@ -9,14 +9,17 @@
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/signalfd.h>
+#include <sys/socket.h>
 #include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
+#include <linux/vm_sockets.h>
+
 #include "files.h"
 
-enum { POLL_LIMIT = 3 + 3 * STREAM_LIMIT, SHUTDOWN_FLUSH_MS = 1000 };
+enum { POLL_LIMIT = 4 + 3 * STREAM_LIMIT, SHUTDOWN_FLUSH_MS = 1000 };
 
 int64_t now_ms(void) {
     struct timespec now;
@@ -27,6 +30,7 @@ int64_t now_ms(void) {
 void session_init(struct session *session, int port, bool in_guest) {
     memset(session, 0, sizeof *session);
     session->port = port;
+    session->listener = -1;
     session->in_guest = in_guest;
     session->shutdown = -1;
     parser_init(&session->parser);
@@ -310,16 +314,51 @@ static bool flushed(struct session *session, int64_t *since) {
     return outbox_queued(session) == 0 || now_ms() - *since > SHUTDOWN_FLUSH_MS;
 }
 
+/* What was begun with a host that is gone is of no use to the next one. */
+static void lose_host(struct session *session) {
+    session_drop(session);
+    session->input_start = session->input_end = 0;
+    parser_hunt(&session->parser);
+}
+
 static void watch_port(struct session *session, struct watch *watch, int watcher, bool host) {
     bool can_take = outbox_queued(session) < OUTBOX_INPUT_LIMIT && session->shutdown < 0;
     short events = (short)((can_take ? POLLIN : 0) | (outbox_queued(session) > 0 ? POLLOUT : 0));
+    /* poll takes no notice of -1, which stands for what there is not. */
     watch_add(watch, host ? session->port : watcher, host ? events : POLLIN, NULL, 'p');
+    watch_add(watch, session->listener, POLLIN, NULL, 'l');
+}
+
+/* Nobody but the host: a process of the guest's could connect, too, by the loopback's CID. */
+static int accept_host(int listener) {
+    struct sockaddr_vm peer;
+    socklen_t size = sizeof peer;
+    int fd = accept4(listener, (struct sockaddr *)&peer, &size, SOCK_NONBLOCK | SOCK_CLOEXEC);
+    if (fd >= 0 && (peer.svm_family != AF_VSOCK || peer.svm_cid != VMADDR_CID_HOST)) {
+        close(fd);
+        return -1;
+    }
+    return fd;
+}
+
+/* The host has connected: the new connection takes the place of an earlier one, whose host may be
+ * gone without a word. */
+static bool take_connection(struct session *session, bool host) {
+    int fd = accept_host(session->listener);
+    if (fd < 0)
+        return host;
+    if (session->port >= 0)
+        close(session->port);
+    session->port = fd;
+    lose_host(session);
+    return true;
 }
 
 bool session_run(struct session *session, int signal_fd) {
     static struct watch watch;
-    int watcher = session->in_guest ? watch_for_host(session->port) : -1;
-    bool host = true;
+    bool by_port = session->in_guest && session->listener < 0;
+    int watcher = by_port ? watch_for_host(session->port) : -1;
+    bool host = session->port >= 0;
     int64_t shutdown_since = 0;
     for (;;) {
         watch.count = 0;
@@ -336,7 +375,11 @@ bool session_run(struct session *session, int signal_fd) {
             reap(session);
         }
         serve_streams(session, &watch, first);
-        if (!host && watch.fds[1].revents)
+        if (watch.fds[2].revents) {
+            host = take_connection(session, host);
+            continue;
+        }
+        if (by_port && !host && watch.fds[1].revents)
             host = host_is_there(session->port, watcher);
         if (host && (watch.fds[1].revents || session->input_start < session->input_end))
             host = (watch.fds[1].revents & POLLHUP) == 0 ? read_port(session) : false;
@@ -345,12 +388,15 @@ bool session_run(struct session *session, int signal_fd) {
         if (flushed(session, &shutdown_since))
             return true;
         if (!host) {
-            session_drop(session);
-            session->input_start = session->input_end = 0;
-            parser_hunt(&session->parser);
+            lose_host(session);
             if (!session->in_guest)
                 return false;
-            host = host_is_there(session->port, watcher);
+            if (by_port) {
+                host = host_is_there(session->port, watcher);
+            } else if (session->port >= 0) {
+                close(session->port);
+                session->port = -1;
+            }
         }
     }
 }

@@ -45,7 +45,8 @@ struct stream {
 };
 
 struct session {
-    int port;
+    int port;     /* -1: nobody is connected */
+    int listener; /* -1, or where the host connects: its last connection is the port */
     bool in_guest; /* SETUP and SHUTDOWN are for a guest only */
     bool greeted;
     int shutdown; /* -1, or the flags of a SHUTDOWN that was asked for */

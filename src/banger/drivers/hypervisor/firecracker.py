@@ -1,0 +1,413 @@
+"""Firecracker as a hypervisor: starts its processes, tells them of machines, ends them.
+
+The process outlives the daemon; while the daemon lives it reaps it. Firecracker has no request
+that ends a machine: its process is ended, which is found by who listens on its socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import signal
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from banger.base import proc, procfs
+from banger.base.cancellation import to_its_end
+from banger.base.errors import BangerError, PreconditionFailed, Unavailable
+from banger.base.log import get_logger
+from banger.base.paths import check_socket_path
+from banger.drivers.base import (
+    Capture,
+    Check,
+    Disk,
+    DiskFormat,
+    HypervisorFeatures,
+    Level,
+    Link,
+    Machine,
+    MachineLost,
+    MachineStatus,
+    NetworkAttachment,
+    StateRefused,
+)
+from banger.drivers.hypervisor import firecracker_machine as told
+from banger.drivers.hypervisor import firecracker_tap
+from banger.drivers.hypervisor.firecracker_api import FirecrackerClient, conversation
+from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused
+from banger.drivers.hypervisor.firecracker_place import Lent, Place, Started
+from banger.drivers.hypervisor.firecracker_requests import (
+    Action,
+    ActionType,
+    DriveUpdate,
+    InstanceState,
+    SetState,
+    SnapshotCreate,
+    VmState,
+)
+from banger.drivers.hypervisor.kvm import KvmProbe
+from banger.drivers.hypervisor.process_log import Log, how_it_ended
+from banger.drivers.hypervisor.processor import processor
+from banger.guest import vsock
+
+_FALLOCATE = "fallocate"
+
+#: struct ucred: pid, uid, gid (unix(7)).
+_UCRED = struct.Struct("iII")
+
+#: Releases that are known to work: from the first one that can be told another vsock's path when a
+#: state is loaded to the last one whose API this was written to.
+VERSION_FIRST = (1, 16)
+VERSION_LAST = (1, 16)
+
+#: 10 ms are usual; a host that swaps may take seconds.
+_LAUNCH_TIMEOUT_S = 30.0
+#: Nobody tells when its socket is there.
+_LOOK_AGAIN_S = 0.002
+_VERSION_TIMEOUT_S = 10.0
+_DIG_TIMEOUT_S = 120.0
+_END_TIMEOUT_S = 5.0
+
+
+class FirecrackerHypervisor:
+    """Implements `drivers.base.Hypervisor`."""
+
+    name = "firecracker"
+    features = HypervisorFeatures(
+        disk_formats=frozenset({DiskFormat.RAW}),
+        links=frozenset({Link.TAP}),
+        agent_vsock_port=vsock.AGENT_PORT,
+    )
+
+    def __init__(
+        self, program: str, place: Place, probe: Callable[[], Awaitable[KvmProbe]]
+    ) -> None:
+        """`program` is the setting: a name, or a path. `probe` says whether KVM runs guests."""
+        self.program = program
+        self._place = place
+        self._probe = probe
+        self._probing = asyncio.Lock()
+        #: By the program's inode, size and time: what it says of its release.
+        self._versions: dict[tuple[int, int, int], tuple[int, ...]] = {}
+
+    async def checks(self) -> list[Check]:
+        """Firecracker itself and its release, KVM, and where its processes run."""
+        name = "hypervisor firecracker"
+        try:
+            version = await self._version()
+        except BangerError as error:
+            return [Check(name, Level.FAIL, error.message, error.hint)]
+        said = f"{self._found()}, v{'.'.join(map(str, version))}"
+        async with self._probing:  # one probe: beside others it would take longer
+            answer = await self._probe()
+        without = 'it needs access to /dev/kvm (group kvm); without KVM: hypervisor = "qemu"'
+        return [
+            Check(name, Level.OK, said),
+            Check("accelerator", Level.OK, f"kvm: {answer.detail}")
+            if answer.usable
+            else Check("accelerator", Level.FAIL, answer.detail, without),
+            *self._place.checks(),
+        ]
+
+    def _found(self) -> str:
+        path = proc.which(self.program)
+        if path is None:
+            raise PreconditionFailed(
+                f"{self.program} is not installed",
+                hint="get a release of github.com/firecracker-microvm/firecracker and set"
+                " firecracker_bin to its path",
+            )
+        return path
+
+    async def _version(self) -> tuple[int, ...]:
+        """The program's release. Raises PreconditionFailed for one that is not known to work."""
+        path = self._found()
+        there = os.stat(path)  # noqa: PTH116 - pathlib is no faster here
+        key = (there.st_ino, there.st_size, there.st_mtime_ns)
+        if key not in self._versions:
+            said = await proc.run(
+                [path, "--version"], timeout_s=_VERSION_TIMEOUT_S, env=proc.BARE_ENVIRONMENT
+            )
+            self._versions[key] = parse_version(said.stdout)
+        version = self._versions[key]
+        if not VERSION_FIRST <= version[:2] <= VERSION_LAST:
+            raise PreconditionFailed(
+                f"{path} is Firecracker v{'.'.join(map(str, version)) or '?'}, which banger has not"
+                f" been made for: v{VERSION_FIRST[0]}.{VERSION_FIRST[1]} is",
+                hint="set firecracker_bin to the path of such a release",
+            )
+        return version
+
+    async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:
+        """See `Hypervisor.launch`. The descriptor of `network` is closed here in any case.
+
+        The memory is the process's own: `save` writes it to the machine's memory file.
+        """
+        agent = self._place.name_of(machine.control_socket, machine.agent_socket)
+        requests = told.boot_requests(machine, _interface(network), agent)
+        async with self._started(machine, network, told.lent_for_boot(machine)) as begun:
+            for request in requests:
+                await begun.client.tell(request)
+            await self._place.collect(machine.control_socket, machine.agent_socket)
+        return begun.pid
+
+    async def restore(
+        self, machine: Machine, network: NetworkAttachment | None, state: Path
+    ) -> int:
+        """See `Hypervisor.restore`. The descriptor of `network` is closed here in any case."""
+        assert machine.memory_file is not None
+        agent = self._place.name_of(machine.control_socket, machine.agent_socket)
+        lent = told.lent_for_restore(machine, state, machine.memory_file.path)
+        failure: type[Unavailable] = Unavailable
+        try:
+            async with self._started(machine, network, lent) as begun:
+                failure = StateRefused
+                for request in told.restore_requests(_interface(network), agent):
+                    await begun.client.tell(request)
+                await _grow(begun.client, machine.disks)
+                await self._place.collect(machine.control_socket, machine.agent_socket)
+                failure = MachineLost
+                await begun.client.tell(SetState(state=VmState.RESUMED))
+        except Unavailable as error:
+            if failure is StateRefused and not isinstance(error, FirecrackerRefused):
+                raise  # a tap, a disk, the process itself: the state may be good
+            raise failure(error.message, hint=error.hint) from error
+        return begun.pid
+
+    @asynccontextmanager
+    async def _started(
+        self, machine: Machine, network: NetworkAttachment | None, lent: Mapping[str, Lent]
+    ) -> AsyncIterator[_Begun]:
+        """A process that answers, to be told of its machine in the block. When that fails it is
+        ended, and what its log says is in the error."""
+        tap = network.fd if network is not None else -1
+        try:
+            for path in (machine.control_socket, machine.agent_socket):
+                check_socket_path(path)
+            await self._version()
+            process = await self._place.start(self._found(), machine, lent)
+        except BaseException:
+            if tap >= 0:
+                os.close(tap)
+            raise
+        log = Log(machine.hypervisor_log)
+        try:
+            with _tap_for(process.pid, network):
+                async with conversation(machine.control_socket) as client:
+                    await _answers(client, process.ended)
+                    yield _Begun(client, process.pid)
+        except BaseException as error:
+            await asyncio.shield(_end(process))
+            if isinstance(error, Unavailable) and not isinstance(error, FirecrackerRefused):
+                raise _with_log(error, process.ended, log) from error
+            raise
+
+    async def save(self, machine: Machine, state: Path) -> None:
+        """See `Hypervisor.save`."""
+        assert machine.memory_file is not None
+        async with conversation(machine.control_socket) as client:
+            await client.tell(SetState(state=VmState.PAUSED))
+            await self._write(client, machine.control_socket, state, machine.memory_file.path)
+        await _dig_holes(machine.memory_file.path)
+
+    async def capture(
+        self,
+        control_socket: Path,
+        pid: int,  # noqa: ARG002 - of the protocol
+        capture: Capture,
+        stages: Callable[[str], None],
+    ) -> float:
+        """See `Hypervisor.capture`. Firecracker writes all of the memory while it is paused."""
+        if capture.overlays:
+            raise Unavailable("Firecracker's disks have no layers")
+        async with conversation(control_socket) as client:
+            stages("freeze")
+            # The machine is not left paused by a cancellation.
+            paused_s = await to_its_end(self._freeze(client, control_socket, capture))
+        await _dig_holes(capture.memory)
+        return paused_s
+
+    async def _freeze(
+        self, client: FirecrackerClient, control_socket: Path, capture: Capture
+    ) -> float:
+        frozen, began = False, time.monotonic()
+        await client.tell(SetState(state=VmState.PAUSED))
+        try:
+            await self._write(client, control_socket, capture.state, capture.memory)
+            if capture.at_rest is not None:
+                await capture.at_rest()
+            frozen = True
+        finally:
+            if capture.runs_on or not frozen:
+                await client.tell(SetState(state=VmState.RESUMED))
+        return time.monotonic() - began
+
+    async def _write(
+        self, client: FirecrackerClient, control_socket: Path, state: Path, memory: Path
+    ) -> None:
+        names = [self._place.name_of(control_socket, path) for path in (state, memory)]
+        await client.tell(SnapshotCreate(snapshot_path=names[0], mem_file_path=names[1]))
+        for path in (state, memory):
+            await self._place.collect(control_socket, path)
+
+    async def disks(self, control_socket: Path) -> dict[str, Path]:
+        """See `Hypervisor.disks`: those that it was started with, for there are no layers."""
+        async with conversation(control_socket) as client:
+            await client.instance()
+        try:
+            return self._place.disks(control_socket)
+        except OSError as error:
+            raise Unavailable(f"the disks of {control_socket} are not known: {error}") from error
+
+    async def collapse(
+        self,
+        control_socket: Path,
+        disk: str,
+        tell: Callable[[float], None],  # noqa: ARG002 - of the protocol
+    ) -> None:
+        """See `Hypervisor.collapse`: there is nothing that lies between a disk and its image."""
+        raise Unavailable(f"the {disk} disk of {control_socket} has no layers")
+
+    async def shape(self, machine: Machine, link: Link | None) -> str:
+        """See `Hypervisor.shape`: a digest of the machine, Firecracker itself and the processor."""
+        await self._version()
+        program = os.stat(self._found())  # noqa: PTH116 - pathlib is no faster here
+        parts = (
+            msgspec.json.encode(told.shape_of(machine, link)).decode(),
+            *(str(program.st_size), str(program.st_mtime_ns)),
+            processor(),
+        )
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    async def quit(self, control_socket: Path) -> None:
+        """See `Hypervisor.quit`. Firecracker has no such request: its process is killed."""
+        pid = await asyncio.to_thread(_listener, control_socket)
+        pidfd = procfs.open_pidfd(pid, lambda argv: self.control_socket(argv) == control_socket)
+        if pidfd < 0:
+            raise Unavailable(f"what listens at {control_socket} is not its Firecracker")
+        try:
+            if not await procfs.kill(pidfd, _END_TIMEOUT_S):
+                raise Unavailable(f"the Firecracker at {control_socket} does not end")
+        except PermissionError as error:
+            raise Unavailable(f"the Firecracker at {control_socket} is another user's") from error
+        finally:
+            os.close(pidfd)
+
+    async def power_button(self, control_socket: Path) -> None:
+        """See `Hypervisor.power_button`: Ctrl-Alt-Del on a keyboard, which systemd listens to."""
+        async with conversation(control_socket) as client:
+            await client.tell(Action(action_type=ActionType.SEND_CTRL_ALT_DEL))
+
+    async def status(self, control_socket: Path) -> MachineStatus:
+        """See `Hypervisor.status`. A full disk holds nothing here: the guest is told of it."""
+        async with conversation(control_socket) as client:
+            state = (await client.instance()).state
+        return MachineStatus.RUNNING if state is InstanceState.RUNNING else MachineStatus.PAUSED
+
+    async def pause(self, control_socket: Path) -> None:
+        """See `Hypervisor.pause`."""
+        async with conversation(control_socket) as client:
+            await client.tell(SetState(state=VmState.PAUSED))
+
+    async def resume(self, control_socket: Path) -> None:
+        """See `Hypervisor.resume`."""
+        async with conversation(control_socket) as client:
+            await client.tell(SetState(state=VmState.RESUMED))
+
+    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+        """See `Hypervisor.control_socket`."""
+        return self._place.control_socket(argv)
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A process that waits to be told of its machine."""
+
+    client: FirecrackerClient
+    pid: int
+
+
+def parse_version(output: bytes) -> tuple[int, ...]:
+    """The release in what ``firecracker --version`` prints; empty when there is none in it."""
+    found = re.match(rb"Firecracker v(\d{1,6})\.(\d{1,6})\.(\d{1,6})", output)
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def _interface(network: NetworkAttachment | None) -> told.Interface | None:
+    return told.Interface(network.tap, network.guest.mac) if network is not None else None
+
+
+def _tap_for(pid: int, network: NetworkAttachment | None) -> AbstractContextManager[None]:
+    if network is None:
+        return nullcontext()
+    return firecracker_tap.handed_over(network.fd, network.tap, pid)
+
+
+async def _answers(client: FirecrackerClient, ended: asyncio.Future[int]) -> None:
+    """Return as soon as the process answers. Raises Unavailable when it ends or hangs."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _LAUNCH_TIMEOUT_S
+    while True:
+        try:
+            await client.instance()
+        except Unavailable:
+            if ended.done() or loop.time() > until:
+                raise
+        else:
+            return
+        await asyncio.wait({ended}, timeout=_LOOK_AGAIN_S)
+
+
+async def _end(process: Started) -> None:
+    """End the process, if it does not end by itself now."""
+    await asyncio.wait({process.ended}, timeout=_LOOK_AGAIN_S)
+    if not process.ended.done():
+        os.kill(process.pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
+        await asyncio.wait({process.ended})
+
+
+def _with_log(error: Unavailable, ended: asyncio.Future[int], log: Log) -> Unavailable:
+    tail = log.tail()
+    how = how_it_ended(ended.result())
+    return Unavailable(
+        f"{error.message}; it {how}{': ' if tail else ''}{tail}; inspect {log.path}",
+        hint=error.hint,
+    )
+
+
+async def _grow(client: FirecrackerClient, disks: Sequence[Disk]) -> None:
+    """Have disks be as large as they are to be; the guest's driver is told of it."""
+    for disk in disks:
+        if disk.size_mib and disk.path.stat().st_size < disk.size_mib << 20:
+            await asyncio.to_thread(os.truncate, disk.path, disk.size_mib << 20)
+            path = told.disk_name(disk.name)
+            await client.tell(DriveUpdate(drive_id=disk.name, path_on_host=path))
+
+
+async def _dig_holes(memory: Path) -> None:
+    """Give back what is all zeros: Firecracker writes pages that the guest has never used, too."""
+    try:
+        await proc.run([_FALLOCATE, "--dig-holes", memory], timeout_s=_DIG_TIMEOUT_S)
+    except BangerError as error:  # not every file system can
+        get_logger().warning("memory not made sparse", path=str(memory), error=error.message)
+
+
+def _listener(path: Path) -> int:
+    """Who listens on a socket: the kernel keeps who it was that began to. Raises Unavailable."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        try:
+            connection.settimeout(_END_TIMEOUT_S)
+            connection.connect(str(path))
+            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+        except OSError as error:
+            raise Unavailable(f"Firecracker does not answer at {path}: {error}") from error
+    return int(_UCRED.unpack(peer)[0])

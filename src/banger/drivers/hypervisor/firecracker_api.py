@@ -1,0 +1,106 @@
+"""A conversation with one machine's Firecracker: HTTP on its Unix socket.
+
+httpx takes long to import: it is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from banger.base.errors import Unavailable
+from banger.drivers.hypervisor.firecracker_faults import error_of
+from banger.drivers.hypervisor.firecracker_requests import ANSWER_TIMEOUT_S, InstanceInfo, Request
+
+if TYPE_CHECKING:
+    import httpx
+
+_CONNECT_TIMEOUT_S = 5.0
+
+#: What it answers is short: none of this is as long.
+_ANSWER_MAX_BYTES = 1 << 20
+
+
+class _Fault(msgspec.Struct, frozen=True):
+    fault_message: str
+
+
+class FirecrackerClient:
+    """One conversation with one machine's Firecracker. Make one with `conversation`."""
+
+    def __init__(self, http: httpx.AsyncClient, socket: Path) -> None:
+        self._http = http
+        self._socket = socket
+
+    async def tell(self, request: Request) -> None:
+        """Returns when it is done. Raises what `error_of` makes of a refusal, Unavailable when
+        there is no answer in time or none that can be understood."""
+        body = msgspec.json.encode(request)
+        await self._send(request.method, request.path, request.timeout_s, body)
+
+    async def instance(self) -> InstanceInfo:
+        """What it says of itself and its machine. Raises as `tell`."""
+        answer = await self._send("GET", "/", ANSWER_TIMEOUT_S)
+        try:
+            return msgspec.json.decode(answer, type=InstanceInfo)
+        except msgspec.MsgspecError as error:
+            raise self._nonsense() from error
+
+    async def _send(
+        self, method: str, path: str, timeout_s: float, body: bytes | None = None
+    ) -> bytes:
+        import httpx
+
+        what = f"{method} {path}"
+        try:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._http.stream(method, path, content=body) as response,
+            ):
+                answer = bytearray()
+                async for piece in response.aiter_bytes():
+                    answer += piece
+                    if len(answer) > _ANSWER_MAX_BYTES:
+                        raise self._nonsense()
+        except TimeoutError as error:
+            raise Unavailable(
+                f"Firecracker hangs: it does not answer {what} within {timeout_s:g} s",
+                hint="end it: banger vm kill",
+            ) from error
+        except (httpx.HTTPError, OSError) as error:
+            why = str(error) or type(error).__name__
+            raise Unavailable(f"Firecracker does not answer at {self._socket}: {why}") from error
+        if response.is_success:
+            return bytes(answer)
+        try:
+            fault = msgspec.json.decode(bytes(answer), type=_Fault).fault_message
+        except msgspec.MsgspecError:
+            fault = f"status {response.status_code}"
+        raise error_of(what, fault)
+
+    def _nonsense(self) -> Unavailable:
+        return Unavailable(f"what answers at {self._socket} is not Firecracker")
+
+
+@asynccontextmanager
+async def conversation(socket: Path) -> AsyncIterator[FirecrackerClient]:
+    """One connection, for as long as the context is open, made with the first request."""
+    import httpx
+
+    timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)  # `_send` has the one of each request
+    # Its HTTP server knows the headers that follow, and of what to accept JSON alone.
+    headers = {"Accept": "application/json", "Content-Type": "application/json"}
+    async with httpx.AsyncClient(
+        transport=httpx.AsyncHTTPTransport(uds=os.fspath(socket)),
+        base_url="http://localhost",
+        headers=headers,
+        timeout=timeout,
+        trust_env=False,  # a proxy of the user's is none of its business
+    ) as http:
+        yield FirecrackerClient(http, socket)

@@ -1,0 +1,105 @@
+"""A tap that we have open, for Firecracker, which opens taps by their names.
+
+A tap goes with its descriptor, so that none is left of a machine that has ended, however it ended.
+It can be open once. So it is made to stay for a moment (TUNSETPERSIST, which whoever has it open
+may ask for), closed here, opened there, and made to go again, by the descriptor that the other
+process has, a copy of which the kernel gives to who may trace that process (pidfd_getfd(2), Linux
+5.6). A daemon that dies within the moment leaves a tap, which goes with its bridge.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from banger.base.errors import Unavailable
+
+_TUNSETIFF = 0x400454CA
+_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
+_TUNSETPERSIST = 0x400454CB
+_TUNSETOWNER = 0x400454CC
+#: The same on all architectures.
+_SYS_PIDFD_GETFD = 438
+_TUN = "/dev/net/tun"
+
+
+@contextmanager
+def handed_over(tap: int, name: str, pid: int) -> Iterator[None]:
+    """In the block the process `pid` is to open the tap `name`, of which `tap` is our descriptor.
+
+    That is closed in any case, and in any case the tap goes with its last descriptor afterwards.
+    Raises Unavailable when it cannot be handed over.
+    """
+    try:
+        fcntl.ioctl(tap, _TUNSETOWNER, os.getuid())
+        fcntl.ioctl(tap, _TUNSETPERSIST, 1)
+    except OSError as error:
+        raise Unavailable(f"the tap {name} cannot be handed over: {error.strerror}") from error
+    finally:
+        os.close(tap)
+    try:
+        yield
+    finally:
+        _let_go(pid, name)
+
+
+def _let_go(pid: int, name: str) -> None:
+    try:
+        try:
+            descriptor = _taken(pid, name)
+        except FileNotFoundError:  # the process is gone, or never had it
+            descriptor = _opened(name)
+        try:
+            fcntl.ioctl(descriptor, _TUNSETPERSIST, 0)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise Unavailable(f"the tap {name} would stay behind: {error.strerror}") from error
+
+
+def _opened(name: str) -> int:
+    descriptor = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
+        fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _taken(pid: int, name: str) -> int:
+    """A copy of the descriptor that the process has of a tap."""
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            if os.readlink(entry) == _TUN and _tap_of(pid, entry.name) == name:  # noqa: PTH115
+                return _copy_of(pid, int(entry.name))
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    raise FileNotFoundError(None, "it is not among its files")
+
+
+def _tap_of(pid: int, descriptor: str) -> str:
+    """proc_pid_fdinfo(5): a line ``iff:`` with the interface's name."""
+    for line in Path(f"/proc/{pid}/fdinfo/{descriptor}").read_text().splitlines():
+        key, _, value = line.partition(":")
+        if key == "iff":
+            return value.strip()
+    return ""
+
+
+def _copy_of(pid: int, descriptor: int) -> int:
+    libc = ctypes.CDLL(None, use_errno=True)
+    pidfd = os.pidfd_open(pid)
+    try:
+        copy = int(libc.syscall(_SYS_PIDFD_GETFD, pidfd, descriptor, 0))
+    finally:
+        os.close(pidfd)
+    if copy < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return copy

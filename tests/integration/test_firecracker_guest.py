@@ -1,0 +1,408 @@
+"""Machines by the Firecracker driver: real guests, under the stand-in and what it has underneath.
+
+Where Firecracker itself and a KVM that runs guests are there, the same tests run with those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+import shutil
+import struct
+import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+
+import firecrackers
+from banger.base import procfs
+from banger.base.errors import PreconditionFailed, Unavailable
+from banger.drivers.base import (
+    Capture,
+    Disk,
+    DiskFormat,
+    GuestNetwork,
+    Level,
+    Link,
+    Machine,
+    MachineStatus,
+    MemoryFile,
+    NetworkAttachment,
+    StateRefused,
+)
+from banger.drivers.hypervisor import kvm
+from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
+from banger.drivers.hypervisor.firecracker_place import Direct
+from banger.drivers.hypervisor.kvm import KvmProbe
+from banger.guest.binary import agent_binary
+from banger.guest.channel import AgentChannel, call
+from banger.guest.requests import Exec, Shutdown
+from banger.images.initramfs import build_initramfs
+from firecracker_schema import DESCRIPTION
+from static_busybox import static_busybox
+
+pytestmark = [
+    pytest.mark.guest,
+    pytest.mark.skipif(
+        not DESCRIPTION.exists(), reason=f"Firecracker's description is not at {DESCRIPTION}"
+    ),
+]
+
+VM_ID = "0123456789ab"
+_BOOT_S = 120.0
+_EXEC_S = 60.0
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What machines are made of, read only: a kernel of banger's, and a tiny root file system."""
+
+    vmlinux: Path
+    initramfs: Path
+    modules: Path
+    rootfs: Path
+    work: Path
+
+
+def kernel_directory(home: Path) -> Path:
+    (kernel,) = (home / "data/banger/kernels").glob("*/kernel.json")
+    return kernel.parent
+
+
+@pytest.fixture(scope="module")
+def kernel(image: str) -> Path:
+    return kernel_directory(Path(os.environ["HOME"]))
+
+
+@pytest.fixture(scope="module")
+def parts(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    made = tmp_path_factory.mktemp("parts")
+    tree = made / "tree"
+    (tree / "bin").mkdir(parents=True)
+    shutil.copy(static_busybox(), tree / "bin/busybox")
+    for name in ("sh", "cat", "mount", "grep", "ls", "ip", "sync"):
+        (tree / "bin" / name).symlink_to("busybox")
+    for disk, source in (("rootfs", tree), ("work", made / "nothing")):
+        source.mkdir(exist_ok=True)
+        argv: list[str | Path] = ["mke2fs", "-q", "-t", "ext4", "-d", source, made / disk, "32M"]
+        subprocess.run(argv, check=True, env=os.environ | {"PATH": os.environ["PATH"] + ":/sbin"})
+    initramfs = made / "initramfs"
+    build_initramfs(initramfs, agent=agent_binary("x86_64"), modules=kernel / "boot-modules")
+    return Parts(
+        kernel / "vmlinux", initramfs, kernel / "modules.ext4", made / "rootfs", made / "work"
+    )
+
+
+def _kinds() -> list[str]:
+    return ["stand-in", *(["real"] if firecrackers.real() else [])]
+
+
+@pytest.fixture(params=_kinds())
+async def hypervisor(request: pytest.FixtureRequest, tmp_path: Path) -> FirecrackerHypervisor:
+    if request.param == "stand-in":
+
+        async def emulated() -> KvmProbe:
+            return KvmProbe(True, "emulated")
+
+        program = firecrackers.stand_in(tmp_path)
+        return FirecrackerHypervisor(str(program), Direct(), emulated)
+    cache = Path(os.environ["HOME"]) / "probe.json"
+    answer = await kvm.probe(cache)
+    if not answer.usable:
+        pytest.skip(f"Firecracker is there, but {answer.detail}")
+    return FirecrackerHypervisor(str(firecrackers.real()), Direct(), lambda: kvm.probe(cache))
+
+
+@dataclass
+class Scene:
+    """Machines in directories of their own, ended with the test."""
+
+    hypervisor: FirecrackerHypervisor
+    parts: Parts
+    directory: Path
+    sockets: list[Path] = field(default_factory=list)
+
+    def machine(self, name: str, **changed: object) -> Machine:
+        """One with new disks."""
+        place = self.directory / name
+        place.mkdir()
+        for disk, source in (("system", self.parts.rootfs), ("work", self.parts.work)):
+            subprocess.run(["cp", "--sparse=always", source, place / disk], check=True)
+        self.sockets.append(place / "control.sock")
+        machine = Machine(
+            vm_id=f"{VM_ID}-{name}",
+            vcpu_count=1,
+            memory_mib=160,
+            kernel=self.parts.vmlinux,
+            initramfs=self.parts.initramfs,
+            kernel_parameters=("banger.init=minimal",),
+            disks=(
+                Disk("system", place / "system", DiskFormat.RAW),
+                Disk("work", place / "work", DiskFormat.RAW),
+                Disk("modules", self.parts.modules, DiskFormat.RAW, read_only=True),
+            ),
+            console_log=place / "console.log",
+            hypervisor_log=place / "hypervisor.log",
+            control_socket=place / "control.sock",
+            agent_socket=place / "agent.sock",
+        )
+        return replace(machine, **changed)  # type: ignore[arg-type]
+
+    @asynccontextmanager
+    async def agent(self, machine: Machine) -> AsyncIterator[AgentChannel]:
+        channel = await AgentChannel.connect(
+            machine.agent_socket,
+            timeout_s=_BOOT_S,
+            vsock_port=self.hypervisor.features.agent_vsock_port,
+        )
+        try:
+            yield channel
+        finally:
+            await channel.close()
+
+    async def run(self, machine: Machine, script: str) -> str:
+        """The output of a script in the guest."""
+        async with self.agent(machine) as channel:
+            result = await call(channel, Exec(["/bin/sh", "-c", script]), timeout_s=_EXEC_S)
+        assert result.exit.value == 0, result
+        return result.stdout.decode()
+
+
+@pytest.fixture
+async def scene(
+    hypervisor: FirecrackerHypervisor, parts: Parts, private_home: object
+) -> AsyncIterator[Scene]:
+    # Short: sockets go below it.
+    directory = Path(os.environ["HOME"]) / f"fc{os.urandom(3).hex()}"
+    directory.mkdir()
+    made = Scene(hypervisor, parts, directory)
+    yield made
+    for control_socket in made.sockets:
+        try:
+            await hypervisor.quit(control_socket)
+        except Unavailable:
+            continue
+    shutil.rmtree(directory)
+
+
+async def ends(pid: int) -> None:
+    """The process ends, and is reaped, within 10 s."""
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        assert await procfs.wait_exit(pidfd, 10)
+    finally:
+        os.close(pidfd)
+
+
+async def test_a_guest_boots_finds_its_disks_and_ends_by_itself(scene: Scene) -> None:
+    machine = scene.machine("a")
+    pid = await scene.hypervisor.launch(machine, None)
+    argv = procfs.command_line(pid)
+    assert scene.hypervisor.control_socket(argv) == machine.control_socket
+    mounts = await scene.run(machine, "mount")
+    assert "/dev/vda on / type ext4 (rw" in mounts
+    assert "/dev/vdb on /root type ext4 (rw" in mounts
+    assert "/dev/vdc on /lib/modules type ext4 (ro" in mounts
+    assert await scene.hypervisor.disks(machine.control_socket) == {
+        disk.name: disk.path for disk in machine.disks
+    }
+    async with scene.agent(machine) as channel:
+        await call(channel, Shutdown(), timeout_s=_EXEC_S)
+    await ends(pid)
+    with pytest.raises(Unavailable, match="does not answer"):
+        await scene.hypervisor.status(machine.control_socket)
+
+
+async def test_a_machine_is_held_let_run_on_and_ended(scene: Scene) -> None:
+    machine = scene.machine("a")
+    pid = await scene.hypervisor.launch(machine, None)
+    status = scene.hypervisor.status
+    assert await status(machine.control_socket) is MachineStatus.RUNNING
+    await scene.hypervisor.pause(machine.control_socket)
+    assert await status(machine.control_socket) is MachineStatus.PAUSED
+    await scene.hypervisor.resume(machine.control_socket)
+    assert await scene.run(machine, "echo hello") == "hello\n"
+    await scene.hypervisor.power_button(machine.control_socket)
+    await scene.hypervisor.quit(machine.control_socket)
+    await ends(pid)
+    with pytest.raises(Unavailable):
+        await scene.hypervisor.quit(machine.control_socket)
+
+
+async def test_a_new_client_takes_the_place_of_the_last(scene: Scene) -> None:
+    machine = scene.machine("a")
+    await scene.hypervisor.launch(machine, None)
+    async with scene.agent(machine) as first, await first.open(Exec(["/bin/cat"])):
+        assert await scene.run(machine, "echo second") == "second\n"
+        await asyncio.wait_for(first.wait_closed(), 10)
+    assert await scene.run(machine, "echo third") == "third\n"
+
+
+async def test_copies_of_a_saved_machine_go_on_with_disks_of_their_own(scene: Scene) -> None:
+    memory = scene.directory / "memory"
+    source = scene.machine("a", memory_file=MemoryFile(memory, private=False))
+    pid = await scene.hypervisor.launch(source, None)
+    await scene.run(source, "echo kept > /run/kept; echo disk > /root/kept; sync")
+    await scene.hypervisor.save(source, scene.directory / "state")
+    await scene.hypervisor.quit(source.control_socket)
+    await ends(pid)
+    assert memory.stat().st_size == source.memory_mib * MIB
+    assert memory.stat().st_blocks * 512 < memory.stat().st_size
+
+    for name in ("b", "c"):
+        copy = scene.machine(name, memory_file=MemoryFile(memory, private=True))
+        for disk in source.disks[:2]:
+            shutil.copy(disk.path, scene.directory / name / disk.name)
+        larger = tuple(replace(disk, size_mib=48) for disk in copy.disks[:2])
+        copy = replace(copy, disks=(*larger, copy.disks[2]))
+        assert await scene.hypervisor.shape(copy, None) == await scene.hypervisor.shape(
+            source, None
+        )
+        await scene.hypervisor.restore(copy, None, scene.directory / "state")
+        script = "cat /run/kept /root/kept; cat /sys/block/vdb/size"
+        assert await scene.run(copy, script) == f"kept\ndisk\n{48 * MIB // 512}\n"
+        await scene.run(copy, f"echo {name} > /root/mine; sync")
+    for name in ("b", "c"):
+        of_name = replace(source, agent_socket=scene.directory / name / "agent.sock")
+        assert await scene.run(of_name, "cat /root/mine") == f"{name}\n"
+
+
+async def test_a_machine_is_captured_while_it_runs(scene: Scene) -> None:
+    machine = scene.machine("a")
+    pid = await scene.hypervisor.launch(machine, None)
+    await scene.run(machine, "echo before > /run/when")
+    memory, state = scene.directory / "memory", scene.directory / "state"
+    copy = scene.machine("b", memory_file=MemoryFile(memory, private=True))
+
+    async def copy_disks() -> None:
+        assert await scene.hypervisor.status(machine.control_socket) is MachineStatus.PAUSED
+        for disk in machine.disks[:2]:
+            shutil.copy(disk.path, scene.directory / "b" / disk.name)
+
+    told: list[str] = []
+    capture = Capture(memory, state, {}, copy_disks)
+    paused_s = await scene.hypervisor.capture(machine.control_socket, pid, capture, told.append)
+    assert 0 < paused_s < 30
+    assert told == ["freeze"]
+    await scene.run(machine, "echo after > /run/when")
+    await scene.hypervisor.restore(copy, None, state)
+    assert await scene.run(copy, "cat /run/when") == "before\n"
+    assert await scene.run(machine, "cat /run/when") == "after\n"
+
+
+async def test_what_cannot_be_gone_on_from_is_refused_and_leaves_nothing(scene: Scene) -> None:
+    (scene.directory / "state").write_bytes(b"none" * 1000)
+    (scene.directory / "memory").write_bytes(bytes(MIB))
+    memory = MemoryFile(scene.directory / "memory", private=True)
+    machine = scene.machine("a", memory_file=memory)
+    with pytest.raises(StateRefused, match="the saved state") as caught:
+        await scene.hypervisor.restore(machine, None, scene.directory / "state")
+    assert "--cold" in caught.value.hint
+    assert not _firecrackers_of(scene.directory)
+
+
+async def test_a_machine_without_its_kernel_leaves_nothing(scene: Scene) -> None:
+    machine = scene.machine("a", kernel=scene.directory / "none")
+    with pytest.raises(PreconditionFailed, match="cannot open the kernel"):
+        await scene.hypervisor.launch(machine, None)
+    assert not _firecrackers_of(scene.directory)
+
+
+def _firecrackers_of(directory: Path) -> list[int]:
+    return [pid for pid, argv in procfs.own_processes() if str(directory) in " ".join(argv)]
+
+
+async def test_the_agent_is_reached_by_a_vsock(scene: Scene, tmp_path: Path) -> None:
+    """Under the real Firecracker all of these tests are of that; the stand-in has it here alone."""
+    if scene.hypervisor.program == str(tmp_path / "firecracker"):
+
+        async def emulated() -> KvmProbe:
+            return KvmProbe(True, "emulated")
+
+        program = firecrackers.stand_in(tmp_path, vsock=True)
+        scene.hypervisor = FirecrackerHypervisor(str(program), Direct(), emulated)
+    machine = scene.machine("a")
+    pid = await scene.hypervisor.launch(machine, None)
+    assert "vmw_vsock_virtio_transport" in await scene.run(machine, "cat /proc/modules")
+    async with scene.agent(machine) as first:
+        data = os.urandom(1 << 20)  # several windows of both sides
+        echoed = await call(
+            first, Exec(["/bin/cat"]), stdin=data, timeout_s=_EXEC_S, limit_bytes=2 << 20
+        )
+        assert echoed.stdout == data
+        assert await scene.run(machine, "echo second") == "second\n"
+        await asyncio.wait_for(first.wait_closed(), 10)
+    async with scene.agent(machine) as channel:
+        await call(channel, Shutdown(), timeout_s=_EXEC_S)
+    await ends(pid)
+
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root makes taps: run as root")
+
+
+def open_tap(name: str) -> int:
+    tap = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC)
+    flags = 0x2 | 0x1000 | 0x4000  # IFF_TAP, IFF_NO_PI, IFF_VNET_HDR
+    fcntl.ioctl(tap, 0x400454CA, struct.pack("16sH22x", name.encode(), flags))
+    return tap
+
+
+def attachment(tap: str) -> NetworkAttachment:
+    guest = GuestNetwork("02:00:00:00:00:07", "10.0.0.2/24", "10.0.0.1", "10.0.0.1")
+    return NetworkAttachment(guest, Link.TAP, fd=open_tap(tap), tap=tap)
+
+
+@needs_root
+async def test_a_tap_goes_with_its_machine(scene: Scene) -> None:
+    tap = f"bt{os.urandom(4).hex()}"
+    machine = scene.machine("a")
+    pid = await scene.hypervisor.launch(machine, attachment(tap))
+    assert "02:00:00:00:00:07" in await scene.run(machine, "ip link show eth0")
+    link = Path("/sys/class/net") / tap
+    assert link.exists()
+    await scene.hypervisor.quit(machine.control_socket)
+    await ends(pid)
+    await _gone(link)
+
+
+@needs_root
+async def test_a_tap_goes_when_a_machine_does_not_start(scene: Scene) -> None:
+    tap = f"bt{os.urandom(4).hex()}"
+    machine = scene.machine("a", kernel=scene.directory / "none")
+    with pytest.raises(PreconditionFailed):
+        await scene.hypervisor.launch(machine, attachment(tap))
+    await _gone(Path("/sys/class/net") / tap)
+
+
+async def _gone(link: Path) -> None:
+    """The kernel closes the files of a process that has ended in its own time."""
+    async with asyncio.timeout(10):
+        while link.exists():
+            await asyncio.sleep(0.02)
+
+
+async def test_the_host_is_asked_for_what_it_needs(scene: Scene, tmp_path: Path) -> None:
+    assert [each.level for each in await scene.hypervisor.checks()][:2] == [Level.OK, Level.OK]
+
+    async def none() -> KvmProbe:
+        return KvmProbe(False, "/dev/kvm is not there")
+
+    program = firecrackers.stand_in(tmp_path)
+    without = await FirecrackerHypervisor(str(program), Direct(), none).checks()
+    assert [each.level for each in without][:2] == [Level.OK, Level.FAIL]
+    missing = await FirecrackerHypervisor("/nowhere/firecracker", Direct(), none).checks()
+    assert missing[0].level is Level.FAIL
+    assert "firecracker_bin" in missing[0].hint
+    old = tmp_path / "firecracker-old"
+    old.write_text("#!/bin/sh\necho Firecracker v1.4.0\n")
+    old.chmod(0o755)
+    outdated = await FirecrackerHypervisor(str(old), Direct(), none).checks()
+    assert "v1.4.0, which banger has not been made for" in outdated[0].detail
