@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import subprocess
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from banger.base.errors import PreconditionFailed
 from banger.base.extents import can_clone, makes_clones
-from banger.base.proc import ProcessFailed
 from banger.drivers.base import Level
+from banger.drivers.storage import reflink
 from banger.drivers.storage.reflink import ReflinkStorage
 from banger.services.artifacts import allocated_bytes
 
@@ -97,9 +101,41 @@ async def test_a_full_disk_fails_the_copy_and_leaves_nothing(mounted: tuple[str,
     if kind != "ext4":
         return  # clones take no room
     base = base_of(where, 200)
-    with pytest.raises(ProcessFailed, match="No space left"):
+    with pytest.raises(PreconditionFailed, match="No space left") as caught:
         await ReflinkStorage(where).create_overlay(base, where / "system.raw", 1)
+    assert "free space" in caught.value.hint
     assert sorted(each.name for each in where.iterdir()) == ["lost+found", "rootfs.ext4"]
+
+
+async def test_what_is_missing_is_named(tmp_path: Path) -> None:
+    storage, base = ReflinkStorage(tmp_path), base_of(tmp_path, 1)
+    with pytest.raises(PreconditionFailed, match="rootfs is missing: the disk needs it"):
+        await storage.create_overlay(tmp_path / "rootfs", tmp_path / "system.raw", 1)
+    with pytest.raises(PreconditionFailed, match=r"to .*/gone: No such file"):
+        await storage.create_overlay(base, tmp_path / "gone/system.raw", 1)
+
+
+async def test_a_copy_that_nobody_wants_any_more_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, cloned = threading.Event(), reflink._cloned
+
+    def slow(source: Path, target: Path) -> bool:
+        begun.set()
+        time.sleep(0.2)
+        return cloned(source, target)
+
+    monkeypatch.setattr(reflink, "_cloned", slow)
+    base = base_of(tmp_path, 1)
+    making = asyncio.create_task(
+        ReflinkStorage(tmp_path).create_overlay(base, tmp_path / "system.raw", 1)
+    )
+    await asyncio.to_thread(begun.wait)
+    making.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await making
+    await asyncio.sleep(0.4)
+    assert [each.name for each in tmp_path.iterdir()] == ["rootfs.ext4"]
 
 
 async def test_from_another_file_system_it_is_a_copy(

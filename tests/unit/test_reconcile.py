@@ -9,7 +9,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from banger.base.errors import PreconditionFailed
 from banger.base.model import ProcessId, VmState
+from fakes import Hypervisor
 from records import a_vm
 from world import World, made_world
 
@@ -39,6 +41,25 @@ async def test_a_vm_that_runs_is_kept_reachable_and_watched(world: World) -> Non
         while (await following.store.vms())[0].runtime.state is not VmState.STOPPED:
             await asyncio.sleep(0.005)
     await following.close()
+
+
+async def test_nothing_is_done_while_another_hypervisor_runs_machines(world: World) -> None:
+    """It would take them for gone, and start them once more on the same disks."""
+    vm = await world.create()
+    await world.close()
+    earlier = Hypervisor(world.processes, world.agent)
+    earlier.name = "another"
+    changed = World(world.paths, world.processes, world.agent, world.store, earlier=earlier)
+    changed.hypervisor.control_socket = lambda argv: None  # type: ignore[method-assign]
+    with pytest.raises(PreconditionFailed, match=r"^another runs box, and ") as caught:
+        await changed.reconcile()
+    assert caught.value.hint.startswith('set hypervisor = "another" again')
+    assert await changed.store.vms() == [vm]
+    world.processes.end(world.liveness.pid(vm))
+    await changed.reconcile()
+    (stopped,) = await changed.store.vms()
+    assert stopped.runtime.state is VmState.STOPPED
+    await changed.close()
 
 
 async def test_it_can_be_deleted_without_leaving_anything(world: World) -> None:

@@ -47,7 +47,9 @@ class World(Parts):
         standby_limit: int = 0,
         forward_ports: bool = False,
         layered: bool = True,
+        earlier: Hypervisor | None = None,
     ) -> None:
+        """`earlier` is the hypervisor that was configured before this one."""
         self.processes = processes
         self.agent = agent
         self.hypervisor = Hypervisor(processes, agent)
@@ -65,6 +67,7 @@ class World(Parts):
                 self.hypervisor,
                 self.storage,
                 Networks(NetworkMode.USER, {NetworkMode.USER: self.network}),
+                (earlier,) if earlier is not None else (),
             ),
             Addresses({}),
             store,

@@ -157,7 +157,10 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
     )
     reverse = [LOOPBACK_NETWORK, bridge.network]
     drivers = Drivers(
-        hypervisor=selection.hypervisor, storage=selection.storage, networks=selection.networks
+        hypervisor=selection.hypervisor,
+        storage=selection.storage,
+        networks=selection.networks,
+        others=selection.other_hypervisors,
     )
     store = await Store.open(paths.database)
     try:

@@ -250,6 +250,7 @@ class Parts:
             kernels=self.kernels,
             templates=self.templates,
             hypervisor=self.drivers.hypervisor,
+            others=self.drivers.others,
             layers=self.layers,
             snapshots=self.snapshots,
         ).run()

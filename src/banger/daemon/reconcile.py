@@ -9,11 +9,11 @@ ours is ever without one, unless somebody moved the database away, and then it i
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from banger.base import procfs
-from banger.base.errors import BangerError
+from banger.base.errors import BangerError, PreconditionFailed
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
@@ -46,6 +46,7 @@ class Reconciler:
         kernels: KernelService,
         templates: TemplateService,
         hypervisor: Hypervisor,
+        others: Sequence[Hypervisor],
         layers: DiskLayers,
         snapshots: SnapshotService,
     ) -> None:
@@ -59,14 +60,20 @@ class Reconciler:
         self._kernels = kernels
         self._templates = templates
         self._hypervisor = hypervisor
+        self._others = others
         self._layers = layers
         self._snapshots = snapshots
 
     async def run(self) -> None:
-        """One pass over /proc, then each VM. A VM that cannot be reconciled stops nothing."""
+        """One pass over /proc, then each VM. A VM that cannot be reconciled stops nothing.
+
+        Raises PreconditionFailed, with nothing done, while another hypervisor runs any.
+        """
         with OperationLog("reconcile") as log:
-            machines = self._liveness.machines(procfs.own_processes())
+            processes = list(procfs.own_processes())
+            machines = self._liveness.machines(processes)
             records = await self._store.vms()
+            self._check_hypervisor(processes, {vm.id: vm.name for vm in records})
             log.stage("vms", f"{len(records)} records")
             found = [
                 (vm, alive) for vm in records if (alive := self._alive(vm, machines)) is not None
@@ -89,6 +96,24 @@ class Reconciler:
             await self._templates.remove_leftovers(machines.items())
             await self._snapshots.remove_leftovers()
             shutil.rmtree(self._paths.scratch_dir, ignore_errors=True)
+
+    def _check_hypervisor(
+        self, processes: Sequence[tuple[int, tuple[str, ...]]], names: Mapping[str, str]
+    ) -> None:
+        """Machines of another hypervisor would be taken for gone, and run on beside their next."""
+        for other in self._others:
+            sockets = [other.control_socket(argv) for _, argv in processes]
+            ours = [
+                socket.parent.name
+                for socket in sockets
+                if socket is not None and socket.parent.parent == self._paths.vms_runtime_dir
+            ]
+            if ours:
+                vms = ", ".join(sorted(names.get(vm_id, vm_id) for vm_id in ours))
+                raise PreconditionFailed(
+                    f"{other.name} runs {vms}, and {self._hypervisor.name} is configured",
+                    hint=f'set hypervisor = "{other.name}" again, stop them, then change it',
+                )
 
     def _alive(self, vm: Vm, machines: Mapping[Path, int]) -> bool | None:
         """Whether the VM's machine runs; None when that cannot be dealt with."""

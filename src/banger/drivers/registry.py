@@ -47,6 +47,8 @@ class Selection:
     """The drivers in use."""
 
     hypervisor: Hypervisor
+    #: All others that there are.
+    other_hypervisors: tuple[Hypervisor, ...]
     storage: Storage
     networks: Networks
     choices: tuple[Choice, ...]
@@ -118,15 +120,18 @@ def select(
     make_hypervisor, why_hypervisor = _pick("hypervisor", hypervisor, _HYPERVISORS)
     if accelerator not in (AUTO, *_ACCELERATORS):
         raise _unknown("accelerator", accelerator, _ACCELERATORS)
-    chosen = make_hypervisor(HypervisorSettings(accelerator, probe_cache, firecracker_bin))
+    settings = HypervisorSettings(accelerator, probe_cache, firecracker_bin)
+    chosen = make_hypervisor(settings)
     disks, why_storage = _storage_choice(storage, chosen, vms_dir)
     networks: dict[NetworkMode, Network] = {
         NetworkMode.BRIDGE: BridgeNetwork(host, bridge, names, pool_size=tap_pool_size),
         NetworkMode.USER: PasstNetwork(bridge.network),
     }
     why_network = _network_choice(network, chosen, networks, host)
+    others = [make for make in _HYPERVISORS.values() if make is not make_hypervisor]
     return Selection(
         hypervisor=chosen,
+        other_hypervisors=tuple(make(settings) for make in others),
         storage=disks,
         networks=Networks(default=NetworkMode(why_network.name), by_mode=networks),
         choices=(why_hypervisor, why_storage, why_network),

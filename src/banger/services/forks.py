@@ -107,7 +107,7 @@ class ForkService:
             names = await self._free_names(prefix or f"{vm.name}-fork", count)
             files.callback(self._reserved.difference_update, names)
             snapshot, staging = await files.enter_async_context(
-                self._snapshots.taken(vm, vm.name, progress)
+                self._snapshots.taken(vm, vm.name, progress, forks=count)
             )
         return msgspec.structs.replace(snapshot, directory=str(staging.path)), names
 

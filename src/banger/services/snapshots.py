@@ -105,16 +105,18 @@ class SnapshotService:
 
     @asynccontextmanager
     async def taken(
-        self, vm: Vm, name: str, stages: Stages
+        self, vm: Vm, name: str, stages: Stages, *, forks: int = 0
     ) -> AsyncIterator[tuple[Snapshot, Staging]]:
         """A snapshot with its files in a staging directory, which goes unless it is published.
 
-        With the VM's lock held, which the block needs no more.
+        With the VM's lock held, which the block needs no more. So many `forks` are to be made of
+        it: there is room for them, too.
         """
         running = self._check_state(vm)
         vm = await self._layers.settle(vm)
         memory_mib = vm.spec.memory_mib if running else 0
         room_bytes = 0 if self._storage.layering else await asyncio.to_thread(self._room_bytes, vm)
+        room_bytes *= 1 + forks
         require([check_room_for_memory(self._paths.vms_dir, memory_mib, room_bytes)])
         await self._layers.bound(vm, stages)
         snapshot_id = new_id()

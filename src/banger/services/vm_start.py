@@ -70,6 +70,8 @@ class Drivers:
     hypervisor: Hypervisor
     storage: Storage
     networks: Networks
+    #: Hypervisors that may have been configured before.
+    others: tuple[Hypervisor, ...] = ()
 
 
 class GuestLost(BangerError):

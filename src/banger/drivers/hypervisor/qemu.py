@@ -12,8 +12,9 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,6 +71,8 @@ _CPUINFO = Path("/proc/cpuinfo")
 _SAVE_TIMEOUT_S = 60.0
 #: Gigabytes of memory are copied, gigabytes of disk in the other case.
 _CAPTURE_TIMEOUT_S = 600.0
+#: As long as two disks may take where they are copied.
+_CAPTURE_AND_COPY_TIMEOUT_S = 7800.0
 _COLLAPSE_TIMEOUT_S = 3600.0
 
 
@@ -196,7 +199,8 @@ class QemuHypervisor:
         self, control_socket: Path, pid: int, capture: Capture, stages: Callable[[str], None]
     ) -> float:
         """See `Hypervisor.capture`."""
-        async with conversation(control_socket, _CAPTURE_TIMEOUT_S) as client:
+        timeout_s = _CAPTURE_TIMEOUT_S if capture.at_rest is None else _CAPTURE_AND_COPY_TIMEOUT_S
+        async with conversation(control_socket, timeout_s) as client:
             memory = await find_memory(client, pid)
             with copying(memory, capture.memory) as copy:
                 stages("memory")
@@ -204,7 +208,28 @@ class QemuHypervisor:
                 actions = await add_overlays(client, capture.overlays)
                 stages("freeze")
                 # The machine is not left paused by a cancellation.
-                return await to_its_end(self._freeze(client, copy, capture, actions))
+                freezing = partial(self._freeze, client, copy, capture, actions)
+                if capture.at_rest is None:
+                    return await to_its_end(freezing())
+                return await self._copied_at_rest(client, capture.at_rest, freezing)
+
+    async def _copied_at_rest(
+        self,
+        client: QMPClient,
+        at_rest: Callable[[], Awaitable[None]],
+        freezing: Callable[[], Coroutine[Any, Any, float]],
+    ) -> float:
+        """The seconds from when it was paused for its disks to be copied. That may take long, and
+        can be cancelled."""
+        began = time.monotonic()
+        try:
+            await _stop(client)
+            await at_rest()
+            await to_its_end(freezing())
+        except BaseException:
+            await to_its_end(_go_on(client))
+            raise
+        return time.monotonic() - began
 
     async def _freeze(
         self,
@@ -214,13 +239,8 @@ class QemuHypervisor:
         actions: list[dict[str, Any]],
     ) -> float:
         frozen, began = False, time.monotonic()
-        await client.execute("stop")
         try:
-            status = cast("dict[str, object]", await client.execute("query-status"))
-            if status.get("status") != "paused":  # a full disk holds it in the middle of a write
-                raise Unavailable(f"its machine is {status.get('status')}")
-            if capture.at_rest is not None:
-                await capture.at_rest()
+            await _stop(client)
             await asyncio.to_thread(copy.at_rest)
             state = {"filename": str(capture.state), "live": False}
             await client.execute("xen-save-devices-state", state)
@@ -229,7 +249,7 @@ class QemuHypervisor:
             frozen = True
         finally:
             if capture.runs_on or not frozen:
-                await client.execute("cont")
+                await _go_on(client)
             paused_s = time.monotonic() - began
             if not frozen:
                 await drop_overlays(client, actions)
@@ -297,6 +317,18 @@ class QemuHypervisor:
     def control_socket(self, argv: tuple[str, ...]) -> Path | None:
         """See `Hypervisor.control_socket`."""
         return control_socket_in(argv)
+
+
+async def _stop(client: QMPClient) -> None:
+    """Pause the machine, with nothing on its way to its disks. Idempotent."""
+    await client.execute("stop")
+    status = cast("dict[str, object]", await client.execute("query-status"))
+    if status.get("status") != "paused":  # a full disk holds it in the middle of a write
+        raise Unavailable(f"its machine is {status.get('status')}")
+
+
+async def _go_on(client: QMPClient) -> None:
+    await client.execute("cont")
 
 
 def tsc_khz() -> int:

@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from banger.base import proc
+from banger.base.cancellation import to_its_end
 from banger.base.errors import PreconditionFailed
 from banger.base.extents import can_clone, clone, makes_clones, own_bytes
 from banger.drivers.base import Check, DiskFormat, Level
@@ -99,18 +100,24 @@ class ReflinkStorage:
 async def _copy(source: Path, target: Path, least_mib: int = 0) -> None:
     """A file like `source`, of at least that size, in the place of `target`, whole or not at all.
 
-    Raises PreconditionFailed when there is no `source`, ProcessFailed when cp fails, OSError when a
-    clone does.
+    Raises PreconditionFailed when there is no `source`, or no room.
     """
+    if not await asyncio.to_thread(source.exists):
+        raise PreconditionFailed(f"{source} is missing: the disk needs it")
     unfinished = target.with_name(f"{target.name}.unfinished")
     try:
-        if not await asyncio.to_thread(_cloned, source, unfinished):
+        # A thread goes on when its caller is cancelled: it would make the file once more.
+        if not await to_its_end(asyncio.to_thread(_cloned, source, unfinished)):
             await proc.run(copy_argv(source, unfinished), timeout_s=_COPY_TIMEOUT_S)
         if unfinished.stat().st_size < least_mib * _MIB:
             os.truncate(unfinished, least_mib * _MIB)
         unfinished.replace(target)
-    except FileNotFoundError as error:
-        raise PreconditionFailed(f"{source} is missing: the disk needs it") from error
+    except (OSError, proc.ProcessFailed) as error:
+        why = error.strerror if isinstance(error, OSError) else error.message
+        raise PreconditionFailed(
+            f"{source} cannot be copied to {target.parent}: {why}",
+            hint="see that the disk has free space",
+        ) from error
     finally:
         unfinished.unlink(missing_ok=True)
 
