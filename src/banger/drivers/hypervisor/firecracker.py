@@ -231,25 +231,26 @@ class FirecrackerHypervisor:
             raise Unavailable("Firecracker's disks have no layers")
         async with conversation(control_socket) as client:
             stages("freeze")
-            # The machine is not left paused by a cancellation.
-            paused_s = await to_its_end(self._freeze(client, control_socket, capture))
+            frozen, began = False, time.monotonic()
+            try:
+                # One request at a time: the machine could not be let run on while it is written.
+                await to_its_end(self._paused(client, control_socket, capture))
+                if capture.at_rest is not None:
+                    await capture.at_rest()
+                frozen = True
+            finally:
+                if capture.runs_on or not frozen:
+                    # The machine is not left paused by a cancellation.
+                    await to_its_end(client.tell(SetState(state=VmState.RESUMED)))
+            paused_s = time.monotonic() - began
         await _dig_holes(capture.memory)
         return paused_s
 
-    async def _freeze(
+    async def _paused(
         self, client: FirecrackerClient, control_socket: Path, capture: Capture
-    ) -> float:
-        frozen, began = False, time.monotonic()
+    ) -> None:
         await client.tell(SetState(state=VmState.PAUSED))
-        try:
-            await self._write(client, control_socket, capture.state, capture.memory)
-            if capture.at_rest is not None:
-                await capture.at_rest()
-            frozen = True
-        finally:
-            if capture.runs_on or not frozen:
-                await client.tell(SetState(state=VmState.RESUMED))
-        return time.monotonic() - began
+        await self._write(client, control_socket, capture.state, capture.memory)
 
     async def _write(
         self, client: FirecrackerClient, control_socket: Path, state: Path, memory: Path
