@@ -80,7 +80,7 @@ class Direct:
     def checks(self) -> list[Check]:
         """That there is no jail."""
         detail = "Firecracker runs as the daemon's own user, without its jailer"
-        hint = "set jailer_enabled = true, unless to look for an error"
+        hint = "who breaks out of a machine is that user: run banger as one of its own"
         return [Check("jailer", Level.WARN, detail, hint)]
 
     async def start(self, program: str, machine: Machine, lent: Mapping[str, Lent]) -> Started:
