@@ -382,6 +382,19 @@ async def test_a_tap_goes_when_a_machine_does_not_start(scene: Scene) -> None:
     await _gone(Path("/sys/class/net") / tap)
 
 
+@needs_root
+async def test_a_tap_goes_when_its_process_ends_by_itself(scene: Scene) -> None:
+    """And what is told is why that was, not what became of the tap."""
+    tap = f"bt{os.urandom(4).hex()}"
+    memory, state = scene.directory / "memory", scene.directory / "state"
+    memory.write_bytes(bytes(1 << 20))
+    state.write_bytes(b"nothing that was ever saved")
+    machine = scene.machine("a", memory_file=MemoryFile(memory, private=True))
+    with pytest.raises(StateRefused):
+        await scene.hypervisor.restore(machine, attachment(tap), state)
+    await _gone(Path("/sys/class/net") / tap)
+
+
 async def _gone(link: Path) -> None:
     """The kernel closes the files of a process that has ended in its own time."""
     async with asyncio.timeout(10):
@@ -401,8 +414,13 @@ async def test_the_host_is_asked_for_what_it_needs(scene: Scene, tmp_path: Path)
     missing = await FirecrackerHypervisor("/nowhere/firecracker", Direct(), none).checks()
     assert missing[0].level is Level.FAIL
     assert "firecracker_bin" in missing[0].hint
-    old = tmp_path / "firecracker-old"
-    old.write_text("#!/bin/sh\necho Firecracker v1.4.0\n")
-    old.chmod(0o755)
-    outdated = await FirecrackerHypervisor(str(old), Direct(), none).checks()
-    assert "v1.4.0, which banger has not been made for" in outdated[0].detail
+    for version in ("1.4.0", "1.16.0", "1.17.0"):
+        other = tmp_path / f"firecracker-{version}"
+        other.write_text(f"#!/bin/sh\necho Firecracker v{version}\n")
+        other.chmod(0o755)
+        (check, *_) = await FirecrackerHypervisor(str(other), Direct(), none).checks()
+        assert f"v{version}, which banger has not been made for" in check.detail
+    # Its machines would not be found again.
+    called = program.rename(tmp_path / "fc")
+    (check, *_) = await FirecrackerHypervisor(str(called), Direct(), none).checks()
+    assert "is not called firecracker" in check.detail

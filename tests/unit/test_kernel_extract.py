@@ -228,6 +228,32 @@ def test_compressed_modules_are_refused(tmp_path: Path) -> None:
     assert caught.value.hint == "unpack them: unxz or unzstd, then depmod"
 
 
+_VSOCK = """\
+kernel/net/vmw_vsock/vmw_vsock_virtio_transport.ko: kernel/net/vmw_vsock/vsock.ko
+kernel/net/vmw_vsock/vsock.ko:
+"""
+
+
+@pytest.mark.parametrize(
+    ("vsock", "found"),
+    [
+        (_VSOCK, ["vsock", "vmw_vsock_virtio_transport"]),
+        (_VSOCK.replace("transport.ko", "transport.ko.zst"), []),
+        (
+            _VSOCK.replace("vsock.ko:", "vsock.ko.zst:").replace("/vsock.ko\n", "/vsock.ko.zst\n"),
+            [],
+        ),
+        (_VSOCK.partition("\n")[0] + "\n", []),
+    ],
+    ids=["whole", "compressed", "what it needs is compressed", "damaged"],
+)
+def test_a_vsock_is_taken_where_it_can_be_had(tmp_path: Path, vsock: str, found: list[str]) -> None:
+    """A kernel without it is as good as before, for all but Firecracker."""
+    builtin = "virtio_mmio.ko virtio_console.ko"
+    order = boot_module_order(_modules(tmp_path, _DEP + vsock, builtin))
+    assert [module_name(file) for file in order][11:] == found
+
+
 def _chain(length: int) -> str:
     """failover needs x0, which needs x1 …: what depmod says in one line."""
     names = ["kernel/failover.ko", *(f"kernel/x{number}.ko" for number in range(length))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,15 @@ async def test_one_is_ready_after_a_start_paused_and_nobodys(world: World) -> No
     assert _HOSTNAME not in setup
     assert setup[_MACHINE_ID] != world.agent.setups[0][_MACHINE_ID]
     assert world.agent.opened[-2:] == [requests.Exec.KIND] * 2
+
+
+async def test_there_is_none_where_a_machine_does_not_bear_being_held(world: World) -> None:
+    features = replace(world.hypervisor.features, holds_well=False)
+    world.hypervisor.features = features
+    await world.create("a")
+    await asyncio.sleep(0.05)
+    assert world.standbys._keeper is None
+    assert world.standbys.count == 0
 
 
 async def test_the_next_vm_takes_it_over_and_another_is_made(world: World) -> None:

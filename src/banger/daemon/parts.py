@@ -134,6 +134,7 @@ class Parts:
             vms=self.vms,
             liveness=self.liveness,
             layers=self.layers,
+            agents=self.agents,
         )
         self.suspension = Suspension(
             paths, drivers.hypervisor, self.vms, self.liveness, self.snapshots

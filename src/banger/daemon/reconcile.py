@@ -101,12 +101,13 @@ class Reconciler:
         self, processes: Sequence[tuple[int, tuple[str, ...]]], names: Mapping[str, str]
     ) -> None:
         """Machines of another hypervisor would be taken for gone, and run on beside their next."""
+        places = (self._paths.vms_runtime_dir, self._paths.templates_runtime_dir)
         for other in self._others:
             sockets = [other.control_socket(argv) for _, argv in processes]
             ours = [
                 socket.parent.name
                 for socket in sockets
-                if socket is not None and socket.parent.parent == self._paths.vms_runtime_dir
+                if socket is not None and socket.parent.parent in places
             ]
             if ours:
                 vms = ", ".join(sorted(names.get(vm_id, vm_id) for vm_id in ours))

@@ -169,6 +169,8 @@ class HypervisorFeatures:
     #: Where the guest's agent listens: `Machine.agent_socket` is then one of `guest.vsock`. 0: the
     #: socket leads to the agent itself.
     agent_vsock_port: int = 0
+    #: Whether a machine that was held is as it was when it runs on: its agent, too.
+    holds_well: bool = True
 
 
 class StateRefused(Unavailable):

@@ -138,7 +138,7 @@ def take_boot_modules(modules: Path, order: list[str], dest: Path) -> None:
 
 
 def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -> list[str]:
-    """The files of `BOOT_MODULES`, `VSOCK_MODULE` where there is one, and all they depend on,
+    """The files of `BOOT_MODULES`, of `VSOCK_MODULE` where that can be had, and all they depend on,
     relative to `modules`, in load order.
 
     What is built into the kernel, by ``modules.builtin`` or `built_in`, is left out. Raises
@@ -173,8 +173,6 @@ def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -
                 f"kernel {modules.name} has no module {name}",
                 hint="guests reach their disks, network and agent by virtio",
             )
-    if VSOCK_MODULE in by_name:
-        add(by_name[VSOCK_MODULE])
     check_boot_modules(len(order), 0)
     compressed = [file for file in order if not file.endswith(".ko")]
     if compressed:
@@ -182,7 +180,14 @@ def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -
             f"kernel {modules.name} has compressed modules: {compressed[0]}",
             hint="unpack them: unxz or unzstd, then depmod",
         )
-    return list(order)
+    needed = list(order)
+    try:
+        if VSOCK_MODULE in by_name:
+            add(by_name[VSOCK_MODULE])
+        check_boot_modules(len(order), 0)
+    except PreconditionFailed:  # nobody misses it but who chooses Firecracker
+        return needed
+    return list(order) if all(file.endswith(".ko") for file in order) else needed
 
 
 def built_in_modules(modules: Path) -> frozenset[str]:

@@ -29,6 +29,7 @@ from banger.base.model import Snapshot, Vm, VmState, check_vm_name, now
 from banger.base.paths import Paths
 from banger.drivers.base import Capture, Hypervisor, MachineStatus, Networks, Storage
 from banger.services import artifacts
+from banger.services.agents import Agents
 from banger.services.artifacts import (
     Staging,
     allocated_bytes,
@@ -68,6 +69,7 @@ class SnapshotService:
         vms: VmService,
         liveness: Liveness,
         layers: DiskLayers,
+        agents: Agents,
     ) -> None:
         self._paths = paths
         self._store = store
@@ -80,6 +82,7 @@ class SnapshotService:
         self._vms = vms
         self._liveness = liveness
         self._layers = layers
+        self._agents = agents
         self._users: Counter[str] = Counter()
 
     # Taking one.
@@ -177,6 +180,9 @@ class SnapshotService:
             try:
                 pid = self._liveness.pid(vm)
                 paused_s = await self._hypervisor.capture(socket, pid, capture, stages.stage)
+                if self._hypervisor.features.agent_vsock_port:
+                    # A vsock is reset in the guest when it is saved, and nobody tells this side.
+                    await self._agents.drop(vm.id)
             except OSError as error:
                 raise Unavailable(
                     f'the memory of vm "{vm.name}" cannot be copied: {error.strerror or error}',

@@ -127,6 +127,8 @@ class Standbys:
         """Have one ready soon for the next start like this one, unless one waits or is made."""
         if self._closed or not self._limit or self._keeper is not None:
             return
+        if not self._hypervisor.features.holds_well:
+            return
         if any(standby.key == template.key for standby in self._waiting):
             return
         self._keeper = asyncio.create_task(self._keep(start, template, restore))

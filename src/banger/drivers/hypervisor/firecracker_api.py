@@ -70,8 +70,8 @@ class FirecrackerClient:
                         raise self._nonsense()
         except TimeoutError as error:
             raise Unavailable(
-                f"Firecracker hangs: it does not answer {what} within {timeout_s:g} s",
-                hint="end it: banger vm kill",
+                f"Firecracker does not answer {what} within {timeout_s:g} s: it hangs, or is still"
+                " writing a snapshot",
             ) from error
         except (httpx.HTTPError, OSError) as error:
             why = str(error) or type(error).__name__

@@ -120,12 +120,17 @@ class Direct:
     def control_socket(self, argv: tuple[str, ...]) -> Path | None:
         """See `Place.control_socket`: in a command line of `firecracker_argv`. Releases are
         installed under names that begin so."""
-        if not argv or not argv[0].rpartition("/")[2].startswith("firecracker"):
+        if not argv or not is_firecracker(argv[0]):
             return None
         for option, value in itertools.pairwise(argv):
             if option == "--api-sock":
                 return Path(value)
         return None
+
+
+def is_firecracker(program: str) -> bool:
+    """Whether a program is called so. Releases are installed under names that begin so."""
+    return program.rpartition("/")[2].startswith("firecracker")
 
 
 def firecracker_argv(program: str, machine_id: str, socket: str, log: str) -> tuple[str, ...]:

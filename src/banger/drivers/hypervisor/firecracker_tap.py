@@ -13,11 +13,10 @@ import ctypes
 import fcntl
 import os
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from banger.base.errors import Unavailable
+from banger.base.log import get_logger
 
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
@@ -26,15 +25,12 @@ _TUNSETOWNER = 0x400454CC
 #: The same on all architectures.
 _SYS_PIDFD_GETFD = 438
 _TUN = "/dev/net/tun"
+_LINKS = Path("/sys/class/net")
 
 
-@contextmanager
-def handed_over(tap: int, name: str, pid: int) -> Iterator[None]:
-    """In the block the process `pid` is to open the tap `name`, of which `tap` is our descriptor.
-
-    That is closed in any case, and in any case the tap goes with its last descriptor afterwards.
-    Raises Unavailable when it cannot be handed over.
-    """
+def lend(tap: int, name: str) -> None:
+    """Have a process be able to open the tap `name`, of which `tap` is our descriptor. That is
+    closed in any case. Raises Unavailable when it cannot be."""
     try:
         fcntl.ioctl(tap, _TUNSETOWNER, os.getuid())
         fcntl.ioctl(tap, _TUNSETPERSIST, 1)
@@ -42,24 +38,31 @@ def handed_over(tap: int, name: str, pid: int) -> Iterator[None]:
         raise Unavailable(f"the tap {name} cannot be handed over: {error.strerror}") from error
     finally:
         os.close(tap)
-    try:
-        yield
-    finally:
-        _let_go(pid, name)
 
 
-def _let_go(pid: int, name: str) -> None:
+def let_go(name: str, pid: int) -> None:
+    """The process has opened it: have it go with that. Raises Unavailable when it would stay."""
     try:
-        try:
-            descriptor = _taken(pid, name)
-        except FileNotFoundError:  # the process is gone, or never had it
-            descriptor = _opened(name)
-        try:
-            fcntl.ioctl(descriptor, _TUNSETPERSIST, 0)
-        finally:
-            os.close(descriptor)
+        _make_transient(_taken(pid, name))
     except OSError as error:
         raise Unavailable(f"the tap {name} would stay behind: {error.strerror}") from error
+
+
+def take_back(name: str) -> None:
+    """Have it go, for nobody has it open any more: the process it was lent to has ended."""
+    if not (_LINKS / name).exists():
+        return
+    try:
+        _make_transient(_opened(name))
+    except OSError as error:  # it goes with its bridge
+        get_logger().error("a tap stays behind", tap=name, error=error.strerror)
+
+
+def _make_transient(descriptor: int) -> None:
+    try:
+        fcntl.ioctl(descriptor, _TUNSETPERSIST, 0)
+    finally:
+        os.close(descriptor)
 
 
 def _opened(name: str) -> int:
