@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from contextlib import closing
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from banger.base.errors import PreconditionFailed
 from banger.base.model import check_vm_name
 from banger.drivers.base import Check, Level
 from banger.services import names
 from banger.services.names import generate_name
-from banger.services.preflight import check_artifacts, check_free_disk, require
+from banger.services.preflight import (
+    agent_checks,
+    check_artifacts,
+    check_free_disk,
+    require,
+)
+from fakes import Agent, Hypervisor, Processes
 from records import a_kernel, an_image
 
 _checks = st.builds(
@@ -56,6 +66,32 @@ def test_each_missing_file_is_named() -> None:
     assert [check.level for check in checks] == [Level.FAIL] * 4
     for check, part in zip(checks, "rwvm", strict=True):
         assert f"/nonexistent/{part}" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("file", "config", "level"),
+    [
+        ("07-vmw_vsock_virtio_transport.ko", "", None),
+        ("", "CONFIG_X=y\nCONFIG_VIRTIO_VSOCKETS=y\n", None),
+        ("", "CONFIG_X=y\nCONFIG_VIRTIO_VSOCKETS=m\n", Level.FAIL),
+        ("06-vsock.ko", "# CONFIG_VIRTIO_VSOCKETS is not set\n", Level.FAIL),
+        ("", None, None),
+    ],
+    ids=["module", "built in", "module that is not there", "none", "not known"],
+)
+def test_a_kernel_without_a_vsock_is_told_of_where_the_agent_needs_one(
+    tmp_path: Path, file: str, config: str | None, level: Level | None
+) -> None:
+    with closing(Processes()) as processes:
+        hypervisor = Hypervisor(processes, Agent())
+        if file:
+            (tmp_path / file).touch()
+        (tmp_path / "config").write_text(config or "")
+        known = str(tmp_path / "config") if config is not None else ""
+        kernel = replace(a_kernel(), boot_modules_path=str(tmp_path), config_path=known)
+        assert agent_checks(hypervisor, kernel) == []
+        hypervisor.features = dataclasses.replace(hypervisor.features, agent_vsock_port=1023)
+        assert [each.level for each in agent_checks(hypervisor, kernel)] == [level] * bool(level)
 
 
 def test_generated_names_are_valid_and_free() -> None:

@@ -14,7 +14,7 @@ from banger.base.model import Image, Kernel, Vm
 from banger.base.units import format_size
 from banger.drivers.base import Check, Hypervisor, Level, Networks
 from banger.images.ext4 import check_ext4, file_identity
-from banger.images.kernel import check_vmlinux
+from banger.images.kernel import VSOCK_MODULE, check_vmlinux
 
 #: Below this a guest's first writes could already fail; its disks grow as it writes.
 FREE_DISK_MIN_BYTES = 512 << 20
@@ -43,6 +43,25 @@ def link_checks(hypervisor: Hypervisor, networks: Networks, vm: Vm) -> list[Chec
     detail = f"{hypervisor.name} cannot join machines to {mode} networking"
     hint = "make the VM with --network bridge, or --network none"
     return [Check("network", Level.FAIL, detail, hint)]
+
+
+def agent_checks(hypervisor: Hypervisor, kernel: Kernel) -> list[Check]:
+    """What keeps the guest's agent from being reached, if anything does."""
+    if not hypervisor.features.agent_vsock_port or _has_vsock(kernel):
+        return []
+    detail = f"{hypervisor.name} needs a kernel with a vsock, and {kernel.name} has none"
+    hint = "build another: banger kernel build; or import one that has vmw_vsock_virtio_transport"
+    return [Check("kernel", Level.FAIL, detail, hint)]
+
+
+def _has_vsock(kernel: Kernel) -> bool:
+    """Whether it has the module to boot with, or has it built in. One whose configuration is not
+    known may have."""
+    if any(Path(kernel.boot_modules_path).glob(f"*-{VSOCK_MODULE}.ko")):
+        return True
+    if not kernel.config_path:
+        return True
+    return "\nCONFIG_VIRTIO_VSOCKETS=y\n" in Path(kernel.config_path).read_text(errors="replace")
 
 
 def check_free_disk(directory: Path, needed_bytes: int = FREE_DISK_MIN_BYTES) -> Check:
