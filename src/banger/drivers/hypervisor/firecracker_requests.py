@@ -25,35 +25,32 @@ class Request(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     release that does not know one yet is only asked for what is used."""
 
     method: ClassVar[str] = "PUT"
+    #: With the names of fields in braces where the path has what they say.
+    route: ClassVar[str]
     timeout_s: ClassVar[float] = ANSWER_TIMEOUT_S
 
     @property
     def path(self) -> str:
-        raise NotImplementedError
+        return self.route.format_map(msgspec.structs.asdict(self))
 
 
 class BootSource(Request, frozen=True, kw_only=True, omit_defaults=True):
+    route: ClassVar[str] = "/boot-source"
     kernel_image_path: str
     initrd_path: str
     boot_args: str
 
-    @property
-    def path(self) -> str:
-        return "/boot-source"
-
 
 class MachineConfig(Request, frozen=True, kw_only=True, omit_defaults=True):
+    route: ClassVar[str] = "/machine-config"
     vcpu_count: int
     mem_size_mib: int
-
-    @property
-    def path(self) -> str:
-        return "/machine-config"
 
 
 class Drive(Request, frozen=True, kw_only=True, omit_defaults=True):
     """A raw disk. `drive_id` has letters, digits and underscores only."""
 
+    route: ClassVar[str] = "/drives/{drive_id}"
     drive_id: str
     path_on_host: str
     is_read_only: bool
@@ -62,46 +59,31 @@ class Drive(Request, frozen=True, kw_only=True, omit_defaults=True):
     #: ``Writeback``: what the guest flushes is on the disk; ``Unsafe``: it need not be.
     cache_type: str
 
-    @property
-    def path(self) -> str:
-        return f"/drives/{self.drive_id}"
-
 
 class DriveUpdate(Request, frozen=True, kw_only=True, omit_defaults=True):
     """Look at the disk's file again: it has another size, or is another one."""
 
     method: ClassVar[str] = "PATCH"
+    route: ClassVar[str] = "/drives/{drive_id}"
     drive_id: str
     path_on_host: str
 
-    @property
-    def path(self) -> str:
-        return f"/drives/{self.drive_id}"
-
 
 class NetworkInterface(Request, frozen=True, kw_only=True, omit_defaults=True):
+    route: ClassVar[str] = "/network-interfaces/{iface_id}"
     iface_id: str
     guest_mac: str
     host_dev_name: str
 
-    @property
-    def path(self) -> str:
-        return f"/network-interfaces/{self.iface_id}"
-
 
 class Vsock(Request, frozen=True, kw_only=True, omit_defaults=True):
+    route: ClassVar[str] = "/vsock"
     guest_cid: int
     uds_path: str
 
-    @property
-    def path(self) -> str:
-        return "/vsock"
-
 
 class Entropy(Request, frozen=True, kw_only=True, omit_defaults=True):
-    @property
-    def path(self) -> str:
-        return "/entropy"
+    route: ClassVar[str] = "/entropy"
 
 
 class ActionType(StrEnum):
@@ -110,12 +92,9 @@ class ActionType(StrEnum):
 
 
 class Action(Request, frozen=True, kw_only=True, omit_defaults=True):
+    route: ClassVar[str] = "/actions"
     timeout_s: ClassVar[float] = _START_TIMEOUT_S
     action_type: ActionType
-
-    @property
-    def path(self) -> str:
-        return "/actions"
 
 
 class VmState(StrEnum):
@@ -127,23 +106,17 @@ class SetState(Request, frozen=True, kw_only=True, omit_defaults=True):
     """Hold the vCPUs, or let them run. Either may be so already."""
 
     method: ClassVar[str] = "PATCH"
+    route: ClassVar[str] = "/vm"
     state: VmState
-
-    @property
-    def path(self) -> str:
-        return "/vm"
 
 
 class SnapshotCreate(Request, frozen=True, kw_only=True, omit_defaults=True):
     """Of a paused machine: all of its memory, and its devices' state, each in a file."""
 
+    route: ClassVar[str] = "/snapshot/create"
     timeout_s: ClassVar[float] = _SAVE_TIMEOUT_S
     snapshot_path: str
     mem_file_path: str
-
-    @property
-    def path(self) -> str:
-        return "/snapshot/create"
 
 
 class MemoryBackend(msgspec.Struct, frozen=True, kw_only=True):
@@ -165,15 +138,12 @@ class VsockOverride(msgspec.Struct, frozen=True, kw_only=True):
 class SnapshotLoad(Request, frozen=True, kw_only=True, omit_defaults=True):
     """The machine is paused then."""
 
+    route: ClassVar[str] = "/snapshot/load"
     timeout_s: ClassVar[float] = _SAVE_TIMEOUT_S
     snapshot_path: str
     mem_backend: MemoryBackend
     network_overrides: tuple[NetworkOverride, ...] = ()
     vsock_override: VsockOverride
-
-    @property
-    def path(self) -> str:
-        return "/snapshot/load"
 
 
 class InstanceState(StrEnum):
