@@ -11,13 +11,28 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
+import msgspec
+import pytest
+
 from banger.drivers.hypervisor import kvm
+from firecracker_schema import DESCRIPTION
+from homes import Home
 from stand_in_machine import VSOCK_VARIABLE
 
 STAND_IN = Path(__file__).with_name("stand_in_firecracker.py")
 
 #: Names the real one where it is not on the PATH.
 REAL_VARIABLE = "BANGER_TEST_FIRECRACKER"
+
+#: Of a test whose daemon takes the stand-in for Firecracker.
+STAND_IN_NEEDS = (
+    pytest.mark.skipif(
+        not DESCRIPTION.exists(), reason=f"Firecracker's description is not at {DESCRIPTION}"
+    ),
+    pytest.mark.skipif(
+        bool(kvm._obstacle(kvm.DEVICE)), reason="needs /dev/kvm, if only to be opened"
+    ),
+)
 
 
 def stand_in(directory: Path, *, vsock: bool = False) -> Path:
@@ -35,6 +50,15 @@ def stand_in(directory: Path, *, vsock: bool = False) -> Path:
     )
     program.chmod(0o755)
     return program
+
+
+def use_stand_in(home: Home) -> None:
+    """Have the home's daemon take the stand-in for Firecracker."""
+    home.configure(f'hypervisor = "firecracker"\nfirecracker_bin = "{stand_in(home.directory)}"\n')
+    # What underneath runs vCPUs is not KVM: this host's is believed to, though.
+    cached = kvm._Cached(kvm._key(kvm.DEVICE), True, "as the test says")
+    home.runtime.mkdir(mode=0o700, exist_ok=True)
+    (home.runtime / "probes.json").write_bytes(msgspec.json.encode(cached))
 
 
 def real() -> Path | None:

@@ -142,9 +142,9 @@ def new_home(directory: Path) -> Home:
     return home
 
 
-def copy_artifacts(source: Path, home: Home) -> None:
-    """Give `home` a copy of the small image of the home at `source`, and of its kernel, records
-    included. Whatever else other tests have left there stays there."""
+def copy_artifacts(source: Path, home: Home, image: str = IMAGE) -> None:
+    """Give `home` a copy of an image of the home at `source`, and of its kernel, records included.
+    Whatever else other tests have left there stays there."""
     home.state.mkdir(parents=True, mode=0o700)
     with (
         sqlite3.connect(source / "state/banger/banger.db") as old,
@@ -153,7 +153,7 @@ def copy_artifacts(source: Path, home: Home) -> None:
         old.backup(new)
         for table in ("vms", "templates", "snapshots"):
             new.execute(f"DELETE FROM {table}")
-        new.execute("DELETE FROM images WHERE name != ?", (IMAGE,))
+        new.execute("DELETE FROM images WHERE name != ?", (image,))
         new.execute("DELETE FROM kernels WHERE id NOT IN (SELECT kernel_id FROM images)")
         for table in ("images", "kernels"):
             (home.data / table).mkdir(parents=True, mode=0o700)

@@ -6,7 +6,8 @@ against the order that it demands: what `PrebootApiController` and `RuntimeApiCo
 src/vmm/src/rpc_interface.rs take, before a machine runs and afterwards, and what they say of the
 rest. The machine is QEMU's (`stand_in_machine`): the kernel, the drives and the tap are real.
 
-What it has not: KVM, a jailer, seccomp, metrics, rate limiters, MMDS, hot plugging, balloons.
+What it has not: KVM, a jailer, seccomp, rate limiters, MMDS, hot plugging, a balloon that holds
+anything, metrics of more than disks and networks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -56,6 +58,8 @@ class Api:
         self._taps: dict[str, int] = {}
         self._machine: StandInMachine | None = None
         self._configured = False
+        self._metrics: int | None = None
+        self._counted = [0, 0, 0, 0]
         self.ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def answer(self, method: str, path: str, body: bytes) -> tuple[int, object | None]:
@@ -183,6 +187,35 @@ class Api:
         self._configured = True
         self._resources.entropy = True
 
+    async def balloon(self, body: dict[str, Any]) -> None:
+        self._configured = True
+        if body["amount_mib"] > int(self._resources.machine_config["mem_size_mib"]):
+            raise Refused("Balloon config error: Amount of pages requested is too large.")
+        self._resources.balloon = body
+
+    async def metrics(self, body: dict[str, Any]) -> None:
+        failed = "Metrics error: Cannot initialize the metrics system due to bad user input: "
+        if self._metrics is not None:
+            raise Refused(f"{failed}Reinitialization of metrics not allowed.")
+        try:
+            self._metrics = os.open(body["metrics_path"], os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise Refused(f"{failed}{_os_error(error)}") from error
+
+    async def _flush_metrics(self) -> None:
+        """A line of what was counted since the last one."""
+        if self._metrics is None:
+            return
+        counts = await self._running.counts()
+        since = [max(now - then, 0) for now, then in zip(counts, self._counted, strict=True)]
+        self._counted = counts
+        line = {
+            "utc_timestamp_ms": time.time_ns() // 1000000,
+            "block": {"read_bytes": since[0], "write_bytes": since[1]},
+            "net": {"rx_bytes_count": since[2], "tx_bytes_count": since[3]},
+        }
+        os.write(self._metrics, json.dumps(line).encode() + b"\n")
+
     async def action_before(self, body: dict[str, Any]) -> None:
         if body["action_type"] != "InstanceStart":
             raise Refused(_NOT_BEFORE)
@@ -191,6 +224,7 @@ class Api:
         machine = StandInMachine(self._resources, self._taps)
         await machine.start()
         self._runs(machine)
+        await self._flush_metrics()
 
     async def load(self, body: dict[str, Any]) -> None:
         if self._configured:
@@ -263,6 +297,8 @@ class Api:
     async def action_after(self, body: dict[str, Any]) -> None:
         if body["action_type"] == "InstanceStart":
             raise Refused(_NOT_AFTER)
+        if body["action_type"] == "FlushMetrics":
+            await self._flush_metrics()
 
     async def create(self, body: dict[str, Any]) -> None:
         if not self._running.paused:
@@ -302,6 +338,8 @@ _BEFORE: dict[str, Handler] = _ALWAYS | {
     "PUT /network-interfaces": Api.network_interface,
     "PUT /vsock": Api.vsock,
     "PUT /entropy": Api.entropy,
+    "PUT /balloon": Api.balloon,
+    "PUT /metrics": Api.metrics,
     "PUT /actions": Api.action_before,
     "PUT /snapshot/load": Api.load,
 }

@@ -35,6 +35,7 @@ from stand_in_vsock import StandInVsock
 VSOCK_VARIABLE = "STAND_IN_VSOCK"
 
 #: Before QEMU's state in the file: what it is, and the resources as JSON, with its length.
+_TAP_COUNTS = ("tx_bytes", "rx_bytes")
 _MAGIC = b"stand-in-1.16.1\n"
 _LENGTH = struct.Struct(">I")
 
@@ -59,6 +60,7 @@ class Resources:
     interfaces: dict[str, dict[str, Any]] = field(default_factory=dict)
     vsock: dict[str, Any] = field(default_factory=dict)
     entropy: bool = False
+    balloon: dict[str, Any] = field(default_factory=dict)
 
     def saved(self) -> bytes:
         return json.dumps(vars(self)).encode()
@@ -167,6 +169,9 @@ class StandInMachine:
             argv += ["-device", f"virtio-net-device,netdev={name},mac={interface['guest_mac']}"]
         if self._resources.entropy:
             argv += ["-device", "virtio-rng-device"]
+        if self._resources.balloon:
+            reports = "on" if self._resources.balloon.get("free_page_reporting") else "off"
+            argv += ["-device", f"virtio-balloon-device,free-page-reporting={reports}"]
         return argv + (["-S", "-incoming", "defer"] if incoming else [])
 
     async def close(self) -> None:
@@ -174,6 +179,19 @@ class StandInMachine:
         with suppress(ProcessLookupError):
             self._process.kill()
         await self._reaping
+
+    async def counts(self) -> list[int]:
+        """Bytes: read and written by its disks, received and sent by it over its taps."""
+        disks: Any = await self._qmp.execute("query-blockstats")
+        links = [
+            Path("/sys/class/net", each["host_dev_name"], "statistics")
+            for each in self._resources.interfaces.values()
+        ]
+        return [
+            *(sum(disk["stats"][key] for disk in disks) for key in ("rd_bytes", "wr_bytes")),
+            # What a tap sends is what the machine receives.
+            *(sum(int((link / key).read_text()) for link in links) for key in _TAP_COUNTS),
+        ]
 
     async def pause(self) -> None:
         await self._qmp.execute("stop")

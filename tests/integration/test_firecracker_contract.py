@@ -7,6 +7,7 @@ stand-in says to them is what the real one says.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -21,9 +22,11 @@ from banger.base import proc
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
 from banger.drivers.hypervisor.firecracker_api import FirecrackerClient, conversation
 from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused
+from banger.drivers.hypervisor.firecracker_metrics import Meter
 from banger.drivers.hypervisor.firecracker_requests import (
     Action,
     ActionType,
+    Balloon,
     BootSource,
     Drive,
     DriveUpdate,
@@ -31,6 +34,7 @@ from banger.drivers.hypervisor.firecracker_requests import (
     InstanceState,
     MachineConfig,
     MemoryBackend,
+    Metrics,
     NetworkInterface,
     NetworkOverride,
     Request,
@@ -101,6 +105,8 @@ class Peer:
             self.drive("modules", read_only=True),
             self.vsock(),
             Entropy(),
+            Balloon(amount_mib=0, deflate_on_oom=True, free_page_reporting=True),
+            Metrics(metrics_path=str(self.directory / "metrics")),
         ):
             await self.client.tell(each)
 
@@ -177,6 +183,8 @@ REQUESTS: tuple[Request, ...] = (
     NetworkInterface(iface_id="eth0", guest_mac="02:00:00:00:00:01", host_dev_name="tap0"),
     Vsock(guest_cid=3, uds_path="/v"),
     Entropy(),
+    Balloon(amount_mib=0, deflate_on_oom=True, free_page_reporting=True),
+    Metrics(metrics_path="/m"),
     *(Action(action_type=each) for each in ActionType),
     *(SetState(state=each) for each in VmState),
     SnapshotCreate(snapshot_path="/s", mem_file_path="/m"),
@@ -219,6 +227,7 @@ async def test_a_machine_is_configured_in_any_order(peer: Peer) -> None:
         SnapshotCreate(snapshot_path="/s", mem_file_path="/m"),
         DriveUpdate(drive_id="system", path_on_host="/s"),
         Action(action_type=ActionType.SEND_CTRL_ALT_DEL),
+        Action(action_type=ActionType.FLUSH_METRICS),
     ],
     ids=lambda request: type(request).__name__,
 )
@@ -290,6 +299,22 @@ async def test_what_is_not_as_described_is_refused(peer: Peer) -> None:
     assert "deserializing the json body" in cache.message
 
 
+async def test_it_counts_into_one_file_for_good(peer: Peer) -> None:
+    nowhere = await peer.refusal(Metrics(metrics_path="/nowhere/metrics"))
+    assert "cannot count into a file" in nowhere.message
+    await peer.client.tell(Metrics(metrics_path=str(peer.directory / "metrics")))
+    again = await peer.refusal(Metrics(metrics_path=str(peer.directory / "other")))
+    assert "cannot count into a file" in again.message
+
+
+async def test_a_balloon_is_not_larger_than_the_memory(peer: Peer) -> None:
+    await peer.client.tell(MachineConfig(vcpu_count=1, mem_size_mib=64))
+    error = await peer.refusal(
+        Balloon(amount_mib=65, deflate_on_oom=True, free_page_reporting=True)
+    )
+    assert "cannot have this balloon" in error.message
+
+
 async def test_a_tap_that_is_not_there_or_not_ours_is_told_of(peer: Peer) -> None:
     # For root, one that is not there would be made.
     name = "x" * 20 if os.geteuid() == 0 else "banger-none"
@@ -311,6 +336,8 @@ async def test_a_state_that_is_none_ends_the_process(peer: Peer, content: bytes 
     if content is not None:
         (peer.directory / "state").write_bytes(content)
     (peer.directory / "memory").write_bytes(bytes(1 << 20))
+    # This alone is no configuration of the machine.
+    await peer.client.tell(Metrics(metrics_path=str(peer.directory / "metrics")))
     error = await peer.refusal(peer.load())
     assert isinstance(error, FirecrackerRefused)
     assert "banger vm start --cold" in error.hint
@@ -346,6 +373,19 @@ async def test_what_was_configured_stays_once_it_runs(machine: Peer) -> None:
         assert isinstance(error, FirecrackerRefused)
         assert "runs already" in error.message, late
     assert "PCI is not enabled" in (await machine.refusal(machine.drive())).message
+
+
+@pytest.mark.guest
+async def test_what_it_counted_since_it_was_asked_last_is_a_line(machine: Peer) -> None:
+    meter = Meter(machine.directory / "metrics")
+    meter.read()  # one is there from the start
+    for _ in range(2):
+        await machine.client.tell(Action(action_type=ActionType.FLUSH_METRICS))
+        lines = meter.path.read_bytes().strip(b"\0")
+        assert lines.count(b"\n") == 1
+        assert set(json.loads(lines)) >= {"block", "net"}
+        assert meter.read().disk_written_bytes == 0
+        assert not meter.path.read_bytes().strip(b"\0"), "what was read takes no room"
 
 
 @pytest.mark.guest

@@ -35,7 +35,7 @@ from banger.drivers.base import (
     StateRefused,
 )
 from banger.drivers.hypervisor import kvm
-from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
+from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor, metrics_file
 from banger.drivers.hypervisor.firecracker_place import Direct
 from banger.drivers.hypervisor.kvm import KvmProbe
 from banger.guest.binary import agent_binary
@@ -55,6 +55,8 @@ pytestmark = [
 VM_ID = "0123456789ab"
 _BOOT_S = 120.0
 _EXEC_S = 60.0
+#: The guest reports some seconds after it freed: 2 s of its own time.
+_FREES_S = 120.0
 MIB = 1 << 20
 
 
@@ -85,7 +87,7 @@ def parts(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Parts:
     tree = made / "tree"
     (tree / "bin").mkdir(parents=True)
     shutil.copy(static_busybox(), tree / "bin/busybox")
-    for name in ("sh", "cat", "mount", "grep", "ls", "ip", "sync"):
+    for name in ("sh", "cat", "mount", "grep", "ls", "ip", "sync", "head", "rm", "mkdir"):
         (tree / "bin" / name).symlink_to("busybox")
     for disk, source in (("rootfs", tree), ("work", made / "nothing")):
         source.mkdir(exist_ok=True)
@@ -235,6 +237,45 @@ async def test_a_machine_is_held_let_run_on_and_ended(scene: Scene) -> None:
     await ends(pid)
     with pytest.raises(Unavailable):
         await scene.hypervisor.quit(machine.control_socket)
+
+
+async def test_what_its_devices_move_is_counted(scene: Scene) -> None:
+    machine = scene.machine("counts")
+    await scene.hypervisor.launch(machine, None)
+    await scene.run(machine, "true")
+    before = await scene.hypervisor.traffic(machine.control_socket)
+    assert before.disk_read_bytes > 1 << 20
+    await scene.run(machine, "head -c 4194304 /dev/urandom >/root/x; sync")
+    after = await scene.hypervisor.traffic(machine.control_socket)
+    written = after.disk_written_bytes - before.disk_written_bytes
+    assert 4 << 20 <= written < 64 << 20
+    taken = metrics_file(machine.control_socket).stat()
+    assert taken.st_blocks * 512 <= 8192, "what was read takes no room"
+
+
+async def test_memory_that_the_guest_frees_goes_back_to_the_host(scene: Scene) -> None:
+    machine = scene.machine("frees", memory_mib=256)
+    pid = await scene.hypervisor.launch(machine, None)
+    await scene.run(machine, "mkdir /tmp/m && mount -t tmpfs m /tmp/m")
+    at_rest = resident_bytes(pid)
+    await scene.run(machine, "head -c 67108864 /dev/urandom >/tmp/m/x")
+    full = resident_bytes(pid)
+    assert full > at_rest + (48 << 20)
+    await scene.run(machine, "rm /tmp/m/x")
+    async with asyncio.timeout(_FREES_S):
+        while resident_bytes(pid) > full - (48 << 20):  # nobody tells of it
+            await asyncio.sleep(0.1)
+    assert await scene.run(machine, "echo well") == "well\n"
+
+
+def resident_bytes(pid: int) -> int:
+    """Of the process and its children: the stand-in's machine is QEMU's."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    total = 0
+    for each in (pid, *map(int, children)):
+        found = procfs.usage(each, procfs.start_ticks(each))
+        total += found.resident_bytes if found else 0
+    return total
 
 
 async def test_a_new_client_takes_the_place_of_the_last(scene: Scene) -> None:

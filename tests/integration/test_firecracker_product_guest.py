@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 
 import firecrackers
-from banger.drivers.hypervisor import kvm
-from firecracker_schema import DESCRIPTION
 from homes import Home
 from product import IMAGE, Banger
 
-pytestmark = [
-    pytest.mark.guest,
-    pytest.mark.skipif(
-        not DESCRIPTION.exists(), reason=f"Firecracker's description is not at {DESCRIPTION}"
-    ),
-    pytest.mark.skipif(
-        bool(kvm._obstacle(kvm.DEVICE)), reason="needs /dev/kvm, if only to be opened"
-    ),
-]
+pytestmark = [pytest.mark.guest, *firecrackers.STAND_IN_NEEDS]
 
 SMALL = (
     *("--image", IMAGE),
@@ -30,12 +19,7 @@ SMALL = (
 @pytest.fixture
 def firecracker(home: Home) -> Home:
     """A home whose daemon takes the stand-in for Firecracker."""
-    program = firecrackers.stand_in(home.directory)
-    home.configure(f'hypervisor = "firecracker"\nfirecracker_bin = "{program}"\n')
-    # What underneath runs vCPUs is not KVM: this host's is believed to, though.
-    cached = kvm._Cached(kvm._key(kvm.DEVICE), True, "as the test says")
-    home.runtime.mkdir(mode=0o700, exist_ok=True)
-    (home.runtime / "probes.json").write_bytes(msgspec.json.encode(cached))
+    firecrackers.use_stand_in(home)
     return home
 
 
@@ -48,6 +32,9 @@ def test_a_machine_boots_runs_commands_stops_and_starts_again(firecracker: Home)
     vm = made(banger, "--cold")
     banger.guest(vm, "echo kept > /root/kept")
     assert banger.json("vm", "health", vm)
+    (stats,) = banger.json("vm", "stats", vm)
+    assert stats["latest"]["host"]["disk_written_bytes_per_s"] is not None
+    assert stats["latest"]["host"]["rx_bytes_per_s"] == 0, "it has no network"
     banger.ok("vm", "stop", vm)
     banger.ok("vm", "start", vm)
     assert banger.guest(vm, "cat /root/kept") == "kept\n"

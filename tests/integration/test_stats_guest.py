@@ -135,8 +135,10 @@ def test_what_is_written_to_a_disk_is_seen_from_both_sides(banger: Banger, small
 
     before = fresh(banger, small)
     banger.guest(small, "head -c 64M /dev/urandom > /root/x; sync")
+    moved = latest(banger, small)
     after = fresh(banger, small)
     banger.guest(small, "rm /root/x")
+    assert moved["host"]["disk_written_bytes_per_s"] > 0
     assert root_disk(after)["used_bytes"] - root_disk(before)["used_bytes"] >= 63 * _MIB
     assert after["host"]["disk_bytes"] - before["host"]["disk_bytes"] >= 60 * _MIB
     assert {disk["mount"] for disk in after["guest"]["disks"]} == {"/", "/root"}

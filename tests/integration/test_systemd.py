@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+import firecrackers
+from homes import Home, copy_artifacts
 from product import Banger
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
@@ -80,3 +84,24 @@ def test_systemd_boots_takes_commands_and_powers_off(banger: Banger, systemd_mac
     assert banger.ok("vm", "stop", name) == f"{name}\n"
     assert banger.state(name) == "stopped"
     assert "stopped in order" in banger.ok("vm", "logs", name)
+
+
+@firecrackers.STAND_IN_NEEDS[0]
+@firecrackers.STAND_IN_NEEDS[1]
+def test_on_firecracker_a_poweroff_by_systemd_ends_the_machine(
+    machine: str, bare_home: Home
+) -> None:
+    """Which has no way to power off, but to reset. (`machine`: the image is there.)"""
+    copy_artifacts(Path(os.environ["HOME"]), bare_home, _DEFAULT)
+    firecrackers.use_stand_in(bare_home)
+    banger = bare_home.banger
+    new = ("--init", "systemd", "--network", "none", "--name", "box")
+    banger.ok("vm", "run", "-q", "-d", "--cold", *new)
+    banger.guest(
+        "box", "until systemctl is-system-running --wait | grep -q running; do sleep 1; done"
+    )
+    shown = banger.guest("box", "systemctl show -p SuccessAction systemd-poweroff.service")
+    assert shown == "SuccessAction=reboot-force\n"
+    banger.run("vm", "exec", "box", "--", "systemctl", "poweroff")
+    banger.ok("vm", "wait", "box", "--timeout", "120s")
+    assert banger.state("box") == "stopped"

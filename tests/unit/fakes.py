@@ -33,6 +33,7 @@ from banger.drivers.base import (
     Networks,
     Plug,
     Plugged,
+    Traffic,
 )
 from banger.guest import requests
 from banger.guest.frames import (
@@ -269,6 +270,7 @@ class Hypervisor:
         self.buttons = 0
         self.hears_button = False
         self.statuses: dict[Path, MachineStatus] = {}
+        self.traffics: dict[Path, Traffic] = {}
 
     async def checks(self) -> list[Check]:
         return self.found
@@ -378,6 +380,10 @@ class Hypervisor:
     async def status(self, control_socket: Path) -> MachineStatus:
         self._check_answers()
         return self.statuses.get(control_socket, MachineStatus.RUNNING)
+
+    async def traffic(self, control_socket: Path) -> Traffic:
+        self._check_answers()
+        return self.traffics.get(control_socket, Traffic(0, 0))
 
     async def pause(self, control_socket: Path) -> None:
         self._check_answers()

@@ -59,7 +59,12 @@ def a_sample(at: datetime | None = None, **fields: Any) -> Sample:
         processes=42,
         uptime_s=7200,
     )
-    host = HostUsage(cpu_percent=125.0, memory_bytes=400 << 20, disk_bytes=3 << 20)
+    host = HostUsage(
+        cpu_percent=125.0,
+        memory_bytes=400 << 20,
+        disk_bytes=3 << 20,
+        disk_read_bytes_per_s=5 << 20,
+    )
     values: dict[str, Any] = {"at": at or now(), "host": host, "guest": guest}
     return Sample(**values | fields)
 
@@ -92,9 +97,10 @@ STOPPED = a_machine("off", state=VmState.STOPPED, latest=None, history=())
 SILENT = a_machine("mute", latest=a_sample(guest=None))
 
 HEADINGS = (
-    "NAME CPU GUEST CPU MEMORY HOST MEM DISK / DISK /root HOST DISK NET IN NET OUT LOAD PROCS UP"
+    "NAME CPU GUEST CPU MEMORY HOST MEM DISK / DISK /root HOST DISK READ WRITTEN NET IN NET OUT"
+    " LOAD PROCS UP"
 )
-FIGURES = "box 125% 62.5% 300M/1.0G 400M 1.0G/8.0G 10M/4.0G 3.0M 2.0K/s 0B/s 0.50 42 2h"
+FIGURES = "box 125% 62.5% 300M/1.0G 400M 1.0G/8.0G 10M/4.0G 3.0M 5.0M/s - 2.0K/s 0B/s 0.50 42 2h"
 
 
 def words(text: str) -> str:
@@ -155,8 +161,8 @@ def test_what_machines_use_is_a_table(daemon: Daemon, capfd: Captured) -> None:
     assert lines == [
         HEADINGS,
         FIGURES,
-        "mute 125% - - 400M - - 3.0M - - - - -",
-        "off - - - - - - - - - - - stopped",
+        "mute 125% - - 400M - - 3.0M 5.0M/s - - - - - -",
+        "off - - - - - - - - - - - - - stopped",
     ]
     assert err == ""
     assert daemon.calls == [("vm.stats", {"vm": ""})]
@@ -287,7 +293,7 @@ def test_the_screen_has_figures_with_graphs_of_their_history() -> None:
     assert words(headings) == HEADINGS
     assert words(box) == words(FIGURES.replace("125%", "125% ▁▃▆").replace("1.0G ", "1.0G ███ ", 1))
     assert words(mute).startswith("mute 125% ▁▃▆ - - ")
-    assert words(off) == "off - - - - - - - - - - - stopped"
+    assert words(off) == "off - - - - - - - - - - - - - stopped"
 
 
 def test_graphs_take_the_room_that_there_is() -> None:

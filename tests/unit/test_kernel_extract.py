@@ -254,6 +254,18 @@ def test_a_vsock_is_taken_where_it_can_be_had(tmp_path: Path, vsock: str, found:
     assert [module_name(file) for file in order][11:] == found
 
 
+def test_a_balloon_is_taken_where_it_can_be_had_with_or_without_a_vsock(tmp_path: Path) -> None:
+    builtin = "virtio_mmio.ko virtio_console.ko"
+    balloon = "kernel/drivers/virtio/virtio_balloon.ko:\n"
+    for number, (vsock, found) in enumerate(
+        ((_VSOCK, ["vsock", "vmw_vsock_virtio_transport"]), ("", []))
+    ):
+        directory = tmp_path / str(number)
+        directory.mkdir()
+        order = boot_module_order(_modules(directory, _DEP + vsock + balloon, builtin))
+        assert [module_name(file) for file in order][11:] == [*found, "virtio_balloon"]
+
+
 def _chain(length: int) -> str:
     """failover needs x0, which needs x1 …: what depmod says in one line."""
     names = ["kernel/failover.ko", *(f"kernel/x{number}.ko" for number in range(length))]

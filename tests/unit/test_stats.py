@@ -14,12 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from banger.base import procfs
-from banger.base.errors import BadRequest, NotFound, UnknownMethod
+from banger.base.errors import BadRequest, NotFound, Unavailable, UnknownMethod
 from banger.base.model import Handles, ProcessId, Vm, VmState
 from banger.base.paths import Paths
 from banger.base.procfs import ProcessUsage
 from banger.base.usage import GuestDisk, GuestUsage, HostUsage, ListedVm, Sample, VmStats
 from banger.daemon.observation import Observation, StatsQuery
+from banger.drivers.base import Traffic
 from banger.guest import requests
 from banger.guest.stats import GuestStats
 from banger.rpc.client import Client
@@ -30,7 +31,7 @@ from banger.services.agents import Agents
 from banger.services.handles import HandleCache
 from banger.services.stats import HISTORY_LENGTH, StatsService
 from banger.services.vm import VmService
-from fakes import Agent, Storage
+from fakes import Agent, Hypervisor, Processes, Storage
 from records import a_vm
 
 _TIMEOUT_S = 10.0
@@ -75,6 +76,7 @@ class Fleet:
         self.busy: dict[int, float] = {}
         self.handles = HandleCache(self.paths)
         self.agents = Agents()
+        self.hypervisor = Hypervisor(Processes(), Agent())
         self.service = self.made_service()
 
     def made_service(self, interval_s: float = 0) -> StatsService:
@@ -82,6 +84,7 @@ class Fleet:
             vms=cast("VmService", self),
             agents=self.agents,
             handles=self.handles,
+            hypervisor=self.hypervisor,
             storage=Storage(),
             interval_s=interval_s,
         )
@@ -167,8 +170,49 @@ async def fleet(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncItera
 async def test_the_host_tells_of_a_core_and_what_processes_and_disks_take(fleet: Fleet) -> None:
     await fleet.add("box")
     assert (await fleet.sample()).host == HostUsage(
-        cpu_percent=25.0, memory_bytes=5 << 20, disk_bytes=311
+        cpu_percent=25.0,
+        memory_bytes=5 << 20,
+        disk_bytes=311,
+        disk_read_bytes_per_s=0,
+        disk_written_bytes_per_s=0,
     )
+
+
+async def test_what_its_devices_move_is_a_rate(fleet: Fleet) -> None:
+    await fleet.add("box")
+    socket = Path(fleet.vms["box"].runtime.api_socket)
+    fleet.hypervisor.traffics[socket] = Traffic(1000, 500, 70, None)
+    await fleet.sample()
+    fleet.clock.now += 8  # and a reading takes two
+    fleet.hypervisor.traffics[socket] = Traffic(3000, 400, 170, None)
+    host = (await fleet.sample()).host
+    seconds = pytest.approx(10, abs=2)
+    assert host.disk_read_bytes_per_s
+    assert host.rx_bytes_per_s
+    assert 2000 / host.disk_read_bytes_per_s == seconds
+    assert 100 / host.rx_bytes_per_s == seconds
+    assert host.disk_written_bytes_per_s == 0, "it was begun anew: less is not negative"
+    assert host.tx_bytes_per_s is None, "nobody counts it"
+
+
+async def test_a_hypervisor_that_does_not_answer_delays_nobody(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await fleet.add("box")
+    for problem in (Unavailable("busy"), None):
+
+        async def traffic(_: Path, problem: Exception | None = problem) -> Traffic:
+            if problem is not None:
+                raise problem
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        monkeypatch.setattr(fleet.hypervisor, "traffic", traffic)
+        monkeypatch.setattr(stats_module, "_TRAFFIC_TIMEOUT_S", 0.01)
+        fleet.clock.now += 5
+        sample = await fleet.sample()
+        assert sample.guest is not None
+        assert sample.host.disk_read_bytes_per_s is None
 
 
 async def test_the_process_of_the_network_counts(fleet: Fleet) -> None:

@@ -20,6 +20,12 @@ class HostUsage(Record, frozen=True):
     memory_bytes: int
     #: What its disks take, without the image below them.
     disk_bytes: int
+    #: What its devices move, as the hypervisor counts it; None where it does not, or there is no
+    #: earlier reading. Received (rx) is what the machine receives.
+    disk_read_bytes_per_s: float | None = None
+    disk_written_bytes_per_s: float | None = None
+    rx_bytes_per_s: float | None = None
+    tx_bytes_per_s: float | None = None
 
 
 class GuestDisk(Record, frozen=True):

@@ -67,6 +67,10 @@ COLUMNS = (
     Column("DISK /", 10, 9, _of_guest(lambda guest: _disk(guest, "/"))),
     Column("DISK /root", 9, 10, _of_guest(lambda guest: _disk(guest, "/root"))),
     Column("HOST DISK", 11, 9, _of_sample(lambda sample: size(sample.host.disk_bytes))),
+    Column("READ", 15, 6, _of_sample(lambda sample: _rate(sample.host.disk_read_bytes_per_s))),
+    Column(
+        "WRITTEN", 16, 7, _of_sample(lambda sample: _rate(sample.host.disk_written_bytes_per_s))
+    ),
     Column("NET IN", 5, 6, _of_guest(lambda guest: _rate(guest.rx_bytes_per_s))),
     Column("NET OUT", 6, 7, _of_guest(lambda guest: _rate(guest.tx_bytes_per_s))),
     Column("LOAD", 13, 5, _of_guest(_load)),

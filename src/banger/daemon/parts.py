@@ -165,6 +165,7 @@ class Parts:
             vms=self.vms,
             agents=self.agents,
             handles=self.handles,
+            hypervisor=drivers.hypervisor,
             storage=drivers.storage,
             interval_s=config.stats_poll_interval,
         )

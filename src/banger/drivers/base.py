@@ -190,6 +190,19 @@ class MachineStatus(StrEnum):
     DISK_FULL = "disk-full"
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What a machine's devices have moved since some moment: only differences mean anything.
+
+    In bytes, as the guest sees it; of the network None where nobody counts.
+    """
+
+    disk_read_bytes: int
+    disk_written_bytes: int
+    network_in_bytes: int | None = None
+    network_out_bytes: int | None = None
+
+
 class Hypervisor(Protocol):
     """Starts and ends machines. The process it starts outlives this daemon."""
 
@@ -278,6 +291,10 @@ class Hypervisor(Protocol):
 
     async def status(self, control_socket: Path) -> MachineStatus:
         """Whether the machine's vCPUs run. Raises Unavailable when it cannot be asked."""
+        ...
+
+    async def traffic(self, control_socket: Path) -> Traffic:
+        """What the machine's devices have moved. Raises Unavailable when it cannot be asked."""
         ...
 
     async def pause(self, control_socket: Path) -> None:

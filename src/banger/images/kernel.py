@@ -46,6 +46,8 @@ BOOT_MODULES = (
 
 #: What it needs where a vsock leads to the agent (Firecracker); a kernel without it is QEMU's only.
 VSOCK_MODULE = "vmw_vsock_virtio_transport"
+#: By it the guest gives memory back that it does not use any more (Firecracker).
+_BALLOON_MODULE = "virtio_balloon"
 
 
 #: The name of `KernelBuild.boot_modules`.
@@ -138,8 +140,8 @@ def take_boot_modules(modules: Path, order: list[str], dest: Path) -> None:
 
 
 def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -> list[str]:
-    """The files of `BOOT_MODULES`, of `VSOCK_MODULE` where that can be had, and all they depend on,
-    relative to `modules`, in load order.
+    """The files of `BOOT_MODULES`, of those of Firecracker's that can be had, and all they depend
+    on, relative to `modules`, in load order.
 
     What is built into the kernel, by ``modules.builtin`` or `built_in`, is left out. Raises
     PreconditionFailed for one that the kernel does not have, or has compressed (the agent loads
@@ -180,14 +182,17 @@ def boot_module_order(modules: Path, built_in: AbstractSet[str] = frozenset()) -
             f"kernel {modules.name} has compressed modules: {compressed[0]}",
             hint="unpack them: unxz or unzstd, then depmod",
         )
-    needed = list(order)
-    try:
-        if VSOCK_MODULE in by_name:
-            add(by_name[VSOCK_MODULE])
-        check_boot_modules(len(order), 0)
-    except PreconditionFailed:  # nobody misses it but who chooses Firecracker
-        return needed
-    return list(order) if all(file.endswith(".ko") for file in order) else needed
+    for name in (VSOCK_MODULE, _BALLOON_MODULE):
+        needed = list(order)
+        try:
+            if name in by_name:
+                add(by_name[name])
+            check_boot_modules(len(order), 0)
+        except PreconditionFailed:  # nobody misses it but who chooses Firecracker
+            return needed
+        if not all(file.endswith(".ko") for file in order):
+            return needed
+    return list(order)
 
 
 def built_in_modules(modules: Path) -> frozenset[str]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -37,7 +37,7 @@ from banger.base.usage import (
     UsagePoint,
     VmStats,
 )
-from banger.drivers.base import Storage
+from banger.drivers.base import Hypervisor, Storage, Traffic
 from banger.guest import requests
 from banger.guest.channel import call
 from banger.guest.stats import ANSWER_LIMIT_BYTES, GuestStats
@@ -50,6 +50,8 @@ T = TypeVar("T")
 HISTORY_LENGTH = 120
 #: How long a look waits for the guest.
 ANSWER_TIMEOUT_S = 2.0
+#: How long one waits for the hypervisor, which answers in milliseconds when it is free.
+_TRAFFIC_TIMEOUT_S = 1.0
 #: How long the request to a guest that is late stays open before it is made again.
 _LATE_TIMEOUT_S = 60.0
 #: How many guests are waited for at a time; those known to be late are not among them.
@@ -73,6 +75,7 @@ class _HostReading:
     cpu_s: float
     memory_bytes: int
     disk_bytes: int
+    traffic: Traffic | None
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,14 @@ class StatsService:
         vms: VmService,
         agents: Agents,
         handles: HandleCache,
+        hypervisor: Hypervisor,
         storage: Storage,
         interval_s: float,
     ) -> None:
         self._vms = vms
         self._agents = agents
         self._handles = handles
+        self._hypervisor = hypervisor
         self._storage = storage
         self._interval_s = interval_s
         self._tracks: dict[str, _Track] = {}
@@ -233,8 +238,8 @@ class StatsService:
             track.looking = None
 
     async def _sample(self, vm: Vm, track: _Track) -> None:
-        guest = await self._ask_bounded(vm, track)
-        host = self._read_host(vm)
+        guest, traffic = await asyncio.gather(self._ask_bounded(vm, track), self._traffic(vm))
+        host = self._read_host(vm, traffic)
         if host is None:
             return  # it has just ended
         sample = Sample(
@@ -247,7 +252,16 @@ class StatsService:
         track.latest = sample
         track.history.append(_point(sample))
 
-    def _read_host(self, vm: Vm) -> _HostReading | None:
+    async def _traffic(self, vm: Vm) -> Traffic | None:
+        """None when the hypervisor has something else to do, or hangs."""
+        try:
+            async with asyncio.timeout(_TRAFFIC_TIMEOUT_S):
+                return await self._hypervisor.traffic(Path(vm.runtime.api_socket))
+        except (BangerError, TimeoutError) as error:
+            get_logger().debug("traffic not known", vm_id=vm.id, error=str(error))
+            return None
+
+    def _read_host(self, vm: Vm, traffic: Traffic | None) -> _HostReading | None:
         handles = self._handles.get(vm.id)
         machine = procfs.usage(handles.pid, handles.pid_start_ticks)
         if machine is None:
@@ -259,6 +273,7 @@ class StatsService:
             cpu_s=sum(each.cpu_s for each in processes),
             memory_bytes=sum(each.resident_bytes for each in processes),
             disk_bytes=self._disk_bytes(vm),
+            traffic=traffic,
         )
 
     def _disk_bytes(self, vm: Vm) -> int:
@@ -319,12 +334,29 @@ def _running(vms: Iterable[Vm]) -> list[Vm]:
 
 def _host_usage(before: _HostReading | None, reading: _HostReading) -> HostUsage:
     cpu_percent = None
+    seconds = 0.0
+    earlier: Traffic | None = None
     if before is not None and reading.moment_s > before.moment_s:
+        seconds = reading.moment_s - before.moment_s
+        earlier = before.traffic
         # Never below 0: the network's process may have ended since, with its part.
         cpu_s = max(reading.cpu_s - before.cpu_s, 0.0)
-        cpu_percent = round(100 * cpu_s / (reading.moment_s - before.moment_s), 2)
+        cpu_percent = round(100 * cpu_s / seconds, 2)
+
+    def rate(count: Callable[[Traffic], int | None]) -> float | None:
+        if earlier is None or reading.traffic is None:
+            return None
+        begin, end = count(earlier), count(reading.traffic)
+        return None if begin is None or end is None else _rate(end - begin, seconds)
+
     return HostUsage(
-        cpu_percent=cpu_percent, memory_bytes=reading.memory_bytes, disk_bytes=reading.disk_bytes
+        cpu_percent=cpu_percent,
+        memory_bytes=reading.memory_bytes,
+        disk_bytes=reading.disk_bytes,
+        disk_read_bytes_per_s=rate(lambda each: each.disk_read_bytes),
+        disk_written_bytes_per_s=rate(lambda each: each.disk_written_bytes),
+        rx_bytes_per_s=rate(lambda each: each.network_in_bytes),
+        tx_bytes_per_s=rate(lambda each: each.network_out_bytes),
     )
 
 

@@ -39,17 +39,20 @@ from banger.drivers.base import (
     MachineStatus,
     NetworkAttachment,
     StateRefused,
+    Traffic,
 )
 from banger.drivers.hypervisor import firecracker_machine as told
 from banger.drivers.hypervisor import firecracker_tap
 from banger.drivers.hypervisor.firecracker_api import FirecrackerClient, conversation
 from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused
+from banger.drivers.hypervisor.firecracker_metrics import Meter
 from banger.drivers.hypervisor.firecracker_place import Lent, Place, Started, is_firecracker
 from banger.drivers.hypervisor.firecracker_requests import (
     Action,
     ActionType,
     DriveUpdate,
     InstanceState,
+    Metrics,
     SetState,
     SnapshotCreate,
     VmState,
@@ -102,6 +105,8 @@ class FirecrackerHypervisor:
         self._probing = asyncio.Lock()
         #: By the program's inode, size and time: what it says of its release.
         self._versions: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        #: By control socket.
+        self._meters: dict[Path, Meter] = {}
 
     async def checks(self) -> list[Check]:
         """Firecracker itself and its release, KVM, and where its processes run."""
@@ -219,6 +224,7 @@ class FirecrackerHypervisor:
                 firecracker_tap.lend(network.fd, network.tap)
             async with conversation(machine.control_socket) as client:
                 await _answers(client, process.ended)
+                await self._begin_to_count(client, machine.control_socket)
                 yield _Begun(client, process.pid)
             if network is not None:
                 firecracker_tap.let_go(network.tap, process.pid)
@@ -333,6 +339,25 @@ class FirecrackerHypervisor:
             state = (await client.instance()).state
         return MachineStatus.RUNNING if state is InstanceState.RUNNING else MachineStatus.PAUSED
 
+    async def traffic(self, control_socket: Path) -> Traffic:
+        """See `Hypervisor.traffic`: from the first time on that this is asked."""
+        async with conversation(control_socket) as client:
+            await client.tell(Action(action_type=ActionType.FLUSH_METRICS))
+        path = metrics_file(control_socket)
+        if control_socket not in self._meters:
+            there = {key: meter for key, meter in self._meters.items() if meter.path.exists()}
+            self._meters = there | {control_socket: Meter(path)}
+        try:
+            return await asyncio.to_thread(self._meters[control_socket].read)
+        except OSError as error:
+            raise Unavailable(f"what Firecracker counts is not in {path}: {error}") from error
+
+    async def _begin_to_count(self, client: FirecrackerClient, control_socket: Path) -> None:
+        path = metrics_file(control_socket)
+        path.unlink(missing_ok=True)
+        await client.tell(Metrics(metrics_path=self._place.name_of(control_socket, path)))
+        await self._place.collect(control_socket, path)
+
     async def pause(self, control_socket: Path) -> None:
         """See `Hypervisor.pause`."""
         async with conversation(control_socket) as client:
@@ -354,6 +379,11 @@ class _Begun:
 
     client: FirecrackerClient
     pid: int
+
+
+def metrics_file(control_socket: Path) -> Path:
+    """What is counted of the machine with this socket."""
+    return control_socket.with_name("metrics")
 
 
 def parse_version(output: bytes) -> tuple[int, ...]:

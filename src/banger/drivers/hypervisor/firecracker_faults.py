@@ -74,6 +74,18 @@ def _known() -> tuple[_Known, ...]:
             "it cannot use a disk",
             "see that the file is there, and whose it is",
         ),
+        _Known(
+            "Cannot initialize the metrics system",
+            Unavailable,
+            "it cannot count into a file",
+            "see that the directory of its sockets is there, and whose it is",
+        ),
+        _Known(
+            "Amount of pages requested is too large",
+            missing,
+            "the machine cannot have this balloon",
+            "",
+        ),
         _Known("Permission denied", PermissionDenied, "it may not open a file", "see whose it is"),
         _Known(
             "Failed to get snapshot state from file",

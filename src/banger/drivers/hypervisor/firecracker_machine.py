@@ -17,6 +17,7 @@ from banger.drivers.hypervisor.firecracker_place import DISKS, Lent
 from banger.drivers.hypervisor.firecracker_requests import (
     Action,
     ActionType,
+    Balloon,
     BootSource,
     Drive,
     Entropy,
@@ -115,6 +116,8 @@ def boot_requests(
         ),
         Vsock(guest_cid=context_id(machine.vm_id), uds_path=agent_socket),
         Entropy(),
+        # Empty: it is there for what the guest reports.
+        Balloon(amount_mib=0, deflate_on_oom=True, free_page_reporting=True),
         Action(action_type=ActionType.INSTANCE_START),
     )
 

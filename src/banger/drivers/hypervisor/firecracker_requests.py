@@ -86,9 +86,28 @@ class Entropy(Request, frozen=True, kw_only=True, omit_defaults=True):
     route: ClassVar[str] = "/entropy"
 
 
+class Balloon(Request, frozen=True, kw_only=True, omit_defaults=True):
+    """Holds `amount_mib` of the guest's memory. What the guest reports as free goes back to the
+    host, without the guest's losing it."""
+
+    route: ClassVar[str] = "/balloon"
+    amount_mib: int
+    deflate_on_oom: bool
+    free_page_reporting: bool
+
+
+class Metrics(Request, frozen=True, kw_only=True, omit_defaults=True):
+    """Where the process counts what its devices do: a file, to whose end it adds lines. It is of
+    the process and not of its machine: it can be told of before a state is loaded."""
+
+    route: ClassVar[str] = "/metrics"
+    metrics_path: str
+
+
 class ActionType(StrEnum):
     INSTANCE_START = "InstanceStart"
     SEND_CTRL_ALT_DEL = "SendCtrlAltDel"
+    FLUSH_METRICS = "FlushMetrics"
 
 
 class Action(Request, frozen=True, kw_only=True, omit_defaults=True):

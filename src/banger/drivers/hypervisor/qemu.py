@@ -36,6 +36,7 @@ from banger.drivers.base import (
     MachineStatus,
     NetworkAttachment,
     StateRefused,
+    Traffic,
 )
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.process_log import Log
@@ -303,6 +304,16 @@ class QemuHypervisor:
         if answer.get("status") == "io-error":
             return MachineStatus.DISK_FULL
         return MachineStatus.RUNNING if answer.get("running") else MachineStatus.PAUSED
+
+    async def traffic(self, control_socket: Path) -> Traffic:
+        """See `Hypervisor.traffic`. QEMU counts what its disks move, and nothing of networks."""
+        async with conversation(control_socket) as client:
+            answer = cast("list[dict[str, Any]]", await client.execute("query-blockstats"))
+        counts = [device["stats"] for device in answer]
+        return Traffic(
+            disk_read_bytes=sum(each["rd_bytes"] for each in counts),
+            disk_written_bytes=sum(each["wr_bytes"] for each in counts),
+        )
 
     async def pause(self, control_socket: Path) -> None:
         """See `Hypervisor.pause`."""

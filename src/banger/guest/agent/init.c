@@ -334,6 +334,7 @@ static void hand_over(void) {
             found = inits[i];
     if (found == NULL)
         init_fatal("the image has no /sbin/init; start this machine with --init minimal");
+    power_prepare_systemd();
     pid_t daemon = fork();
     if (daemon == 0) {
         ours = false;

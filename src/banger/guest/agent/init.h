@@ -26,7 +26,9 @@ bool wait_event(int uevents, int64_t end);
 
 _Noreturn void init_fatal(const char *format, ...) __attribute__((format(printf, 1, 2)));
 
-/* power.c: end the machine. */
+/* power.c: end the machine. Where it ends by a reset, have a systemd that is to start do so, too,
+ * at the end of poweroff.target. */
+void power_prepare_systemd(void);
 _Noreturn void power_off(bool reboot_instead);
 _Noreturn void power_cut(bool reboot_instead);
 

@@ -8,6 +8,7 @@
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -28,6 +29,23 @@ enum {
 static bool ends_by_reset(void) {
     char how[16];
     return boot_parameter("banger.end", how, sizeof how) && strcmp(how, "reset") == 0;
+}
+
+void power_prepare_systemd(void) {
+    static const char *const parts[] = {"/run/systemd", "/run/systemd/system",
+                                        "/run/systemd/system/systemd-poweroff.service.d"};
+    static const char text[] = "[Unit]\nSuccessAction=reboot-force\n";
+    if (!ends_by_reset())
+        return;
+    for (size_t i = 0; i < sizeof parts / sizeof parts[0]; i++)
+        mkdir(parts[i], 0755);
+    int file = open("/run/systemd/system/systemd-poweroff.service.d/banger.conf",
+                    O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0644);
+    if (file < 0 || write(file, text, sizeof text - 1) < 0)
+        dprintf(STDERR_FILENO, "banger: a poweroff will not end this machine: %s\n",
+                strerror(errno));
+    if (file >= 0)
+        close(file);
 }
 
 _Noreturn void power_cut(bool reboot_instead) {
