@@ -37,6 +37,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="walk the whole fault matrix, and write docs/reliability.md",
     )
+    parser.addoption(
+        "--drivers",
+        metavar="HYPERVISOR+STORAGE",
+        default="",
+        help="walk that of these drivers, like firecracker+reflink, and write nothing",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

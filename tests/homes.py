@@ -91,9 +91,14 @@ class Home:
         return 0
 
     def machines(self) -> list[leftovers.Process]:
-        """The hypervisors of this home."""
+        """The hypervisors of this home. (What is below a stand-in for one is not.)"""
         return [
-            each for each in self.processes() if "qemu-system" in each.command.partition(" ")[0]
+            each
+            for each in self.processes()
+            if (
+                "qemu-system" in each.command.partition(" ")[0] and " -name banger-" in each.command
+            )
+            or each.command.startswith("firecracker ")
         ]
 
     def processes(self) -> list[leftovers.Process]:

@@ -53,6 +53,7 @@ class Api:
 
     def __init__(self, instance_id: str, description: Description) -> None:
         self._id = instance_id
+        self._name = f"stand-in-{instance_id}"
         self._description = description
         self._resources = Resources()
         self._taps: dict[str, int] = {}
@@ -221,7 +222,7 @@ class Api:
             raise Refused(_NOT_BEFORE)
         if not self._resources.boot_source:
             raise Refused("Start microvm error: Cannot start microvm without kernel configuration.")
-        machine = StandInMachine(self._resources, self._taps)
+        machine = StandInMachine(self._name, self._resources, self._taps)
         await machine.start()
         self._runs(machine)
         await self._flush_metrics()
@@ -235,6 +236,7 @@ class Api:
         memory = body["mem_backend"]["backend_path"]
         try:
             machine = await StandInMachine.load(
+                self._name,
                 Path(body["snapshot_path"]),
                 Path(memory),
                 {

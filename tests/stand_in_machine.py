@@ -81,9 +81,10 @@ def open_tap(name: str) -> int:
 class StandInMachine:
     """One machine, from its start to its end. `ended` gets QEMU's status."""
 
-    def __init__(self, resources: Resources, taps: Mapping[str, int]) -> None:
-        """`taps` are descriptors, by the interface. They stay open as long as the process runs, as
-        Firecracker's do."""
+    def __init__(self, name: str, resources: Resources, taps: Mapping[str, int]) -> None:
+        """`name` is for who lists processes. `taps` are descriptors, by the interface: they stay
+        open as long as the process runs, as Firecracker's do."""
+        self._name = name
         self._resources = resources
         self._taps = dict(taps)
         self._qmp = QMPClient("stand-in")
@@ -141,7 +142,8 @@ class StandInMachine:
         config, boot = self._resources.machine_config, self._resources.boot_source
         memory = f"{config['mem_size_mib']}M"
         argv = [
-            *("qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none"),
+            *("qemu-system-x86_64", "-name", self._name, "-nodefaults", "-no-user-config"),
+            *("-display", "none"),
             *("-no-reboot", "-accel", "tcg,thread=multi", "-cpu", "max"),
             *("-machine", "microvm,x-option-roms=off,pit=off,pic=off,rtc=on,memory-backend=memory"),
             *("-global", "migration.send-configuration=off"),
@@ -223,14 +225,14 @@ class StandInMachine:
 
     @classmethod
     async def load(
-        cls, state: Path, memory: Path, taps: dict[str, str], vsock: str | None
+        cls, name: str, state: Path, memory: Path, taps: dict[str, str], vsock: str | None
     ) -> StandInMachine:
         """A paused machine. Raises LoadFailed: a process of Firecracker's ends with it."""
         resources, devices = _read_state(state)
-        for name, tap in taps.items():
-            if name not in resources.interfaces:
+        for interface, tap in taps.items():
+            if interface not in resources.interfaces:
                 raise LoadFailed("Failed to get snapshot state from file: Unknown Network Device.")
-            resources.interfaces[name]["host_dev_name"] = tap
+            resources.interfaces[interface]["host_dev_name"] = tap
         if vsock is not None:
             if not resources.vsock:
                 raise LoadFailed("Failed to get snapshot state from file: Unknown Vsock Device.")
@@ -238,14 +240,14 @@ class StandInMachine:
         failed = "Failed to build microVM from snapshot: Failed to restore devices: "
         try:
             opened = {
-                name: open_tap(interface["host_dev_name"])
-                for name, interface in resources.interfaces.items()
+                key: open_tap(interface["host_dev_name"])
+                for key, interface in resources.interfaces.items()
             }
         except OSError as error:
             raise LoadFailed(
                 f"{failed}Cannot open/create the tap device: {error.strerror}"
             ) from error
-        machine = cls(resources, opened)
+        machine = cls(name, resources, opened)
         try:
             with memory.open("rb") as file:
                 _copy(file.fileno(), machine._memory)

@@ -21,8 +21,17 @@ _REPORT = Path(__file__).parents[2] / "docs/reliability.md"
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "cell" in metafunc.fixturenames:
-        cells = matrix.ALL if _all_faults(metafunc.config) else matrix.REDUCED
+        cells = _cells(metafunc.config)
         metafunc.parametrize("cell", cells, ids=[cell.id for cell in cells])
+
+
+def _cells(config: pytest.Config) -> tuple[matrix.Cell, ...]:
+    if name := config.getoption("--drivers"):
+        drivers = {each.name: each for each in matrix.DRIVERS}
+        if name not in drivers:
+            raise pytest.UsageError(f"--drivers: {name} is none of {', '.join(drivers)}")
+        return tuple(matrix.cells(drivers[name]))
+    return matrix.ALL if _all_faults(config) else matrix.REDUCED
 
 
 def _all_faults(config: pytest.Config) -> bool:

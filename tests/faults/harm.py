@@ -34,7 +34,7 @@ def strike(scene: Scene, cell: Cell, subject: str) -> float:
     armed = Banger({**banger.environment, FAULT_VARIABLE: f"{number.name}@{cell.point}"})
     # The command starts the daemon, which so has the variable.
     began = time.monotonic()
-    command = armed.start(*cell.operation.command(subject))
+    command = armed.start(*cell.operation.command(subject, cell.drivers))
     try:
         if number is signal.SIGSTOP:
             _harm_while_stopped(scene, cell, command)

@@ -12,6 +12,42 @@ from enum import StrEnum
 
 from product import IMAGE
 
+
+@dataclass(frozen=True)
+class Drivers:
+    """What machines are run by, and what is different about them."""
+
+    hypervisor: str = "qemu"
+    storage: str = "qcow2"
+    #: Of the files of disks.
+    suffix: str = "qcow2"
+    #: Besides the sockets of a running machine.
+    runtime_files: frozenset[str] = frozenset()
+    #: Of new machines.
+    options: tuple[str, ...] = ()
+    #: Stages that its operations do not have.
+    leaves_out: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        return f"{self.hypervisor}+{self.storage}"
+
+
+DEFAULT = Drivers()
+DRIVERS = (
+    DEFAULT,
+    Drivers(storage="reflink", suffix="raw"),
+    # By the stand-in for Firecracker. Bridges are of the whole host: these machines have none.
+    Drivers(
+        hypervisor="firecracker",
+        storage="reflink",
+        suffix="raw",
+        runtime_files=frozenset({"firecracker", "metrics"}),
+        options=("--network", "none"),
+        leaves_out=frozenset({"memory"}),
+    ),
+)
+
 #: The subject of a cell; stands in an operation's words for its name.
 SUBJECT = "SUBJECT"
 
@@ -86,8 +122,13 @@ class Operation:
     def title(self) -> str:
         return f"{self.name} ({self.variant})" if self.variant else self.name
 
-    def command(self, subject: str) -> list[str]:
-        return [subject if word is SUBJECT else word for word in self.words]
+    def command(self, subject: str, drivers: Drivers) -> list[str]:
+        words = [subject if word is SUBJECT else word for word in self.words]
+        return [*words, *drivers.options] if words[:2] == ["vm", "create"] else words
+
+    def stages_of(self, drivers: Drivers) -> tuple[Stage, ...]:
+        """Those that it has with these drivers."""
+        return tuple(each for each in self.stages if each.name not in drivers.leaves_out)
 
 
 #: Long enough for any guest here to come up, so that one that never will is not waited for longer.
@@ -291,6 +332,7 @@ class Cell:
     operation: Operation
     stage: Stage
     fault: Fault
+    drivers: Drivers = DEFAULT
 
     @property
     def point(self) -> str:
@@ -300,18 +342,21 @@ class Cell:
     @property
     def id(self) -> str:
         variant = f"[{self.operation.variant}]" if self.operation.variant else ""
-        return f"{self.point}{variant}-{self.fault}".replace(" ", "_")
+        of = "" if self.drivers is DEFAULT else f"-{self.drivers.name}"
+        return f"{self.point}{variant}-{self.fault}{of}".replace(" ", "_")
 
 
-def _cells() -> Iterator[Cell]:
-    for operation in (*OPERATIONS, *BUILDS):
-        for stage in operation.stages:
+def cells(drivers: Drivers) -> Iterator[Cell]:
+    """All that there are of these drivers. Builds are the same with all."""
+    for operation in (*OPERATIONS, *(BUILDS if drivers is DEFAULT else ())):
+        for stage in operation.stages_of(drivers):
             for fault in Fault:
                 if stage.machine or fault not in ON_MACHINES:
-                    yield Cell(operation, stage, fault)
+                    yield Cell(operation, stage, fault, drivers)
 
 
-ALL = tuple(_cells())
+#: Those of docs/reliability.md.
+ALL = tuple(cells(DEFAULT))
 
 #: Cells of the reduced form besides those of daemons killed in operations on VMs: one or two of
 #: each other fault, and two of a build, which takes long.
@@ -328,10 +373,28 @@ _CHOSEN = {
     (Fault.DAEMON_KILLED, "image.build:install"),
 }
 
+#: Of the other drivers: what they do themselves where others share the work.
+_CHOSEN_OF_OTHERS = {
+    (Fault.DAEMON_KILLED, "vm.create:restore"),
+    (Fault.DAEMON_KILLED, "vm.fork:freeze"),
+    (Fault.DAEMON_KILLED, "vm.suspend:sync"),
+    (Fault.MACHINE_KILLED, "vm.create:setup"),
+    (Fault.MACHINE_HANGS, "vm.delete:end"),
+    (Fault.DISK_FULL, "vm.create:disks"),
+}
+
 #: What `make test` runs: the daemon killed at every stage of every operation on VMs, and those.
-REDUCED = tuple(
-    cell
-    for cell in ALL
-    if (cell.fault, cell.point) in _CHOSEN
-    or (cell.fault is Fault.DAEMON_KILLED and cell.operation.name != "image.build")
+REDUCED = (
+    *(
+        cell
+        for cell in ALL
+        if (cell.fault, cell.point) in _CHOSEN
+        or (cell.fault is Fault.DAEMON_KILLED and cell.operation.name != "image.build")
+    ),
+    *(
+        cell
+        for drivers in DRIVERS[1:]
+        for cell in cells(drivers)
+        if (cell.fault, cell.point) in _CHOSEN_OF_OTHERS
+    ),
 )

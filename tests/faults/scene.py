@@ -16,12 +16,11 @@ from typing import Any
 
 import leftovers
 from homes import Home
-from matrix import SMALL
+from matrix import SMALL, Drivers
 from product import until
 
 #: What may be in the directories of a VM, by the state of its record; and the layers of its disks.
-_FILES = {"system.qcow2", "work.qcow2", "hypervisor.log", "network.log"}
-_FILES |= {"console.log", "console.log.old"}
+_FILES = {"hypervisor.log", "network.log", "console.log", "console.log.old"}
 _FILES_OF = {"running": {"handles.json"}, "suspended": {"memory", "machine-state"}}
 _LAYER = re.compile(r"(system|work)-[0-9a-f]{12}\.qcow2")
 _SOCKETS = {"control.sock", "agent.sock"}
@@ -29,8 +28,7 @@ _SOCKETS = {"control.sock", "agent.sock"}
 _RUNTIME = {"bangerd.sock", "bangerd.lock", "start.lock", "probes.json", "vms", "templates"}
 _STATE = {"banger.db", "banger.db-wal", "banger.db-shm", "bangerd.log", "vms", "templates"}
 _STATE |= {"snapshots"}
-_TEMPLATE = {"system.qcow2", "work.qcow2", "memory", "machine-state"}
-_TEMPLATE |= {"hypervisor.log", "console.log"}
+_TEMPLATE = {"memory", "machine-state", "hypervisor.log", "console.log"}
 _IMAGE = re.compile(r"rootfs\.ext4|work-seed(-\d+)?\.ext4|image\.json")
 _KERNEL = re.compile(
     r"vmlinux|config|kernel\.json|modules\.ext4|boot-modules|initramfs-[0-9a-f]{12}\.cpio"
@@ -80,12 +78,17 @@ class Sighting:
 
 
 class Scene:
-    def __init__(self, home: Home, small_disk: Path | None = None) -> None:
+    def __init__(self, home: Home, drivers: Drivers, small_disk: Path | None = None) -> None:
         """Start the bystander in `home`, whose state or artifacts are on `small_disk` if given."""
         self.home = home
+        self.drivers = drivers
+        #: The options of every new machine.
+        self.small = (*SMALL, *drivers.options)
+        self._disks = {f"{disk}.{drivers.suffix}" for disk in ("system", "work")}
         self._small_disk = small_disk
         banger = home.banger
-        banger.ok("vm", "run", "-q", "-d", *SMALL, "--name", BYSTANDER, "--", "sh", "-c", _COUNTING)
+        new = ("vm", "run", "-q", "-d", *self.small, "--name", BYSTANDER)
+        banger.ok(*new, "--", "sh", "-c", _COUNTING)
         # It may not have counted yet.
         banger.guest(BYSTANDER, "until [ -s /run/count ]; do sleep 0.1; done")
         self.bystander_id: str = self.record(BYSTANDER)["id"]
@@ -183,13 +186,14 @@ class Scene:
             runs, state = vm["id"] in running, vm["runtime"]["state"]
             files = home.state / "vms" / vm["id"]
             layers = {each.name for each in files.glob("*.qcow2") if _LAYER.fullmatch(each.name)}
-            yield from _others(files, _FILES | _FILES_OF.get(state, set()) | layers)
-            yield from _others(home.runtime / "vms" / vm["id"], _SOCKETS if runs else set())
+            yield from _others(files, _FILES | self._disks | _FILES_OF.get(state, set()) | layers)
+            runtime = _SOCKETS | self.drivers.runtime_files if runs else set()
+            yield from _others(home.runtime / "vms" / vm["id"], runtime)
         templates = {each["id"] for each in home.banger.json("template", "list")}
         yield from _others(home.runtime / "templates", set())
         yield from _others(home.state / "templates", templates)
         for template_id in templates:
-            yield from _others(home.state / "templates" / template_id, _TEMPLATE)
+            yield from _others(home.state / "templates" / template_id, _TEMPLATE | self._disks)
         snapshots = {each["id"] for each in home.banger.json("snapshot", "list")}
         yield from _others(home.state / "snapshots", snapshots)
         for kind, pattern in (("image", _IMAGE), ("kernel", _KERNEL)):

@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
+import firecrackers
 import leftovers
 from homes import Home, copy_artifacts, new_home
+from matrix import DEFAULT, Drivers
 from scene import Scene
 
 #: A start wants 512 MiB free; and memory in a file has room for all of it, being on a tmpfs.
@@ -26,26 +28,27 @@ class Scenes:
         self._seed = seed
         self._directory = directory
         self._numbers = itertools.count()
-        #: By `small`.
-        self._kept: dict[bool, Scene] = {}
+        #: By drivers, and `small`.
+        self._kept: dict[tuple[Drivers, bool], Scene] = {}
 
     @contextmanager
-    def scene(self, *, without_image: bool, small: bool) -> Iterator[Scene]:
+    def scene(self, drivers: Drivers, *, without_image: bool, small: bool) -> Iterator[Scene]:
         """A scene: one where the image is missing is new, any other is kept while no block fails.
 
         `small`: there is little room for what is made in it.
         """
         if without_image:
-            with self._disposed(self._without_image(small=small)) as scene:
+            with self._disposed(self._without_image(drivers, small=small)) as scene:
                 yield scene
             return
-        if small not in self._kept:
-            self._kept[small] = self._with_image(small=small)
-        scene = self._kept[small]
+        key = (drivers, small)
+        if key not in self._kept:
+            self._kept[key] = self._with_image(drivers, small=small)
+        scene = self._kept[key]
         try:
             yield scene
         except BaseException:
-            del self._kept[small]
+            del self._kept[key]
             self._throw_away(scene)
             raise
 
@@ -64,18 +67,18 @@ class Scenes:
             finally:
                 self._throw_away(scene)
 
-    def _with_image(self, *, small: bool) -> Scene:
-        home = self._new_home()
+    def _with_image(self, drivers: Drivers, *, small: bool) -> Scene:
+        home = self._new_home(drivers)
         disk = _small_disk(home, home.state.parent, _STATE_DISK_MIB) if small else None
         copy_artifacts(self._seed.directory, home)
-        return Scene(home, disk)
+        return Scene(home, drivers, disk)
 
-    def _without_image(self, *, small: bool) -> Scene:
+    def _without_image(self, drivers: Drivers, *, small: bool) -> Scene:
         """The bystander's image and kernel have other names: nobody else finds them."""
-        home = self._new_home()
+        home = self._new_home(drivers)
         disk = _small_disk(home, home.data.parent, _ARTIFACTS_DISK_MIB) if small else None
         copy_artifacts(self._seed.directory, home)
-        scene = Scene(home, disk)
+        scene = Scene(home, drivers, disk)
         home.banger.ok("daemon", "stop")
         with closing(sqlite3.connect(home.state / "banger.db")) as database, database:
             for table in ("images", "kernels"):
@@ -85,8 +88,13 @@ class Scenes:
                 )
         return scene
 
-    def _new_home(self) -> Home:
-        return new_home(self._directory / f"f{next(self._numbers)}")
+    def _new_home(self, drivers: Drivers) -> Home:
+        home = new_home(self._directory / f"f{next(self._numbers)}")
+        if drivers.hypervisor == "firecracker":
+            firecrackers.use_stand_in(home)
+        elif drivers is not DEFAULT:
+            home.configure(f'storage = "{drivers.storage}"\n')
+        return home
 
     def _throw_away(self, scene: Scene) -> None:
         directory = scene.home.directory

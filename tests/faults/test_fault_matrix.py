@@ -16,8 +16,8 @@ import pytest
 import matrix
 from harm import strike
 from homes import Home
-from matrix import BOOT, SMALL, Before, Cell, Fault, Operation
-from product import IMAGE, Banger
+from matrix import BOOT, Before, Cell, Fault, Operation
+from product import IMAGE
 from reliability import GONE, Finding
 from scene import Scene
 from scenes import Scenes
@@ -53,11 +53,11 @@ def test_every_stage_of_a_build_is_in_the_matrix(seed: Home) -> None:
 
 @pytest.mark.parametrize("operation", matrix.OPERATIONS, ids=lambda operation: operation.title)
 def test_every_stage_of_an_operation_is_in_the_matrix(operation: Operation, scenes: Scenes) -> None:
-    with scenes.scene(without_image=False, small=False) as scene:
+    with scenes.scene(matrix.DEFAULT, without_image=False, small=False) as scene:
         name = _prepare(scene, operation)
         scene.home.banger.ok("daemon", "stop")
         begins = len(scene.home.log)
-        scene.home.banger.run(*operation.command(name))
+        scene.home.banger.run(*operation.command(name, matrix.DEFAULT))
         assert _stages(scene.home.log[begins:], operation.name) == _expected(operation)
         _clear(scene, name)
 
@@ -69,7 +69,8 @@ def test_after_a_fault(
         pytest.skip("run the tests as root, which can mount a small file system")
     try:
         small = cell.fault is Fault.DISK_FULL
-        with scenes.scene(without_image=cell.operation.builds, small=small) as scene:
+        missing = cell.operation.builds
+        with scenes.scene(cell.drivers, without_image=missing, small=small) as scene:
             findings[cell] = _walk(scene, cell, thorough=all_faults)
     except BaseException as error:
         findings[cell] = Finding(failed=str(error).partition("\n")[0].replace("|", "/"))
@@ -116,13 +117,13 @@ def _prepare(scene: Scene, operation: Operation) -> str:
     name, before = f"subject-{next(_numbers)}", operation.before
     banger = scene.home.banger
     if operation.template is not None:
-        _have_template(banger, wanted=operation.template)
+        _have_template(scene, wanted=operation.template)
     if before is Before.ABSENT:
         return name
     if before is Before.MADE:
-        banger.ok("vm", "create", "-q", "--no-start", *SMALL, "--name", name)
+        banger.ok("vm", "create", "-q", "--no-start", *scene.small, "--name", name)
         return name
-    banger.ok("vm", "create", "-q", *SMALL, *BOOT, "--name", name)
+    banger.ok("vm", "create", "-q", *scene.small, *BOOT, "--name", name)
     banger.guest(name, f"echo {name} >/root/kept; sync")
     if before is Before.STOPPED:
         banger.ok("vm", "stop", name)
@@ -131,10 +132,11 @@ def _prepare(scene: Scene, operation: Operation) -> str:
     return name
 
 
-def _have_template(banger: Banger, *, wanted: bool) -> None:
+def _have_template(scene: Scene, *, wanted: bool) -> None:
+    banger = scene.home.banger
     banger.ok("template", "prune", "--all")
     if wanted:
-        banger.ok("vm", "run", "-q", "--rm", *SMALL, "--", "true")
+        banger.ok("vm", "run", "-q", "--rm", *scene.small, "--", "true")
 
 
 def _use(scene: Scene, cell: Cell, name: str) -> None:
@@ -154,7 +156,7 @@ def _use(scene: Scene, cell: Cell, name: str) -> None:
             # Half-made, it never was of any use.
             banger.ok("vm", "delete", "--force", name)
     if not scene.state(name):
-        banger.ok("vm", "create", "-q", *SMALL, *BOOT, "--name", name)
+        banger.ok("vm", "create", "-q", *scene.small, *BOOT, "--name", name)
     kept = banger.guest(name, "cat /root/kept" if was_there else "true")
     assert kept == (f"{name}\n" if was_there else "")
     scene.check_records()
@@ -167,5 +169,5 @@ def _check_build(scene: Scene, *, again: bool) -> None:
         banger.ok("image", "delete", IMAGE)
     if again:
         banger.ok("image", "build", "-q", IMAGE)
-        banger.ok("vm", "run", "-q", "--rm", *SMALL, "--", "true")
+        banger.ok("vm", "run", "-q", "--rm", *scene.small, "--", "true")
         banger.ok("image", "delete", IMAGE)
