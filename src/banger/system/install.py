@@ -32,8 +32,8 @@ from banger.base.errors import (
 from banger.base.files import sync_directory, write_atomically
 from banger.base.install import HELPER_SOCKET, INSTALL_FILE, Installation, load_installation
 from banger.base.paths import SYSTEM_RUNTIME_DIR, usual_runtime_dirs
+from banger.base.trust import check_programs
 from banger.system.systemd import check_booted, systemctl, unit_state
-from banger.system.trust import check_programs
 from banger.system.units import DAEMON, HELPER, UNIT_DIR, UNITS, Owner, unit_texts
 
 _STOP_TIMEOUT_S = 300.0
