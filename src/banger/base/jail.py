@@ -15,6 +15,11 @@ _VM_ID = re.compile(r"[0-9a-f]{12}")
 _MOUNTS = Path("/proc/self/mounts")
 
 
+def is_vm_id(text: str) -> bool:
+    """Whether it has the form of a machine's id."""
+    return _VM_ID.fullmatch(text) is not None
+
+
 def jail_uid(vm_id: str) -> int:
     """The uid, and gid, of a jailed machine's process: of the first 24 bits of its id."""
     return UID_FIRST + int(vm_id[:6], 16)

@@ -1,7 +1,7 @@
 """Calls of the kernel's that Python has no names for, as `jail_launcher` needs them.
 
 All raise OSError. Numbers of system calls from 424 on are the same on all architectures; flags are
-those of linux/mount.h, linux/openat2.h and linux/sched.h.
+those of linux/mount.h and linux/sched.h.
 """
 
 from __future__ import annotations
@@ -30,26 +30,16 @@ _MS_REC, _MS_PRIVATE = 0x4000, 0x40000
 
 _SYS_OPEN_TREE = 428
 _SYS_MOVE_MOUNT = 429
-_SYS_OPENAT2 = 437
 _SYS_MOUNT_SETATTR = 442
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 0x1
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
-_RESOLVE_NO_SYMLINKS = 0x4
 _PR_SET_NO_NEW_PRIVS = 38
-#: struct open_how: flags, mode, resolve.
-_OPEN_HOW = struct.Struct("=3Q")
 #: struct mount_attr: attr_set, attr_clr, propagation, userns_fd.
 _MOUNT_ATTR = struct.Struct("=4Q")
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-def open_unfollowed(path: Path) -> int:
-    """A descriptor that names what is at `path`, no part of which may be a link (openat2(2))."""
-    how = _OPEN_HOW.pack(os.O_PATH | os.O_CLOEXEC, 0, _RESOLVE_NO_SYMLINKS)
-    return _call(_SYS_OPENAT2, _AT_FDCWD, os.fsencode(path), how, _OPEN_HOW.size)
 
 
 def clone_mount(descriptor: int) -> int:

@@ -127,7 +127,7 @@ def _mount_of(file: JailFile, uid: int) -> int:
         return -1
     path = Path(f"/proc/self/fd/{file.descriptor}").readlink()
     try:
-        found = kernel.open_unfollowed(path)
+        found = _named(path)
     except OSError as error:
         raise _Refused(f"{path} is not to be found where it was opened: {error.strerror}") from None
     status = os.fstat(found)
@@ -156,6 +156,22 @@ def _mount_of(file: JailFile, uid: int) -> int:
     finally:
         os.close(identities)
     return mount
+
+
+def _named(path: Path) -> int:
+    """A descriptor that names what is at a path, no part of which may be a link.
+
+    Not by openat2(2): the helper's unit has `RestrictSUIDSGID`, which knows nothing of it.
+    """
+    current = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    for part in path.parts[1:]:
+        directory = current
+        try:
+            flags = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
+            current = os.open(part, flags, dir_fd=directory)
+        finally:
+            os.close(directory)
+    return current
 
 
 def _identities(file: os.stat_result, uid: int) -> int:

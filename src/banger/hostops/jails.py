@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import select
+import shutil
 import socket
 import stat
 import sys
@@ -41,6 +42,8 @@ _CONTROLLERS = frozenset({"cpu", "memory", "pids"})
 _VERSION_TIMEOUT_S = 10.0
 _LAUNCH_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 20.0
+#: Where administrators put what is not Debian's; the helper runs nothing else from there.
+_LOCAL = "/usr/local/sbin:/usr/local/bin"
 _WITHOUT = "to do without a jail, for debugging: jailer_enabled = false in config.toml"
 #: What Firecracker itself and the kernel's part of a machine take, beside the guest's memory.
 _OVERHEAD_MIB_MIN = 128
@@ -173,8 +176,9 @@ def limits(vcpu_count: int, memory_mib: int) -> tuple[str, ...]:
 
 def _trusted(program: str) -> str:
     """The path of a program, links resolved, which nobody but root can have put there."""
-    found = proc.which(os.path.expanduser(program))  # noqa: PTH111 - it may be a name
     name = Path(program).name
+    path = f"{proc.search_path(os.environ)}:{_LOCAL}"
+    found = shutil.which(os.path.expanduser(program), path=path)  # noqa: PTH111 - it may be a name
     if found is None:
         raise PreconditionFailed(
             f"{name} is not installed where root's own programs are",
