@@ -95,8 +95,8 @@ RestrictSUIDSGID=yes
 # AF_INET is what interfaces are configured by, with ioctl(2).
 RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET
 SystemCallArchitectures=native
-# Firecracker inherits it, and has one of its own that allows less.
-SystemCallFilter=@system-service @mount
+# Firecracker inherits it, and sets one of its own, which allows less.
+SystemCallFilter=@system-service @mount seccomp
 SystemCallFilter=~@clock @cpu-emulation @debug @module @obsolete @raw-io @reboot @swap
 SystemCallErrorNumber=EPERM
 
