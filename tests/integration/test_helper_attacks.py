@@ -165,6 +165,21 @@ def test_any_bytes_are_refused(world: World, sent: bytes, framed: bool) -> None:
         ({"operation": {"op": "bridge_down", "bridge": "y" * 1_000_000}}, "bad_request"),
         ({"operation": {"op": "attach_loop", "file": 0, "writable": True}}, "bad_request"),
         ({"operation": {"op": "attach_loop", "file": 3}}, "bad_request"),
+        ({"operation": {"op": "end_jail", "vm_id": "../../system.slice"}}, "bad_request"),
+        ({"operation": {"op": "end_jail", "vm_id": "0123456789ab", "pid": 1}}, "bad_request"),
+        (
+            {
+                "operation": {
+                    "op": "launch_jail",
+                    "vm_id": "0123456789ab",
+                    "vcpu_count": 1,
+                    "memory_mib": 1,
+                    "files": [],
+                    "firecracker": "/bin/sh",
+                }
+            },
+            "bad_request",
+        ),
     ],
 )
 def test_what_is_not_of_the_protocol_is_refused(
@@ -221,6 +236,16 @@ _VALID: dict[str, dict[str, Any]] = {
     "detach_loop": {"device": "loop999"},
     "map_snapshot": {"vm_id": "0123456789ab", "base": "loop998", "changes": "loop999"},
     "unmap_snapshot": {"vm_id": "0123456789ab"},
+    "check_jail": {},
+    "launch_jail": {
+        "vm_id": "0123456789ab",
+        "vcpu_count": 1,
+        "memory_mib": 256,
+        "files": [{"name": "kernel", "read_only": True}],
+        "bridge": "banger1",
+        "tap": "banger1-0a0b0c",
+    },
+    "end_jail": {"vm_id": "0123456789ab"},
 }
 
 

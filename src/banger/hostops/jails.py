@@ -42,6 +42,8 @@ _CONTROLLERS = frozenset({"cpu", "memory", "pids"})
 _VERSION_TIMEOUT_S = 10.0
 _LAUNCH_TIMEOUT_S = 60.0
 _END_TIMEOUT_S = 20.0
+#: For so long a control group may have nobody in it yet.
+_NEW_S = 120.0
 #: Where administrators put what is not Debian's; the helper runs nothing else from there.
 _LOCAL = "/usr/local/sbin:/usr/local/bin"
 _WITHOUT = "to do without a jail, for debugging: jailer_enabled = false in config.toml"
@@ -82,6 +84,7 @@ class Jails:
         firecracker = await self.check()
         _check_files(operation, self._owner_uid)
         self._check_free(operation.vm_id)
+        await asyncio.to_thread(_sweep, self._owner_uid)
         await asyncio.to_thread(_have_base)
         group = _groups() / parent_group(self._owner_uid) / operation.vm_id
         async with _network(operation, self._owner_uid) as network:
@@ -139,14 +142,6 @@ class Jails:
             group = root / parent_group(self._owner_uid) / vm_id
             await asyncio.to_thread(_end_group, group)
 
-    async def end_all(self) -> None:
-        """All that there are: for the end of an installation."""
-        root = groups_root()
-        parent = root / parent_group(self._owner_uid) if root is not None else None
-        if parent is not None and parent.is_dir():
-            for group in [each for each in parent.iterdir() if each.is_dir()]:
-                await asyncio.to_thread(_end_group, group)
-
     def _check_free(self, vm_id: str) -> None:
         for group in _groups().glob("banger-*/*"):
             alike = group.is_dir() and group.name[:6] == vm_id[:6]
@@ -158,6 +153,12 @@ class Jails:
                     else f"the machine {group.name} has the uid that {vm_id} would have",
                     hint="" if own else "create it anew: it gets another id",
                 )
+
+
+async def end_all(owner_uid: int) -> None:
+    """End all jails of a user: for the end of an installation."""
+    for group in _groups_of(owner_uid):
+        await asyncio.to_thread(_end_group, group)
 
 
 def limits(vcpu_count: int, memory_mib: int) -> tuple[str, ...]:
@@ -334,6 +335,22 @@ def _groups() -> Path:
             hint=f"boot with systemd.unified_cgroup_hierarchy=1 (Linux 5.14 or later); {_WITHOUT}",
         )
     return root
+
+
+def _groups_of(owner_uid: int) -> list[Path]:
+    root = groups_root()
+    if root is None:
+        return []
+    return [each for each in (root / parent_group(owner_uid)).glob("*") if each.is_dir()]
+
+
+def _sweep(owner_uid: int) -> None:
+    """Remove what is left of jails whose machines have ended by themselves, and that nobody has
+    cleared. A new one is empty, too."""
+    for group in _groups_of(owner_uid):
+        with suppress(OSError):  # somebody is in it, or it has gone
+            if time.time() - group.stat().st_mtime > _NEW_S:
+                group.rmdir()
 
 
 def _lives(group: Path) -> bool:

@@ -65,8 +65,8 @@ UMask=0077
 # the socket to its owner. The rest is for Firecracker's jailer, which makes nodes of devices in a
 # directory that is another user's, has that as its root, and becomes that user; and for the owner's
 # files, wherever he keeps them.
-CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_CHOWN
-CapabilityBoundingSet=CAP_MKNOD CAP_DAC_OVERRIDE CAP_SYS_CHROOT CAP_SETUID CAP_SETGID
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_CHOWN CAP_MKNOD CAP_DAC_OVERRIDE \\
+    CAP_SYS_CHROOT CAP_SETUID CAP_SETGID
 NoNewPrivileges=yes
 DevicePolicy=closed
 DeviceAllow=/dev/net/tun rw
