@@ -43,6 +43,7 @@ ORDER = JailOrder(
     network=10,
     has_interface=True,
     report=11,
+    parent=1,
 )
 
 

@@ -7,7 +7,9 @@ those of linux/mount.h and linux/sched.h.
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
+import signal
 import struct
 from pathlib import Path
 
@@ -35,6 +37,7 @@ _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 0x1
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 #: struct mount_attr: attr_set, attr_clr, propagation, userns_fd.
 _MOUNT_ATTR = struct.Struct("=4Q")
@@ -77,6 +80,14 @@ def unshare(namespaces: int) -> None:
 
 def enter_network(namespace: int) -> None:
     _checked(_libc.setns(namespace, CLONE_NEWNET))
+
+
+def end_with(parent: int) -> None:
+    """End when the parent, which is to be this process, ends. Raises ProcessLookupError where it
+    has."""
+    _checked(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
+    if os.getppid() != parent:
+        raise ProcessLookupError(errno.ESRCH, "whoever started it has ended")
 
 
 def gain_nothing() -> None:

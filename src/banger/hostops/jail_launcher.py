@@ -63,6 +63,8 @@ class JailOrder(msgspec.Struct, frozen=True, kw_only=True):
     has_interface: bool
     #: A socket, over which a pidfd goes.
     report: int
+    #: The pid of whoever waits for this.
+    parent: int
 
 
 class LaunchFailed(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,7 +100,9 @@ def jail_root(order: JailOrder) -> Path:
 
 def launch(order: JailOrder) -> None:
     """Make the jail and start the jailer. Raises OSError and `_Refused`."""
-    # First: whatever comes of this is found there.
+    # A later launch of this machine's is not to meet this one.
+    kernel.end_with(order.parent)
+    # Then at once: whatever comes of this is found there.
     Path(order.group, "cgroup.procs").write_text(str(os.getpid()))
     os.umask(0o022)
     kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS)

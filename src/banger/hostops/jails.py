@@ -116,6 +116,7 @@ class Jails:
                 network=network,
                 has_interface=bool(operation.tap),
                 report=theirs.fileno(),
+                parent=os.getpid(),
             )
             completed = await proc.run(
                 [sys.executable, "-I", "-m", jail_launcher.__name__],
