@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +33,7 @@ def _put_programs(host: GuestHost, firecracker: Path, jailer: Path) -> None:
 def seen(guest_hosts: GuestHosts, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What `jail_steps.py` has seen, with stand-ins."""
     probe = tmp_path_factory.mktemp("probe") / "firecracker"
-    compiler = [sys.executable, "-m", "ziglang", "cc", "-target", "x86_64-linux-musl", "-static"]
-    subprocess.run([*compiler, "-O1", "-o", probe, _HERE / "jail_probe.c"], check=True)
+    subprocess.run(["gcc", "-static", "-o", probe, _HERE / "jail_probe.c"], check=True)
     host = guest_hosts.new("jails")
     _put_programs(host, probe, _HERE / "stand_in_jailer.py")
     host.load("tun", "bridge", "veth", "loop", "dm_snapshot")
@@ -80,7 +78,7 @@ def test_it_has_its_files_and_no_others(seen: dict[str, Any]) -> None:
     assert said["write kernel"] == "Read-only file system"
     for what in ("/etc/passwd", "/proc/1/maps", "out/../../../../etc/passwd"):
         assert said[f"read {what}"] == "No such file or directory", what
-    assert said["read out/link"] == "Symbolic link loop"
+    assert said["read out/link"] == "Too many levels of symbolic links"
     assert said["device"] == "Operation not permitted"
     assert said["fill"] == "no"
 
