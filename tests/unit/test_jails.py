@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from banger.base import jail
 from banger.base.errors import BadRequest, Conflict, PermissionDenied, PreconditionFailed
 from banger.base.jail import UID_FIRST, UID_LAST, is_vm_id, jail_uid
 from banger.drivers.hypervisor import firecracker_jail
@@ -218,6 +219,29 @@ def test_root_runs_no_firecracker_that_others_can_change(tmp_path: Path) -> None
 
 
 # --- the daemon's side ---
+
+
+@pytest.mark.parametrize(
+    ("group", "found"),
+    [
+        ("0::/banger-1000/0123456789ab\n", VM_ID),
+        ("1:cpu:/x\n0::/banger-1000/0123456789ab\n", VM_ID),
+        ("0::/banger-1001/0123456789ab\n", ""),
+        ("0::/x/banger-1000/0123456789ab\n", ""),
+        ("0::/banger-1000/0123456789ab/more\n", ""),
+        ("0::/banger-1000\n", ""),
+        ("0::/\n", ""),
+        ("1:cpu:/banger-1000/0123456789ab\n", ""),
+    ],
+)
+def test_whose_machine_a_process_is_its_control_group_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, found: str
+) -> None:
+    monkeypatch.setattr(jail, "_PROC", tmp_path)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "cgroup").write_text(group)
+    assert jail.jailed_vm(7, 1000) == found
+    assert jail.jailed_vm(8, 1000) == ""
 
 
 def _jailed(*directories: Path) -> Jailed:

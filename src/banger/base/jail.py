@@ -12,7 +12,7 @@ UID_FIRST = 0x70000000
 UID_LAST = 0x70FFFFFF
 
 _VM_ID = re.compile(r"[0-9a-f]{12}")
-_MOUNTS = Path("/proc/self/mounts")
+_PROC = Path("/proc")
 
 
 def is_vm_id(text: str) -> bool:
@@ -32,7 +32,7 @@ def parent_group(owner_uid: int) -> str:
 
 def groups_root() -> Path | None:
     """Where the control groups of version 2 are mounted, if they are."""
-    for line in _MOUNTS.read_text().splitlines():
+    for line in (_PROC / "self/mounts").read_text().splitlines():
         _, place, kind, *_ = line.split(" ")
         if kind == "cgroup2":
             return Path(place)
@@ -43,7 +43,7 @@ def jailed_vm(pid: int, owner_uid: int) -> str:
     """Whose machine a process is by its control group, which nobody in a jail can leave; empty for
     one that is not in a jail of this user's."""
     try:
-        lines = Path(f"/proc/{pid}/cgroup").read_text().splitlines()
+        lines = (_PROC / str(pid) / "cgroup").read_text().splitlines()
     except OSError:  # it has ended
         return ""
     for line in lines:
