@@ -54,7 +54,9 @@ def stand_in(directory: Path, *, vsock: bool = False) -> Path:
 
 def use_stand_in(home: Home) -> None:
     """Have the home's daemon take the stand-in for Firecracker."""
-    home.configure(f'hypervisor = "firecracker"\nfirecracker_bin = "{stand_in(home.directory)}"\n')
+    # What stands in is a program of Python's, which needs more than a jail has.
+    settings = f'firecracker_bin = "{stand_in(home.directory)}"\njailer_enabled = false\n'
+    home.configure(f'hypervisor = "firecracker"\n{settings}')
     # What underneath runs vCPUs is not KVM: this host's is believed to, though.
     cached = kvm._Cached(kvm._key(kvm.DEVICE), True, "as the test says")
     home.runtime.mkdir(mode=0o700, exist_ok=True)

@@ -229,7 +229,9 @@ def test_another_owner_cannot_take_it_over(installed: GuestHost) -> None:
     installed.root("userdel bob")
 
 
-@pytest.mark.parametrize(("unit", "most"), [("banger-helper", 3.1), ("bangerd", 6.8)])
+# The helper makes jails, of namespaces and mounts, and has what Firecracker's jailer then gives up:
+# without them it had 3.1.
+@pytest.mark.parametrize(("unit", "most"), [("banger-helper", 4.5), ("bangerd", 6.8)])
 def test_the_units_are_as_hard_as_they_can_be(installed: GuestHost, unit: str, most: float) -> None:
     said = installed.root(f"systemd-analyze security --no-pager {unit}.service | tail -1")
     assert float(said.split("service:")[1].split()[0]) <= most

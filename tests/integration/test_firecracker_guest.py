@@ -35,7 +35,7 @@ from banger.drivers.base import (
     StateRefused,
 )
 from banger.drivers.hypervisor import kvm
-from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor, metrics_file
+from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_place import Direct
 from banger.drivers.hypervisor.kvm import KvmProbe
 from banger.guest.binary import agent_binary
@@ -112,12 +112,12 @@ async def hypervisor(request: pytest.FixtureRequest, tmp_path: Path) -> Firecrac
             return KvmProbe(True, "emulated")
 
         program = firecrackers.stand_in(tmp_path)
-        return FirecrackerHypervisor(str(program), Direct(), emulated)
+        return FirecrackerHypervisor(Direct(str(program)), emulated)
     cache = Path(os.environ["HOME"]) / "probe.json"
     answer = await kvm.probe(cache)
     if not answer.usable:
         pytest.skip(f"Firecracker is there, but {answer.detail}")
-    return FirecrackerHypervisor(str(firecrackers.real()), Direct(), lambda: kvm.probe(cache))
+    return FirecrackerHypervisor(Direct(str(firecrackers.real())), lambda: kvm.probe(cache))
 
 
 @dataclass
@@ -249,7 +249,7 @@ async def test_what_its_devices_move_is_counted(scene: Scene) -> None:
     after = await scene.hypervisor.traffic(machine.control_socket)
     written = after.disk_written_bytes - before.disk_written_bytes
     assert 4 << 20 <= written < 64 << 20
-    taken = metrics_file(machine.control_socket).stat()
+    taken = machine.control_socket.with_name("metrics").stat()
     assert taken.st_blocks * 512 <= 8192, "what was read takes no room"
 
 
@@ -363,13 +363,13 @@ def _firecrackers_of(directory: Path) -> list[int]:
 
 async def test_the_agent_is_reached_by_a_vsock(scene: Scene, tmp_path: Path) -> None:
     """Under the real Firecracker all of these tests are of that; the stand-in has it here alone."""
-    if scene.hypervisor.program == str(tmp_path / "firecracker"):
+    if (tmp_path / "firecracker").exists():
 
         async def emulated() -> KvmProbe:
             return KvmProbe(True, "emulated")
 
         program = firecrackers.stand_in(tmp_path, vsock=True)
-        scene.hypervisor = FirecrackerHypervisor(str(program), Direct(), emulated)
+        scene.hypervisor = FirecrackerHypervisor(Direct(str(program)), emulated)
     machine = scene.machine("a")
     pid = await scene.hypervisor.launch(machine, None)
     assert "vmw_vsock_virtio_transport" in await scene.run(machine, "cat /proc/modules")
@@ -450,18 +450,18 @@ async def test_the_host_is_asked_for_what_it_needs(scene: Scene, tmp_path: Path)
         return KvmProbe(False, "/dev/kvm is not there")
 
     program = firecrackers.stand_in(tmp_path)
-    without = await FirecrackerHypervisor(str(program), Direct(), none).checks()
+    without = await FirecrackerHypervisor(Direct(str(program)), none).checks()
     assert [each.level for each in without][:2] == [Level.OK, Level.FAIL]
-    missing = await FirecrackerHypervisor("/nowhere/firecracker", Direct(), none).checks()
+    missing = await FirecrackerHypervisor(Direct("/nowhere/firecracker"), none).checks()
     assert missing[0].level is Level.FAIL
     assert "firecracker_bin" in missing[0].hint
     for version in ("1.4.0", "1.16.0", "1.17.0"):
         other = tmp_path / f"firecracker-{version}"
         other.write_text(f"#!/bin/sh\necho Firecracker v{version}\n")
         other.chmod(0o755)
-        (check, *_) = await FirecrackerHypervisor(str(other), Direct(), none).checks()
+        (check, *_) = await FirecrackerHypervisor(Direct(str(other)), none).checks()
         assert f"v{version}, which banger has not been made for" in check.detail
     # Its machines would not be found again.
     called = program.rename(tmp_path / "fc")
-    (check, *_) = await FirecrackerHypervisor(str(called), Direct(), none).checks()
+    (check, *_) = await FirecrackerHypervisor(Direct(str(called)), none).checks()
     assert "is not called firecracker" in check.detail

@@ -36,6 +36,7 @@ from banger.hostops.ops import (
     BridgeDown,
     BridgeUp,
     Guest,
+    InJail,
     OpenTap,
     SetGuests,
 )
@@ -165,6 +166,21 @@ def test_any_bytes_are_refused(world: World, sent: bytes, framed: bool) -> None:
         ({"operation": {"op": "bridge_down", "bridge": "y" * 1_000_000}}, "bad_request"),
         ({"operation": {"op": "attach_loop", "file": 0, "writable": True}}, "bad_request"),
         ({"operation": {"op": "attach_loop", "file": 3}}, "bad_request"),
+        ({"operation": {"op": "end_jail", "vm_id": "../../system.slice"}}, "bad_request"),
+        ({"operation": {"op": "end_jail", "vm_id": "0123456789ab", "pid": 1}}, "bad_request"),
+        (
+            {
+                "operation": {
+                    "op": "launch_jail",
+                    "vm_id": "0123456789ab",
+                    "vcpu_count": 1,
+                    "memory_mib": 1,
+                    "files": [],
+                    "firecracker": "/bin/sh",
+                }
+            },
+            "bad_request",
+        ),
     ],
 )
 def test_what_is_not_of_the_protocol_is_refused(
@@ -221,6 +237,16 @@ _VALID: dict[str, dict[str, Any]] = {
     "detach_loop": {"device": "loop999"},
     "map_snapshot": {"vm_id": "0123456789ab", "base": "loop998", "changes": "loop999"},
     "unmap_snapshot": {"vm_id": "0123456789ab"},
+    "check_jail": {},
+    "launch_jail": {
+        "vm_id": "0123456789ab",
+        "vcpu_count": 1,
+        "memory_mib": 256,
+        "files": [{"name": "kernel", "read_only": True}],
+        "bridge": "banger1",
+        "tap": "banger1-0a0b0c",
+    },
+    "end_jail": {"vm_id": "0123456789ab"},
 }
 
 
@@ -395,6 +421,7 @@ def send_with(connection: socket.socket, data: bytes, descriptors: list[int]) ->
         ({"op": "attach_loop", "file": -1}, 0),
         ({"op": "attach_loop", "file": -1}, 2),
         ({"op": "attach_loop", "file": -1}, 200),
+        *(({"op": "launch_jail", **_VALID["launch_jail"]}, count) for count in (0, 3, 5, 16, 17)),
     ],
 )
 def test_descriptors_that_do_not_belong_are_refused_and_closed(
@@ -405,11 +432,21 @@ def test_descriptors_that_do_not_belong_are_refused_and_closed(
         assert received(connection)["error"]["code"] == "bad_request"
 
 
+def test_a_jail_is_made_of_nothing_but_the_owners_own(world: World, tmp_path: Path) -> None:
+    """Root's files, which a helper could open: whether or not there is a Firecracker to jail."""
+    secret = tmp_path / "secret"
+    secret.write_text("root's")
+    with untouched(world, refusals=None), secret.open("r+") as file, connected(world) as connection:
+        send_with(connection, request({"op": "launch_jail", **_VALID["launch_jail"]}),
+            [file.fileno()] * 4)  # fmt: skip
+        assert received(connection)["error"]["code"] in ("bad_request", "precondition_failed")
+
+
 def test_a_descriptor_with_every_byte_is_refused_and_closed(world: World) -> None:
     data = request({"op": "attach_loop", "file": -1})
     with untouched(world, refusals=1), open("/dev/null") as null, connected(world) as connection:
         with suppress(BrokenPipeError):  # it has heard enough
-            for byte in _LENGTH.pack(len(data))[:3]:
+            for byte in _LENGTH.pack(len(data)) + data:
                 socket.send_fds(connection, [bytes([byte])], [null.fileno()])
         assert received(connection)["error"]["code"] == "bad_request"
 
@@ -502,7 +539,8 @@ async def test_a_caller_who_goes_before_the_reply_gets_nothing(world: World) -> 
 
 def test_the_set_is_closed() -> None:
     """No operation takes a path, a command or an environment: names, numbers and addresses."""
-    allowed = {str, int, bool, tuple[str, ...], Bridge, tuple[Guest, ...]}
+    allowed = {str, int, bool, tuple[str, ...], Bridge, tuple[Guest, ...], tuple[InJail, ...]}
+    allowed |= {tuple[int, ...]}  # descriptors
     for kind in get_args(AnyOperation):
         for field in msgspec.structs.fields(kind):
             assert field.type in allowed, (kind, field.name)

@@ -268,6 +268,8 @@ class Hypervisor:
         self.can_quit = True
         self.pids: dict[Path, int] = {}
         self.buttons = 0
+        #: Of machines that nothing is left of.
+        self.cleared: list[Path] = []
         self.hears_button = False
         self.statuses: dict[Path, MachineStatus] = {}
         self.traffics: dict[Path, Traffic] = {}
@@ -370,6 +372,9 @@ class Hypervisor:
     async def quit(self, control_socket: Path) -> None:
         self._check_answers()
         self.processes.end(self.pids.pop(control_socket, 0))
+
+    async def clear(self, control_socket: Path) -> None:
+        self.cleared.append(control_socket)
 
     async def power_button(self, control_socket: Path) -> None:
         self._check_answers()

@@ -118,10 +118,10 @@ def test_a_shape_has_no_paths_and_no_names_in_it() -> None:
 @pytest.mark.parametrize("program", ["firecracker", "/opt/firecracker-v1.16.1-x86_64"])
 def test_its_command_line_is_recognised_and_no_other(program: str) -> None:
     argv = firecracker_argv(program, "a", "/r/control.sock", "/v/log")
-    assert Direct().control_socket(argv) == Path("/r/control.sock")
-    assert Direct().control_socket(("sh", *argv[1:])) is None
-    assert Direct().control_socket(argv[:2]) is None
-    assert Direct().control_socket(()) is None
+    assert Direct(program).control_socket(argv) == Path("/r/control.sock")
+    assert Direct(program).control_socket(("sh", *argv[1:])) is None
+    assert Direct(program).control_socket(argv[:2]) is None
+    assert Direct(program).control_socket(()) is None
 
 
 @pytest.mark.parametrize(

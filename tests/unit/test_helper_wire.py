@@ -19,14 +19,19 @@ from banger.base.errors import BadRequest, BangerError, Conflict, Unavailable, U
 from banger.base.model import ErrorInfo
 from banger.hostops import wire
 from banger.hostops.ops import (
+    DESCRIPTORS_MAX,
     AllowResolved,
     AttachLoop,
     Bridge,
     BridgeDown,
     BridgeUp,
+    CheckJail,
     DetachLoop,
     Done,
+    EndJail,
     Guest,
+    InJail,
+    LaunchJail,
     MapSnapshot,
     OpenTap,
     Operation,
@@ -53,6 +58,23 @@ OPERATIONS: list[Operation] = [
     MapSnapshot(vm_id="0123456789ab", base="loop0", changes="loop1"),
     UnmapSnapshot(vm_id="0123456789ab"),
     AttachLoop(file=7, writable=True),
+    CheckJail(),
+    LaunchJail(
+        vm_id="0123456789ab",
+        vcpu_count=2,
+        memory_mib=512,
+        files=(
+            InJail(name="kernel", read_only=True),
+            InJail(name="disks/system", read_only=False),
+        ),
+        bridge="banger0",
+        tap="banger0-0a0b0c",
+        out=7,
+        console=8,
+        log=9,
+        inputs=(10, 11),
+    ),
+    EndJail(vm_id="0123456789ab"),
 ]
 
 
@@ -83,6 +105,21 @@ def test_the_number_of_a_descriptor_is_never_believed() -> None:
             wire.decode_operation(request, descriptors)
 
 
+def test_the_descriptors_of_a_jail_are_those_that_came_whatever_is_said_of_them() -> None:
+    raw = (
+        b'{"op":"launch_jail","vm_id":"0123456789ab","vcpu_count":1,"memory_mib":1,"out":0,'
+        b'"inputs":[0,1,2,3],"files":[{"name":"kernel","read_only":true}]}'
+    )
+    request = wire.Request(version=1, op_id=OP_ID, operation=msgspec.Raw(raw))
+    operation = wire.decode_operation(request, (5, 6, 7, 8))
+    assert isinstance(operation, LaunchJail)
+    assert operation.descriptors == (5, 6, 7, 8)
+    operation.check()
+    for descriptors in ((), (5, 6, 7), (5, 6, 7, 8, 9)):
+        with pytest.raises(BadRequest, match="descriptors"):
+            wire.decode_operation(request, descriptors)
+
+
 def test_what_is_unknown_is_ignored_around_an_operation_but_not_in_one() -> None:
     later = b'{"version":1,"op_id":"%s","later":1,"operation":%s}'
     fine = wire.decode_request(later % (OP_ID.encode(), b'{"op":"open_tap","bridge":"banger0"}'))
@@ -103,6 +140,8 @@ def test_a_reply_may_have_more_than_this_version_knows() -> None:
 
 def test_a_reply_and_its_descriptor_belong_together() -> None:
     assert wire.encode_reply(Done(name="x", fd=5)) == (b'{"name":"x","descriptor":true}', (5,))
+    assert wire.encode_reply(Done(pid=7, fd=5)) == (b'{"pid":7,"descriptor":true}', (5,))
+    assert wire.decode_reply(b'{"pid":7,"descriptor":true}', (5,)) == Done(pid=7, fd=5)
     for data, descriptors in ((b'{"descriptor":true}', ()), (b"{}", (5,)), (b"[]", ()), (b"", ())):
         with pytest.raises(Unavailable, match="no reply"):
             wire.decode_reply(data, descriptors)
@@ -178,7 +217,7 @@ async def test_a_descriptor_arrives_with_its_message_and_is_not_inherited() -> N
     [
         (struct.pack(">I", 11) + b"x" * 11, 1, "too long"),
         (struct.pack(">I", 10) + b"x" * 5, 1, "ended within"),
-        (struct.pack(">I", 10) + b"x" * 10, 2, "more descriptors"),
+        (struct.pack(">I", 10) + b"x" * 10, DESCRIPTORS_MAX + 1, "more descriptors"),
         (struct.pack(">I", 10) + b"x" * 10, 100, "more descriptors"),
         (b"\0", 1, "ended within"),
         (b"", 0, "ended within"),

@@ -61,7 +61,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
 BASE_MAY_IMPORT = frozenset({"msgspec"})
 LOG_MAY_IMPORT = frozenset({"msgspec", "structlog"})
 
-STARTS_PROCESSES = "banger.base.proc"
+#: One runs programs and waits for them; by the other a process becomes another program.
+STARTS_PROCESSES = ("banger.base.proc", "banger.base.fork")
 _PROCESS_MODULES = frozenset({"subprocess", "multiprocessing"})
 _PROCESS_NAMES = {
     "os": ("system", "popen", "fork", "exec", "spawn", "posix_spawn"),
@@ -82,9 +83,9 @@ def violations(module: str, source: str, known: frozenset[str]) -> list[str]:
         for line, target in _imports(tree, known)
         if (reason := _objection(module, target))
     ]
-    if module != STARTS_PROCESSES:
+    if module not in STARTS_PROCESSES:
         found += [
-            f"{module}:{line}: uses {name}: only {STARTS_PROCESSES} starts processes"
+            f"{module}:{line}: uses {name}: only {STARTS_PROCESSES[0]} starts processes"
             for line, name in _process_starts(tree)
         ]
     return found

@@ -248,6 +248,35 @@ async def test_waiting_for_an_exit_is_bounded(
     assert await liveness.wait_exit(vm, 5)
 
 
+@pytest.mark.parametrize("by_itself", [True, False])
+async def test_what_only_the_privileged_can_clear_is_cleared_however_a_machine_ended(
+    liveness: Liveness, processes: Processes, hypervisor: Hypervisor, by_itself: bool
+) -> None:
+    vm = started(liveness, processes, hypervisor)
+    if by_itself:
+        processes.end(liveness.pid(vm))
+    await liveness.end(vm)
+    assert hypervisor.cleared == [Path(SOCKET)]
+    assert not liveness.vm_alive(vm)
+
+
+async def test_a_machine_in_a_jail_that_nobody_can_end_is_not_taken_for_ended(
+    liveness: Liveness,
+    processes: Processes,
+    hypervisor: Hypervisor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refused(pidfd: int) -> bool:
+        raise PermissionError
+
+    vm = started(liveness, processes, hypervisor)
+    hypervisor.can_quit = False
+    monkeypatch.setattr(procfs, "kill", refused)
+    with pytest.raises(Internal, match="in a jail"):
+        await liveness.end(vm)
+    assert liveness.vm_alive(vm)
+
+
 def test_a_machine_is_found_again_by_its_control_socket(
     liveness: Liveness, processes: Processes, hypervisor: Hypervisor, paths: Paths
 ) -> None:

@@ -24,8 +24,10 @@ def select(settings: dict[str, str], host: HostOps | None = None) -> registry.Se
     return registry.select(
         **settings,
         firecracker_bin="firecracker",
+        jailer_enabled=True,
         probe_cache=Path("/nowhere"),
         vms_dir=Path("/nowhere/vms"),
+        runtime_dirs=(),
         host=host or HelperHost(Path("/nowhere")),
         bridge=bridge_of("banger0", "10.213.0.0/16"),
         tap_pool_size=2,

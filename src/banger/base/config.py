@@ -125,6 +125,8 @@ class Config:
     log_level: str
     hypervisor: str
     firecracker_bin: str
+    jailer_bin: str
+    jailer_enabled: bool
     accelerator: str
     storage: str
     network: str
@@ -173,7 +175,13 @@ SETTINGS: tuple[Setting, ...] = (
             "which hypervisor runs VMs; auto takes qemu. firecracker needs KVM, raw disks and the"
             " bridge"),
     Setting("firecracker_bin", _program, "firecracker",
-            "Firecracker itself: a name to be found on PATH, or absolute, or below ~/"),
+            "Firecracker itself: a name to be found on PATH, or absolute, or below ~/; for jails an"
+            " installation's helper takes the one on root's PATH"),
+    Setting("jailer_bin", _program, "jailer",
+            "Firecracker's jailer, of the same release, for a daemon that is root; else as above"),
+    Setting("jailer_enabled", _switch, True,
+            "whether each Firecracker has a uid, root directory, network and limits of its own;"
+            " false is for debugging only"),
     Setting("accelerator", _choice("auto", "kvm", "tcg"), "auto",
             "what QEMU runs vCPUs with; auto takes kvm when a vCPU really runs"),
     Setting("storage", _choice("auto", "qcow2", "reflink"), "auto",

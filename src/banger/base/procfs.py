@@ -7,12 +7,16 @@ one boot of the host, and recognised by its command line; it is signalled throug
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import select
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+from banger.base.jail import jailed_vm, may_be_jailed
 
 _PROC = Path("/proc")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -90,16 +94,26 @@ def command_line(pid: int) -> tuple[str, ...]:
 
 
 def own_processes() -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(pid, arguments) of every live process of this user."""
+    """(pid, arguments) of every live process of this user, and of those in his jails.
+
+    Whose jail it is the kernel says: a process may change its own arguments, and those that name
+    another machine's are not believed.
+    """
+    uid = os.getuid()
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
+            pid = int(entry.name)
             try:
-                if entry.stat().st_uid != os.getuid():
-                    continue
+                status = entry.stat()
             except OSError:
                 continue
-            if argv := command_line(int(entry.name)):
-                yield int(entry.name), argv
+            if status.st_uid == uid:
+                if argv := command_line(pid):
+                    yield pid, argv
+            elif may_be_jailed(status) and (vm_id := jailed_vm(pid, uid)):
+                argv = command_line(pid)
+                if ("--id", vm_id) in itertools.pairwise(argv):
+                    yield pid, argv
 
 
 def open_pidfd(pid: int, is_it: Callable[[tuple[str, ...]], bool]) -> int:
@@ -133,7 +147,12 @@ async def wait_exit(pidfd: int, timeout_s: float) -> bool:
 
 
 async def kill(pidfd: int, timeout_s: float = 5.0) -> bool:
-    """SIGKILL the process and wait until it has ended. Idempotent."""
+    """SIGKILL the process and wait until it has ended. Idempotent.
+
+    Raises PermissionError for another user's that runs.
+    """
+    if select.select([pidfd], [], [], 0)[0]:  # it has ended, whoever's it was
+        return True
     with suppress(ProcessLookupError):
         signal.pidfd_send_signal(pidfd, signal.SIGKILL)
     return await wait_exit(pidfd, timeout_s)

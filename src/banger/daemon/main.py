@@ -137,7 +137,7 @@ def _tell_starter(ready_fd: int, message: bytes) -> None:
 @asynccontextmanager
 async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> AsyncIterator[Server]:
     """The parts, put together; taken apart in reverse order at the end."""
-    host = _host()
+    host = _host(config)
     # Several homes are several daemons, which keep off each other's bridges.
     instance = f"{zlib.crc32(os.fsencode(paths.state_dir)):08x}"
     bridge = bridge_of(config.bridge_name, config.bridge_cidr, instance)
@@ -148,8 +148,10 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         storage=config.storage,
         network=config.network,
         firecracker_bin=config.firecracker_bin,
+        jailer_enabled=config.jailer_enabled,
         probe_cache=paths.probe_cache,
         vms_dir=paths.vms_dir,
+        runtime_dirs=(paths.vms_runtime_dir, paths.templates_runtime_dir),
         host=host,
         bridge=bridge,
         tap_pool_size=config.tap_pool_size,
@@ -188,9 +190,11 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         await store.close()
 
 
-def _host() -> HostOps:
+def _host(config: Config) -> HostOps:
     """Who does what needs root."""
-    return LocalHost() if os.geteuid() == 0 else HelperHost()
+    if os.geteuid() != 0:
+        return HelperHost()
+    return LocalHost(firecracker=config.firecracker_bin, jailer=config.jailer_bin)
 
 
 def _services(

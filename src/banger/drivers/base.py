@@ -282,6 +282,14 @@ class Hypervisor(Protocol):
         """End the machine at once. Raises Unavailable when the hypervisor cannot be asked."""
         ...
 
+    async def clear(self, control_socket: Path) -> None:
+        """End the machine and what belongs to it where only who has the privileges can: nothing
+        for one that is the user's own. It may have ended by itself. Idempotent.
+
+        Raises BangerError when nobody can.
+        """
+        ...
+
     async def power_button(self, control_socket: Path) -> None:
         """Press the machine's power button; what the guest makes of it is its own business.
 

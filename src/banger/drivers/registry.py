@@ -18,7 +18,8 @@ from banger.base.model import NetworkMode
 from banger.drivers.base import Hypervisor, NameServer, Network, Networks, Storage, VmNames
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
-from banger.drivers.hypervisor.firecracker_place import Direct
+from banger.drivers.hypervisor.firecracker_jail import Jailed
+from banger.drivers.hypervisor.firecracker_place import Direct, Place
 from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.hypervisor.qemu_argv import Accelerator
 from banger.drivers.network.bridge import BridgeNetwork
@@ -63,6 +64,10 @@ class HypervisorSettings:
     #: Where it is kept whether KVM runs guests here.
     probe_cache: Path
     firecracker_bin: str
+    jailer_enabled: bool
+    #: Who makes jails, and where the sockets of machines are, each in a directory with its id.
+    host: HostOps
+    runtime_dirs: tuple[Path, ...]
 
 
 def _qemu(settings: HypervisorSettings) -> Hypervisor:
@@ -71,7 +76,11 @@ def _qemu(settings: HypervisorSettings) -> Hypervisor:
 
 def _firecracker(settings: HypervisorSettings) -> Hypervisor:
     program = os.path.expanduser(settings.firecracker_bin)  # noqa: PTH111 - it may be a name
-    return FirecrackerHypervisor(program, Direct(), partial(kvm.probe, settings.probe_cache))
+    places: list[Place] = [Jailed(settings.host, settings.runtime_dirs), Direct(program)]
+    if not settings.jailer_enabled:
+        places.reverse()
+    place, *earlier = places
+    return FirecrackerHypervisor(place, partial(kvm.probe, settings.probe_cache), earlier=earlier)
 
 
 # The first is what ``auto`` means: QEMU runs everywhere, and has the VMs of who chose nothing.
@@ -104,8 +113,10 @@ def select(
     storage: str,
     network: str,
     firecracker_bin: str,
+    jailer_enabled: bool,
     probe_cache: Path,
     vms_dir: Path,
+    runtime_dirs: tuple[Path, ...],
     host: HostOps,
     bridge: Bridge,
     tap_pool_size: int,
@@ -120,7 +131,9 @@ def select(
     make_hypervisor, why_hypervisor = _pick("hypervisor", hypervisor, _HYPERVISORS)
     if accelerator not in (AUTO, *_ACCELERATORS):
         raise _unknown("accelerator", accelerator, _ACCELERATORS)
-    settings = HypervisorSettings(accelerator, probe_cache, firecracker_bin)
+    settings = HypervisorSettings(
+        accelerator, probe_cache, firecracker_bin, jailer_enabled, host, runtime_dirs
+    )
     chosen = make_hypervisor(settings)
     disks, why_storage = _storage_choice(storage, chosen, vms_dir)
     networks: dict[NetworkMode, Network] = {

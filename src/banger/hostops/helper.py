@@ -284,9 +284,10 @@ def _installation(install_file: Path) -> Installation:
 
 async def _take_down(installation: Installation) -> None:
     """For the end of an installation: a daemon that was killed took back nothing."""
-    from banger.hostops import links  # see `local`
+    from banger.hostops import jails, links  # see `local`
 
     host = LocalHost(installation.owner_uid)
+    await jails.end_all(installation.owner_uid)  # before the bridges that they are on
     # In a thread, as `local` does it: pyroute2 runs an event loop of its own.
     for name in await asyncio.to_thread(links.bridges, installation.owner_uid):
         await host.perform(BridgeDown(bridge=name))

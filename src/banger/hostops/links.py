@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import struct
+import threading
 from ipaddress import IPv4Network
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pyroute2 import IPRoute
 
 from banger.base.bridge import is_bridge_name
 from banger.base.errors import Conflict, PreconditionFailed
+from banger.hostops import jail_kernel, jail_network
 from banger.hostops.ops import BRIDGE_MAC, Bridge
 
 _TUN = Path("/dev/net/tun")
@@ -162,6 +164,56 @@ def open_tap(bridge: str, owner_uid: int) -> tuple[str, int]:
             os.close(fd)
             raise
     return name, fd
+
+
+def new_namespace() -> int:
+    """A descriptor of a new network namespace, which goes with it and whoever enters it."""
+    made: list[int | OSError] = []
+
+    def make() -> None:
+        # A thread has a network of its own then, and ends: no other is to have it.
+        try:
+            jail_kernel.unshare(jail_kernel.CLONE_NEWNET)
+            made.append(os.open("/proc/thread-self/ns/net", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            made.append(error)
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    if isinstance(made[0], OSError):
+        raise made[0]
+    return made[0]
+
+
+def add_uplink(bridge: str, name: str, owner_uid: int, namespace: int) -> None:
+    """A port of a bridge that is up, with the name that a tap of it had, whose other end,
+    `jail_network.UPLINK`, is in a network namespace, and with which it goes.
+
+    Raises Conflict while the tap is there.
+    """
+    with IPRoute() as netlink:
+        master = _find_bridge(netlink, bridge, owner_uid)
+        if not master:
+            raise PreconditionFailed(f"there is no bridge {bridge}")
+        if _link(netlink, name) is not None:
+            raise Conflict(f"the tap {name} is still there")
+        other_end = {"ifname": jail_network.UPLINK, "net_ns_fd": namespace}
+        netlink.link("add", ifname=name, kind="veth", peer=other_end)
+        try:
+            _no_ipv6(name)
+            netlink.link("set", index=_index(netlink, name), master=master, state="up")
+        except BaseException:
+            netlink.link("del", index=_index(netlink, name))
+            raise
+
+
+def remove_uplink(name: str) -> None:
+    """Take back `add_uplink` at once. Idempotent."""
+    with IPRoute() as netlink:
+        link = _link(netlink, name)
+        if link is not None and _kind(link) == "veth":
+            netlink.link("del", index=link["index"])
 
 
 def _no_ipv6(name: str) -> None:

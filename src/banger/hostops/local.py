@@ -9,6 +9,7 @@ import asyncio
 import functools
 import os
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from banger.base import proc
 from banger.base.cancellation import to_its_end
@@ -20,8 +21,11 @@ from banger.hostops.ops import (
     Bridge,
     BridgeDown,
     BridgeUp,
+    CheckJail,
     DetachLoop,
     Done,
+    EndJail,
+    LaunchJail,
     MapSnapshot,
     OpenTap,
     Operation,
@@ -30,6 +34,9 @@ from banger.hostops.ops import (
     UnmapSnapshot,
     UnrouteNames,
 )
+
+if TYPE_CHECKING:
+    from banger.hostops.jails import Jails
 
 NFT = "nft"
 _NFT_TIMEOUT_S = 20.0
@@ -42,9 +49,20 @@ class LocalHost:
     hint = ""
     installed = False
 
-    def __init__(self, owner_uid: int | None = None) -> None:
-        """For this user, whose files and devices alone are touched: our own, if none is named."""
+    def __init__(
+        self,
+        owner_uid: int | None = None,
+        *,
+        firecracker: str = "firecracker",
+        jailer: str = "jailer",
+    ) -> None:
+        """For this user, whose files and devices alone are touched: our own, if none is named.
+
+        The programs are for jails: names to be found on PATH, or paths.
+        """
         self._owner_uid = os.getuid() if owner_uid is None else owner_uid
+        self._programs = (firecracker, jailer)
+        self._jails: Jails | None = None
         self._one_at_a_time = asyncio.Lock()
 
     async def perform(self, operation: Operation) -> Done:
@@ -57,7 +75,7 @@ class LocalHost:
         done: list[Done] = []
 
         async def work() -> Done:
-            done.append(await _perform(operation, self._owner_uid))
+            done.append(await self._perform(operation))
             return done[0]
 
         try:
@@ -68,43 +86,66 @@ class LocalHost:
                     os.close(each.fd)
             raise
 
+    async def _perform(self, operation: Operation) -> Done:
+        try:
+            return await self._jail(operation) or await _perform(operation, self._owner_uid)
+        except BangerError:
+            raise
+        except Exception as error:  # of netlink or of the system: told without a stack trace
+            name = type(operation).__name__
+            raise Unavailable(f"{name} failed: {error}") from error
+
+    async def _jail(self, operation: Operation) -> Done | None:
+        """None for another operation."""
+        match operation:
+            case CheckJail():
+                return Done(name=await self._of_jails().check())
+            case LaunchJail():
+                return await self._of_jails().launch(operation)
+            case EndJail(vm_id=vm_id):
+                await self._of_jails().end(vm_id)
+                return Done()
+        return None
+
+    def _of_jails(self) -> Jails:
+        """Imported when it is needed first, for it imports `links`: see `_links`."""
+        from banger.hostops.jails import Jails
+
+        if self._jails is None:
+            self._jails = Jails(self._owner_uid, *self._programs)
+        return self._jails
+
 
 async def _perform(operation: Operation, owner_uid: int) -> Done:
-    try:
-        match operation:
-            case BridgeUp():
-                await _bridge_up(operation, owner_uid)
-            case BridgeDown():
-                await _bridge_down(operation, owner_uid)
-            case OpenTap(bridge=name):
-                tap, fd = await asyncio.to_thread(_links().open_tap, name, owner_uid)
-                return Done(name=tap, fd=fd)
-            case SetGuests():
-                await _set_guests(operation, owner_uid)
-            case AllowResolved(bridge=bridge, guest=guest, addresses=addresses):
-                await _check_up(bridge, owner_uid)
-                await _nft_of(bridge, firewall.resolved(bridge, guest, addresses))
-            case RouteNames():
-                await _route_names(operation)
-            case UnrouteNames():
-                # What resolved was told of the link goes with it.
-                await asyncio.to_thread(_links().take_down_names)
-            case AttachLoop(file=file, writable=writable):
-                attach = functools.partial(loops.attach, file, owner_uid, writable=writable)
-                return Done(name=await asyncio.to_thread(attach))
-            case DetachLoop(device=device):
-                await asyncio.to_thread(loops.detach, device, owner_uid)
-            case MapSnapshot(vm_id=vm_id, base=base, changes=changes):
-                return Done(name=await mappings.create(vm_id, base, changes, owner_uid))
-            case UnmapSnapshot(vm_id=vm_id):
-                await mappings.remove(vm_id, owner_uid)
-            case _:
-                raise AssertionError(f"no way to perform {type(operation).__name__}")
-    except BangerError:
-        raise
-    except Exception as error:  # of netlink or of the system: told without a stack trace
-        name = type(operation).__name__
-        raise Unavailable(f"{name} failed: {error}") from error
+    match operation:
+        case BridgeUp():
+            await _bridge_up(operation, owner_uid)
+        case BridgeDown():
+            await _bridge_down(operation, owner_uid)
+        case OpenTap(bridge=name):
+            tap, fd = await asyncio.to_thread(_links().open_tap, name, owner_uid)
+            return Done(name=tap, fd=fd)
+        case SetGuests():
+            await _set_guests(operation, owner_uid)
+        case AllowResolved(bridge=bridge, guest=guest, addresses=addresses):
+            await _check_up(bridge, owner_uid)
+            await _nft_of(bridge, firewall.resolved(bridge, guest, addresses))
+        case RouteNames():
+            await _route_names(operation)
+        case UnrouteNames():
+            # What resolved was told of the link goes with it.
+            await asyncio.to_thread(_links().take_down_names)
+        case AttachLoop(file=file, writable=writable):
+            attach = functools.partial(loops.attach, file, owner_uid, writable=writable)
+            return Done(name=await asyncio.to_thread(attach))
+        case DetachLoop(device=device):
+            await asyncio.to_thread(loops.detach, device, owner_uid)
+        case MapSnapshot(vm_id=vm_id, base=base, changes=changes):
+            return Done(name=await mappings.create(vm_id, base, changes, owner_uid))
+        case UnmapSnapshot(vm_id=vm_id):
+            await mappings.remove(vm_id, owner_uid)
+        case _:
+            raise AssertionError(f"no way to perform {type(operation).__name__}")
     return Done()
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 from banger.base import proc
-from banger.base.errors import Conflict, PreconditionFailed
+from banger.base.errors import Conflict, PermissionDenied, PreconditionFailed
 from banger.hostops import loops
 
 DMSETUP = "dmsetup"
@@ -44,6 +47,18 @@ async def remove(vm_id: str, owner_uid: int) -> None:
         if b"busy" not in error.completed.stderr.lower():
             raise
         raise Conflict(f"{name} is in use") from error
+
+
+def check_mapping(device: int, vm_id: str, owner_uid: int) -> None:
+    """Raise PermissionDenied for a block device, by its number, that is not our mapping of this
+    machine."""
+    about = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/dm")
+    try:
+        found = [(about / each).read_text().strip() for each in ("name", "uuid")]
+    except OSError:
+        found = []
+    if found != [mapping_name(vm_id), _uuid(vm_id, owner_uid)]:
+        raise PermissionDenied(f"the device is not the mapping of {vm_id}")
 
 
 async def _is_there(vm_id: str, owner_uid: int) -> bool:

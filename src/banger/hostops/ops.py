@@ -13,7 +13,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network, NetmaskValueError
-from typing import Protocol, TypeAlias
+from typing import Protocol, Self, TypeAlias
 
 import msgspec
 
@@ -34,6 +34,11 @@ GUESTS_MAX = 4096
 #: Of all guests of a bridge together.
 ALLOWED_TOTAL_MAX = 65536
 RESOLVED_MAX = 64
+#: Of one operation.
+DESCRIPTORS_MAX = 16
+VCPUS_MAX = 64
+MEMORY_MIB_MAX = 1 << 22
+_IN_JAIL = re.compile(r"kernel|initramfs|state|memory|disks/[a-z][a-z0-9-]{0,31}")
 #: For how long an address that a name led to may be used by a guest that does not use it.
 RESOLVED_S = 3600
 
@@ -48,20 +53,42 @@ class Operation(
         """Raise BadRequest for what banger would not ask for."""
 
 
-class WithFile(Operation, frozen=True):
-    """An operation on a file that the caller has opened: no path of his is ever followed.
+class WithFiles(Operation, frozen=True):
+    """An operation on files that the caller has opened: no path of his is ever followed.
 
-    ``file`` is the descriptor, which stays the caller's. It goes to another process as such, never
-    as its number.
+    Each is a descriptor, which stays the caller's. It goes to another process as such, never as its
+    number.
     """
 
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        """All of them, in the order in which they go, at most `DESCRIPTORS_MAX`."""
+        raise NotImplementedError
+
+    def with_descriptors(self, descriptors: tuple[int, ...]) -> Self:
+        """The same with others. Raises BadRequest where there are too many or too few."""
+        raise NotImplementedError
+
+
+class WithFile(WithFiles, frozen=True):
+    """One on a single file."""
+
     file: int
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (self.file,)
+
+    def with_descriptors(self, descriptors: tuple[int, ...]) -> Self:
+        _check_count(descriptors, 1)
+        return msgspec.structs.replace(self, file=descriptors[0])
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
     """What came of an operation. ``fd`` is the caller's to close; -1 where there is none."""
 
     name: str = ""
+    pid: int = 0
     fd: int = -1
 
 
@@ -256,6 +283,83 @@ class UnmapSnapshot(Operation, frozen=True, tag="unmap_snapshot"):
         _check_vm_id(self.vm_id)
 
 
+class CheckJail(Operation, frozen=True, tag="check_jail"):
+    """Look whether machines can be jailed here: the path of the Firecracker that runs in jails.
+
+    Nothing changes. Raises PreconditionFailed where they cannot, with what to do.
+    """
+
+
+class InJail(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file that is lent to a jail, by its name there."""
+
+    name: str
+    read_only: bool
+
+
+class LaunchJail(WithFiles, frozen=True, tag="launch_jail"):
+    """Start Firecracker in a jail, which waits there to be told of its machine: a pid and a pidfd.
+
+    It is a user of its own, sees nothing but the files, may use no more than the machine is to
+    have, and is joined to the bridge by an interface of the host with the name of the ``tap`` that
+    `OpenTap` gave, and that must be gone. ``inputs`` are the descriptors of ``files``; in ``out``,
+    a directory, Firecracker makes others; what it prints is added to ``console``, its own log to
+    ``log``. All belong to the owner, and are open for what is asked; a file may be the device of
+    the machine's mapping, too.
+    """
+
+    vm_id: str
+    vcpu_count: int
+    memory_mib: int
+    files: tuple[InJail, ...]
+    #: Empty, with ``tap``, for a machine without a network.
+    bridge: str = ""
+    tap: str = ""
+    out: int = -1
+    console: int = -1
+    log: int = -1
+    inputs: tuple[int, ...] = ()
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (self.out, self.console, self.log, *self.inputs)
+
+    def with_descriptors(self, descriptors: tuple[int, ...]) -> Self:
+        _check_count(descriptors, 3 + len(self.files))
+        out, console, log, *inputs = descriptors
+        return msgspec.structs.replace(
+            self, out=out, console=console, log=log, inputs=tuple(inputs)
+        )
+
+    def check(self) -> None:
+        _check_vm_id(self.vm_id)
+        if not 1 <= self.vcpu_count <= VCPUS_MAX or not 1 <= self.memory_mib <= MEMORY_MIB_MAX:
+            raise BadRequest(f"no machine has {self.vcpu_count} vCPUs and {self.memory_mib} MiB")
+        _check_count(self.descriptors, 3 + len(self.files))
+        if len(self.descriptors) > DESCRIPTORS_MAX:
+            raise BadRequest(f"{len(self.files)} files are too many for a jail")
+        names = [each.name for each in self.files]
+        for name in names:
+            if _IN_JAIL.fullmatch(name) is None:
+                raise BadRequest(f"{name!r} is not a file that a machine is made of")
+        if len(set(names)) < len(names):
+            raise BadRequest("two files of a jail have one name")
+        if self.bridge or self.tap:
+            check_bridge_name(self.bridge)
+            match = _TAP.fullmatch(self.tap)
+            if match is None or match[1] != self.bridge:
+                raise BadRequest(f"{self.tap!r} is not a tap of {self.bridge}")
+
+
+class EndJail(Operation, frozen=True, tag="end_jail"):
+    """Take back `LaunchJail`: end whoever is in the jail of a machine, and clear what it leaves."""
+
+    vm_id: str
+
+    def check(self) -> None:
+        _check_vm_id(self.vm_id)
+
+
 #: The set, for whoever decodes one that came over a socket.
 AnyOperation: TypeAlias = (
     BridgeUp
@@ -269,6 +373,9 @@ AnyOperation: TypeAlias = (
     | DetachLoop
     | MapSnapshot
     | UnmapSnapshot
+    | CheckJail
+    | LaunchJail
+    | EndJail
 )
 
 
@@ -312,6 +419,11 @@ def disjoint(networks: Sequence[IPv4Network]) -> bool:
     return all(
         one.broadcast_address < other.network_address for one, other in itertools.pairwise(ordered)
     )
+
+
+def _check_count(descriptors: tuple[int, ...], wanted: int) -> None:
+    if len(descriptors) != wanted:
+        raise BadRequest(f"{len(descriptors)} descriptors came where {wanted} belong")
 
 
 def _check_loop(device: str) -> None:

@@ -1,7 +1,7 @@
 """The helper's wire, shared by both ends: one request and one reply on each connection.
 
-A message is a length (u32, big-endian) and JSON of so many bytes; a descriptor that belongs to it
-comes with its first bytes (SCM_RIGHTS). Both ends bound what they take. Fields that an end does
+A message is a length (u32, big-endian) and JSON of so many bytes; descriptors that belong to it
+come with its first bytes (SCM_RIGHTS). Both ends bound what they take. Fields that an end does
 not know are ignored around an operation, but not in one: who is asked for more than he understands
 must not do less than that.
 """
@@ -22,17 +22,14 @@ import msgspec
 from banger.base.errors import BadRequest, BadVersion, Unavailable, UnknownMethod, from_wire
 from banger.base.model import ErrorInfo
 from banger.base.opid import is_op_id
-from banger.hostops.ops import AnyOperation, Done, Operation, WithFile
+from banger.hostops.ops import DESCRIPTORS_MAX, AnyOperation, Done, Operation, WithFiles
 
 PROTOCOL_VERSION = 1
 #: `SetGuests` with all it may have is 2 MB: `test_the_largest_operation_fits`.
 REQUEST_MAX_BYTES = 4 << 20
 REPLY_MAX_BYTES = 64 << 10
-#: No operation takes or gives more.
-_DESCRIPTORS_MAX = 1
-
 #: Not `socket.recv_fds`: of Python 3.11 it drops its flags, and what it receives is inherited.
-_RIGHTS_BYTES = socket.CMSG_SPACE(_DESCRIPTORS_MAX * array.array("i").itemsize)
+_RIGHTS_BYTES = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
 
 _LENGTH = struct.Struct(">I")
 _PIECE_BYTES = 64 << 10
@@ -54,6 +51,7 @@ class Reply(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One of `error` and the rest. ``descriptor`` says whether one came with it."""
 
     name: str = ""
+    pid: int = 0
     descriptor: bool = False
     error: ErrorInfo | None = None
 
@@ -72,11 +70,11 @@ TAGS = frozenset(map(tag_of, get_args(AnyOperation)))
 
 
 def encode_request(operation: Operation, op_id: str) -> tuple[bytes, tuple[int, ...]]:
-    """The request, and the descriptor that goes with it, if one does."""
+    """The request, and the descriptors that go with it."""
     descriptors: tuple[int, ...] = ()
-    if isinstance(operation, WithFile):
-        descriptors = (operation.file,)
-        operation = msgspec.structs.replace(operation, file=-1)
+    if isinstance(operation, WithFiles):
+        descriptors = operation.descriptors
+        operation = operation.with_descriptors((-1,) * len(descriptors))
     raw = msgspec.Raw(msgspec.json.encode(operation))
     request = Request(version=PROTOCOL_VERSION, operation=raw, op_id=op_id)
     return msgspec.json.encode(request), descriptors
@@ -113,23 +111,22 @@ def method_of(request: Request) -> str:
 
 
 def decode_operation(request: Request, descriptors: tuple[int, ...]) -> Operation:
-    """The operation, with the descriptor that came with it in the place of what it says of one."""
+    """The operation, with the descriptors that came with it."""
     try:
         operation: Operation = _OPERATION.decode(request.operation)
     except _MALFORMED as error:
         raise BadRequest(f"malformed operation: {error}") from None
-    wanted = 1 if isinstance(operation, WithFile) else 0
-    if len(descriptors) != wanted:
-        raise BadRequest(f"{len(descriptors)} descriptors came where {wanted} belong")
-    if isinstance(operation, WithFile):
-        return msgspec.structs.replace(operation, file=descriptors[0])
+    if isinstance(operation, WithFiles):
+        return operation.with_descriptors(descriptors)
+    if descriptors:
+        raise BadRequest(f"{len(descriptors)} descriptors came where 0 belong")
     return operation
 
 
 def encode_reply(done: Done) -> tuple[bytes, tuple[int, ...]]:
     """The reply, and the descriptor that goes with it, if one does."""
     descriptors = () if done.fd < 0 else (done.fd,)
-    reply = Reply(name=done.name, descriptor=bool(descriptors))
+    reply = Reply(name=done.name, pid=done.pid, descriptor=bool(descriptors))
     return msgspec.json.encode(reply), descriptors
 
 
@@ -151,7 +148,7 @@ def decode_reply(data: bytes, descriptors: tuple[int, ...]) -> Done:
         raise from_wire(told.code, told.message, told.hint, told.op_id)
     if len(descriptors) != reply.descriptor:
         raise Unavailable("the helper gave no reply: its descriptor is not there, or not announced")
-    return Done(name=reply.name, fd=descriptors[0] if descriptors else -1)
+    return Done(name=reply.name, pid=reply.pid, fd=descriptors[0] if descriptors else -1)
 
 
 def shortened(text: str) -> str:
@@ -219,7 +216,7 @@ async def _receive(connection: socket.socket, length: int, descriptors: list[int
         for level, kind, raw in ancillary:
             if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors += _passed(raw)
-        if flags & socket.MSG_CTRUNC or len(descriptors) > _DESCRIPTORS_MAX:
+        if flags & socket.MSG_CTRUNC or len(descriptors) > DESCRIPTORS_MAX:
             raise BadRequest("more descriptors came than any message has")
         if not piece:
             raise BadRequest("the connection ended within a message")

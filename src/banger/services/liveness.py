@@ -134,15 +134,20 @@ class Liveness:
             os.close(pidfd)
 
     async def end(self, vm: Vm) -> None:
-        """End the VM's machine now: its hypervisor is asked, then its process killed.
+        """End the VM's machine now: its hypervisor is asked, then its process killed. What is left
+        of one that has ended by itself goes, too.
 
         Idempotent. Raises Internal when the kernel does not let the process die.
         """
         pidfd = self._open_machine(vm)
-        if pidfd >= 0:
-            try:
-                await self._end_machine(vm, pidfd)
-            finally:
+        try:
+            if pidfd >= 0:
+                await self._ask_to_end(vm, pidfd)
+            await self._clear(vm)
+            if pidfd >= 0:
+                await self._kill(vm, pidfd)
+        finally:
+            if pidfd >= 0:
                 os.close(pidfd)
 
     async def end_network(self, vm: Vm) -> None:
@@ -160,17 +165,33 @@ class Liveness:
                 finally:
                     os.close(pidfd)
 
-    async def _end_machine(self, vm: Vm, pidfd: int) -> None:
+    async def _ask_to_end(self, vm: Vm, pidfd: int) -> None:
         try:
             async with asyncio.timeout(_QUIT_TIMEOUT_S):
                 await self._hypervisor.quit(Path(vm.runtime.api_socket))
                 await procfs.wait_exit(pidfd, _QUIT_TIMEOUT_S)
         except (BangerError, TimeoutError) as error:
             get_logger().info("hypervisor does not quit", vm_id=vm.id, error=str(error))
-        if not await procfs.kill(pidfd):
+
+    async def _clear(self, vm: Vm) -> None:
+        try:
+            await self._hypervisor.clear(Path(vm.runtime.api_socket))
+        except BangerError as error:  # of a machine that has ended nothing is left that runs
+            get_logger().warning("machine not cleared", vm_id=vm.id, error=error.message)
+
+    async def _kill(self, vm: Vm, pidfd: int) -> None:
+        pid = self._handles.get(vm.id).pid
+        try:
+            killed = await procfs.kill(pidfd)
+        except PermissionError as error:
+            raise Internal(
+                f'the process of vm "{vm.name}" is in a jail, which nobody can end now',
+                hint=f"look at the helper: banger system status; the process has pid {pid}",
+            ) from error
+        if not killed:
             raise Internal(
                 f'the process of vm "{vm.name}" cannot be killed',
-                hint=f"look at pid {self._handles.get(vm.id).pid}: its disk may be hanging",
+                hint=f"look at pid {pid}: its disk may be hanging",
             )
 
     def _open_machine(self, vm: Vm) -> int:

@@ -68,7 +68,7 @@ async def make_machine(
                 await _boot_and_save(machine, paths, pidfd, hypervisor, progress)
             finally:
                 if pidfd >= 0:
-                    await asyncio.shield(_end(pidfd))
+                    await asyncio.shield(_end(hypervisor, machine.control_socket, pidfd))
     finally:
         shutil.rmtree(paths.runtime, ignore_errors=True)
     progress.stage("sync")
@@ -118,8 +118,9 @@ async def _come_to_rest(machine: Machine, vsock_port: int) -> None:
     await asyncio.sleep(_SETTLE_S)
 
 
-async def _end(pidfd: int) -> None:
+async def _end(hypervisor: Hypervisor, control_socket: Path, pidfd: int) -> None:
     try:
+        await hypervisor.clear(control_socket)
         if not await procfs.kill(pidfd):
             raise Internal("the process of a template's machine cannot be killed")
     finally:

@@ -238,6 +238,7 @@ class TemplateService:
         )
         if pidfd >= 0:
             try:
+                await self._hypervisor.clear(control_socket)
                 await procfs.kill(pidfd)
             finally:
                 os.close(pidfd)

@@ -31,9 +31,10 @@ from banger.base.errors import (
 )
 from banger.base.files import sync_directory, write_atomically
 from banger.base.install import HELPER_SOCKET, INSTALL_FILE, Installation, load_installation
+from banger.base.jail import jailed_vm, may_be_jailed
 from banger.base.paths import SYSTEM_RUNTIME_DIR, usual_runtime_dirs
+from banger.base.trust import check_programs
 from banger.system.systemd import check_booted, systemctl, unit_state
-from banger.system.trust import check_programs
 from banger.system.units import DAEMON, HELPER, UNIT_DIR, UNITS, Owner, unit_texts
 
 _STOP_TIMEOUT_S = 300.0
@@ -197,13 +198,16 @@ def _is_locked(path: Path) -> bool:
 
 
 def _machines(owner_uid: int, runtime_dir: Path) -> list[int]:
-    """The owner's processes whose command line names a socket of a machine below `runtime_dir`."""
+    """The owner's processes whose command line names a socket of a machine below `runtime_dir`, and
+    those in his jails, which name none."""
     needle = os.fsencode(runtime_dir / "vms") + b"/"
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it has ended
-            if process.stat().st_uid == owner_uid and needle in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
+            status, pid = process.stat(), int(process.name)
+            own = status.st_uid == owner_uid and needle in (process / "cmdline").read_bytes()
+            if own or (may_be_jailed(status) and jailed_vm(pid, owner_uid)):
+                found.append(pid)
     return found
 
 

@@ -61,9 +61,12 @@ RuntimeDirectory=banger
 RuntimeDirectoryMode=0755
 UMask=0077
 
-# For bridges, taps and nftables; for loop devices and device-mapper; to give the socket to its
-# owner.
-CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_CHOWN
+# For bridges, taps and nftables; for loop devices, device-mapper, namespaces and mounts; to give
+# the socket to its owner. The rest is for Firecracker's jailer, which makes nodes of devices in a
+# directory that is another user's, has that as its root, and becomes that user; and for the owner's
+# files, wherever he keeps them.
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_CHOWN CAP_MKNOD CAP_DAC_OVERRIDE \\
+    CAP_SYS_CHROOT CAP_SETUID CAP_SETGID
 NoNewPrivileges=yes
 DevicePolicy=closed
 DeviceAllow=/dev/net/tun rw
@@ -75,7 +78,8 @@ ProtectSystem=strict
 ProtectHome=read-only
 PrivateTmp=yes
 ProtectClock=yes
-ProtectControlGroups=yes
+# A machine in its jail has a control group of its own, outside this unit's: it outlives it.
+ProtectControlGroups=no
 ProtectHostname=yes
 ProtectKernelLogs=yes
 ProtectKernelModules=yes
@@ -84,13 +88,15 @@ ProtectKernelTunables=yes
 ReadWritePaths=/proc/sys/net
 LockPersonality=yes
 MemoryDenyWriteExecute=yes
-RestrictNamespaces=yes
+# Jails are made of them.
+RestrictNamespaces=user mnt net pid ipc uts
 RestrictRealtime=yes
 RestrictSUIDSGID=yes
 # AF_INET is what interfaces are configured by, with ioctl(2).
 RestrictAddressFamilies=AF_UNIX AF_NETLINK AF_INET
 SystemCallArchitectures=native
-SystemCallFilter=@system-service
+# Firecracker inherits it, and sets one of its own, which allows less.
+SystemCallFilter=@system-service @mount seccomp
 SystemCallFilter=~@clock @cpu-emulation @debug @module @obsolete @raw-io @reboot @swap
 SystemCallErrorNumber=EPERM
 

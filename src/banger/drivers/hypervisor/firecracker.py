@@ -1,7 +1,6 @@
 """Firecracker as a hypervisor: starts its processes, tells them of machines, ends them.
 
-The process outlives the daemon; while the daemon lives it reaps it. Firecracker has no request
-that ends a machine: its process is ended, which is found by who listens on its socket.
+The process outlives the daemon. Where it runs, and who starts and ends it, is a `Place`'s business.
 """
 
 from __future__ import annotations
@@ -10,9 +9,6 @@ import asyncio
 import hashlib
 import os
 import re
-import signal
-import socket
-import struct
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -21,7 +17,7 @@ from pathlib import Path
 
 import msgspec
 
-from banger.base import proc, procfs
+from banger.base import proc
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
 from banger.base.log import get_logger
@@ -42,11 +38,10 @@ from banger.drivers.base import (
     Traffic,
 )
 from banger.drivers.hypervisor import firecracker_machine as told
-from banger.drivers.hypervisor import firecracker_tap
 from banger.drivers.hypervisor.firecracker_api import FirecrackerClient, conversation
 from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused
 from banger.drivers.hypervisor.firecracker_metrics import Meter
-from banger.drivers.hypervisor.firecracker_place import Lent, Place, Started, is_firecracker
+from banger.drivers.hypervisor.firecracker_place import Ended, Lent, Place, closing_tap, disks_of
 from banger.drivers.hypervisor.firecracker_requests import (
     Action,
     ActionType,
@@ -64,9 +59,6 @@ from banger.guest import vsock
 
 _FALLOCATE = "fallocate"
 
-#: struct ucred: pid, uid, gid (unix(7)).
-_UCRED = struct.Struct("iII")
-
 #: Releases that are known to work: from the first one that can be told another vsock's path when a
 #: state is loaded (1.16) and then loses none of what is on its way (1.16.1), to the last one whose
 #: API this was written to.
@@ -79,7 +71,6 @@ _LAUNCH_TIMEOUT_S = 30.0
 _LOOK_AGAIN_S = 0.002
 _VERSION_TIMEOUT_S = 10.0
 _DIG_TIMEOUT_S = 120.0
-_END_TIMEOUT_S = 5.0
 
 
 class FirecrackerHypervisor:
@@ -96,11 +87,16 @@ class FirecrackerHypervisor:
     )
 
     def __init__(
-        self, program: str, place: Place, probe: Callable[[], Awaitable[KvmProbe]]
+        self,
+        place: Place,
+        probe: Callable[[], Awaitable[KvmProbe]],
+        *,
+        earlier: Sequence[Place] = (),
     ) -> None:
-        """`program` is the setting: a name, or a path. `probe` says whether KVM runs guests."""
-        self.program = program
+        """Machines are started in `place`; `earlier` are those where some may run that an earlier
+        daemon has started. `probe` says whether KVM runs guests."""
         self._place = place
+        self._places = (place, *earlier)
         self._probe = probe
         self._probing = asyncio.Lock()
         #: By the program's inode, size and time: what it says of its release.
@@ -112,39 +108,24 @@ class FirecrackerHypervisor:
         """Firecracker itself and its release, KVM, and where its processes run."""
         name = "hypervisor firecracker"
         try:
-            version = await self._version()
+            path, version = await self._known()
         except BangerError as error:
             return [Check(name, Level.FAIL, error.message, error.hint)]
-        said = f"{self._found()}, v{'.'.join(map(str, version))}"
         async with self._probing:  # one probe: beside others it would take longer
             answer = await self._probe()
         without = 'it needs access to /dev/kvm (group kvm); without KVM: hypervisor = "qemu"'
         return [
-            Check(name, Level.OK, said),
+            Check(name, Level.OK, f"{path}, v{'.'.join(map(str, version))}"),
             Check("accelerator", Level.OK, f"kvm: {answer.detail}")
             if answer.usable
             else Check("accelerator", Level.FAIL, answer.detail, without),
-            *self._place.checks(),
+            self._place.check(),
         ]
 
-    def _found(self) -> str:
-        path = proc.which(self.program)
-        if path is None:
-            raise PreconditionFailed(
-                f"{self.program} is not installed",
-                hint="get a release of github.com/firecracker-microvm/firecracker and set"
-                " firecracker_bin to its path",
-            )
-        if not is_firecracker(path):
-            raise PreconditionFailed(
-                f"{path} is not called firecracker, which its machines are known by",
-                hint="rename it, or link to it: firecracker, or a name that begins so",
-            )
-        return path
-
-    async def _version(self) -> tuple[int, ...]:
-        """The program's release. Raises PreconditionFailed for one that is not known to work."""
-        path = self._found()
+    async def _known(self) -> tuple[str, tuple[int, ...]]:
+        """The program and its release. Raises PreconditionFailed for one that is not known to
+        work."""
+        path = await self._place.program()
         there = os.stat(path)  # noqa: PTH116 - pathlib is no faster here
         key = (there.st_ino, there.st_size, there.st_mtime_ns)
         if key not in self._versions:
@@ -160,15 +141,15 @@ class FirecrackerHypervisor:
                 f" been made for: v{first} and later ones of v{last} are",
                 hint="set firecracker_bin to the path of such a release",
             )
-        return version
+        return path, version
 
     async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:
         """See `Hypervisor.launch`. The descriptor of `network` is closed here in any case.
 
         The memory is the process's own: `save` writes it to the machine's memory file.
         """
-        agent = self._place.name_of(machine.control_socket, machine.agent_socket)
-        requests = told.boot_requests(machine, _interface(network), agent)
+        agent = self._place.name_of(machine.agent_socket)
+        requests = told.boot_requests(machine, self._interface(network), agent)
         async with self._started(machine, network, told.lent_for_boot(machine)) as begun:
             for request in requests:
                 await begun.client.tell(request)
@@ -180,13 +161,13 @@ class FirecrackerHypervisor:
     ) -> int:
         """See `Hypervisor.restore`. The descriptor of `network` is closed here in any case."""
         assert machine.memory_file is not None
-        agent = self._place.name_of(machine.control_socket, machine.agent_socket)
+        agent = self._place.name_of(machine.agent_socket)
         lent = told.lent_for_restore(machine, state, machine.memory_file.path)
         failure: type[Unavailable] = Unavailable
         try:
             async with self._started(machine, network, lent) as begun:
                 failure = StateRefused
-                for request in told.restore_requests(_interface(network), agent):
+                for request in told.restore_requests(self._interface(network), agent):
                     await begun.client.tell(request)
                 await _grow(begun.client, machine.disks)
                 await self._place.collect(machine.control_socket, machine.agent_socket)
@@ -208,33 +189,31 @@ class FirecrackerHypervisor:
     ) -> AsyncIterator[_Begun]:
         """A process that answers, to be told of its machine in the block. When that fails it is
         ended, and what its log says is in the error."""
-        tap = network.fd if network is not None else -1
-        try:
+        with closing_tap(network):
             for path in (machine.control_socket, machine.agent_socket):
                 check_socket_path(path)
-            await self._version()
-            process = await self._place.start(self._found(), machine, lent)
-        except BaseException:
-            if tap >= 0:
-                os.close(tap)
-            raise
+            await self._known()
+        process = await self._place.start(machine, lent, network)
         log = Log(machine.hypervisor_log)
         try:
-            if network is not None:
-                firecracker_tap.lend(network.fd, network.tap)
             async with conversation(machine.control_socket) as client:
                 await _answers(client, process.ended)
                 await self._begin_to_count(client, machine.control_socket)
                 yield _Begun(client, process.pid)
             if network is not None:
-                firecracker_tap.let_go(network.tap, process.pid)
+                self._place.has_tap(process, network)
         except BaseException as error:
-            await asyncio.shield(_end(process))
-            if network is not None:
-                firecracker_tap.take_back(network.tap)
+            # That it ends by itself now says more.
+            await asyncio.shield(asyncio.wait({process.ended}, timeout=_LOOK_AGAIN_S))
+            await asyncio.shield(self._place.end(machine, process, network))
             if isinstance(error, Unavailable) and not isinstance(error, FirecrackerRefused):
                 raise _with_log(error, process.ended, log) from error
             raise
+
+    def _interface(self, network: NetworkAttachment | None) -> told.Interface | None:
+        if network is None:
+            return None
+        return told.Interface(self._place.tap_of(network), network.guest.mac)
 
     async def save(self, machine: Machine, state: Path) -> None:
         """See `Hypervisor.save`."""
@@ -280,17 +259,18 @@ class FirecrackerHypervisor:
     async def _write(
         self, client: FirecrackerClient, control_socket: Path, state: Path, memory: Path
     ) -> None:
-        names = [self._place.name_of(control_socket, path) for path in (state, memory)]
+        place = self._of(control_socket)
+        names = [place.name_of(path) for path in (state, memory)]
         await client.tell(SnapshotCreate(snapshot_path=names[0], mem_file_path=names[1]))
         for path in (state, memory):
-            await self._place.collect(control_socket, path)
+            await place.collect(control_socket, path)
 
     async def disks(self, control_socket: Path) -> dict[str, Path]:
         """See `Hypervisor.disks`: those that it was started with, for there are no layers."""
         async with conversation(control_socket) as client:
             await client.instance()
         try:
-            return self._place.disks(control_socket)
+            return disks_of(control_socket)
         except OSError as error:
             raise Unavailable(f"the disks of {control_socket} are not known: {error}") from error
 
@@ -305,8 +285,8 @@ class FirecrackerHypervisor:
 
     async def shape(self, machine: Machine, link: Link | None) -> str:
         """See `Hypervisor.shape`: a digest of the machine, Firecracker itself and the processor."""
-        await self._version()
-        program = os.stat(self._found())  # noqa: PTH116 - pathlib is no faster here
+        path, _ = await self._known()
+        program = os.stat(path)  # noqa: PTH116 - pathlib is no faster here
         parts = (
             msgspec.json.encode(told.shape_of(machine, link)).decode(),
             *(str(program.st_size), str(program.st_mtime_ns)),
@@ -315,18 +295,16 @@ class FirecrackerHypervisor:
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
     async def quit(self, control_socket: Path) -> None:
-        """See `Hypervisor.quit`. Firecracker has no such request: its process is killed."""
-        pid = await asyncio.to_thread(_listener, control_socket)
-        pidfd = procfs.open_pidfd(pid, lambda argv: self.control_socket(argv) == control_socket)
-        if pidfd < 0:
-            raise Unavailable(f"what listens at {control_socket} is not its Firecracker")
-        try:
-            if not await procfs.kill(pidfd, _END_TIMEOUT_S):
-                raise Unavailable(f"the Firecracker at {control_socket} does not end")
-        except PermissionError as error:
-            raise Unavailable(f"the Firecracker at {control_socket} is another user's") from error
-        finally:
-            os.close(pidfd)
+        """See `Hypervisor.quit`."""
+        await self._of(control_socket).quit(control_socket)
+
+    async def clear(self, control_socket: Path) -> None:
+        """See `Hypervisor.clear`."""
+        await self._of(control_socket).clear(control_socket)
+
+    def _of(self, control_socket: Path) -> Place:
+        """Where a machine runs."""
+        return next((each for each in self._places if each.runs(control_socket)), self._place)
 
     async def power_button(self, control_socket: Path) -> None:
         """See `Hypervisor.power_button`: Ctrl-Alt-Del on a keyboard, which systemd listens to."""
@@ -343,20 +321,19 @@ class FirecrackerHypervisor:
         """See `Hypervisor.traffic`: from the first time on that this is asked."""
         async with conversation(control_socket) as client:
             await client.tell(Action(action_type=ActionType.FLUSH_METRICS))
-        path = metrics_file(control_socket)
-        if control_socket not in self._meters:
-            there = {key: meter for key, meter in self._meters.items() if meter.path.exists()}
-            self._meters = there | {control_socket: Meter(path)}
         try:
+            if control_socket not in self._meters:
+                there = {key: meter for key, meter in self._meters.items() if meter.path.exists()}
+                path = self._of(control_socket).metrics(control_socket)
+                self._meters = there | {control_socket: Meter(path)}
             return await asyncio.to_thread(self._meters[control_socket].read)
         except OSError as error:
-            raise Unavailable(f"what Firecracker counts is not in {path}: {error}") from error
+            raise Unavailable(f"what Firecracker counts cannot be read: {error}") from error
 
     async def _begin_to_count(self, client: FirecrackerClient, control_socket: Path) -> None:
-        path = metrics_file(control_socket)
+        path = self._place.metrics(control_socket)
         path.unlink(missing_ok=True)
-        await client.tell(Metrics(metrics_path=self._place.name_of(control_socket, path)))
-        await self._place.collect(control_socket, path)
+        await client.tell(Metrics(metrics_path=self._place.name_of(path)))
 
     async def pause(self, control_socket: Path) -> None:
         """See `Hypervisor.pause`."""
@@ -370,7 +347,8 @@ class FirecrackerHypervisor:
 
     def control_socket(self, argv: tuple[str, ...]) -> Path | None:
         """See `Hypervisor.control_socket`."""
-        return self._place.control_socket(argv)
+        found = (place.control_socket(argv) for place in self._places)
+        return next((each for each in found if each is not None), None)
 
 
 @dataclass(frozen=True)
@@ -381,22 +359,13 @@ class _Begun:
     pid: int
 
 
-def metrics_file(control_socket: Path) -> Path:
-    """What is counted of the machine with this socket."""
-    return control_socket.with_name("metrics")
-
-
 def parse_version(output: bytes) -> tuple[int, ...]:
     """The release in what ``firecracker --version`` prints; empty when there is none in it."""
     found = re.match(rb"Firecracker v(\d{1,6})\.(\d{1,6})\.(\d{1,6})", output)
     return tuple(map(int, found.groups())) if found else ()
 
 
-def _interface(network: NetworkAttachment | None) -> told.Interface | None:
-    return told.Interface(network.tap, network.guest.mac) if network is not None else None
-
-
-async def _answers(client: FirecrackerClient, ended: asyncio.Future[int]) -> None:
+async def _answers(client: FirecrackerClient, ended: Ended) -> None:
     """Return as soon as the process answers. Raises Unavailable when it ends or hangs."""
     loop = asyncio.get_running_loop()
     until = loop.time() + _LAUNCH_TIMEOUT_S
@@ -411,15 +380,7 @@ async def _answers(client: FirecrackerClient, ended: asyncio.Future[int]) -> Non
         await asyncio.wait({ended}, timeout=_LOOK_AGAIN_S)
 
 
-async def _end(process: Started) -> None:
-    """End the process, if it does not end by itself now."""
-    await asyncio.wait({process.ended}, timeout=_LOOK_AGAIN_S)
-    if not process.ended.done():
-        os.kill(process.pid, signal.SIGKILL)  # not reaped yet, so the pid is still its own
-        await asyncio.wait({process.ended})
-
-
-def _with_log(error: Unavailable, ended: asyncio.Future[int], log: Log) -> Unavailable:
+def _with_log(error: Unavailable, ended: Ended, log: Log) -> Unavailable:
     tail = log.tail()
     how = how_it_ended(ended.result())
     return Unavailable(
@@ -443,15 +404,3 @@ async def _dig_holes(memory: Path) -> None:
         await proc.run([_FALLOCATE, "--dig-holes", memory], timeout_s=_DIG_TIMEOUT_S)
     except BangerError as error:  # not every file system can
         get_logger().warning("memory not made sparse", path=str(memory), error=error.message)
-
-
-def _listener(path: Path) -> int:
-    """Who listens on a socket: the kernel keeps who it was that began to. Raises Unavailable."""
-    with socket.socket(socket.AF_UNIX) as connection:
-        try:
-            connection.settimeout(_END_TIMEOUT_S)
-            connection.connect(str(path))
-            peer = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-        except OSError as error:
-            raise Unavailable(f"Firecracker does not answer at {path}: {error}") from error
-    return int(_UCRED.unpack(peer)[0])

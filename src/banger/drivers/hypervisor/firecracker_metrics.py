@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import stat
 from pathlib import Path
 from typing import Annotated
 
@@ -53,9 +54,12 @@ class Meter:
 
     def read(self) -> Traffic:
         """All that was counted up to now. Raises OSError when there is no such file."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
+        descriptor = os.open(self.path, flags)
         try:
             status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(None, f"{self.path} is not a file")
             if status.st_ino != self._inode or status.st_size < self._read_to:
                 self._inode, self._read_to = status.st_ino, 0  # of another process
             start = max(self._read_to, status.st_size - _READ_MAX_BYTES)

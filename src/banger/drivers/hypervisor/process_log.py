@@ -24,6 +24,8 @@ class Log:
             return file.read().decode(errors="replace").strip()
 
 
-def how_it_ended(status: int) -> str:
-    """Of a return code as `proc.watch` gives it."""
+def how_it_ended(status: int | None) -> str:
+    """Of a return code as `proc.watch` gives it; None for a process that was not ours to ask."""
+    if status is None:
+        return "has ended"
     return f"exited with status {status}" if status >= 0 else f"was ended by signal {-status}"

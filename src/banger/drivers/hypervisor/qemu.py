@@ -291,6 +291,9 @@ class QemuHypervisor:
             while client.runstate is Runstate.RUNNING:
                 await client.runstate_changed()
 
+    async def clear(self, control_socket: Path) -> None:
+        """See `Hypervisor.clear`: it is the user's own process."""
+
     async def power_button(self, control_socket: Path) -> None:
         """See `Hypervisor.power_button`: an ACPI event, which systemd's logind listens to."""
         async with conversation(control_socket) as client:

@@ -1,0 +1,284 @@
+"""Jails as data: what is asked for, what the jailer is told, and how a jailed machine is known."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from banger.base import jail
+from banger.base.errors import BadRequest, Conflict, PermissionDenied, PreconditionFailed
+from banger.base.jail import UID_FIRST, UID_LAST, is_vm_id, jail_uid
+from banger.drivers.hypervisor import firecracker_jail
+from banger.drivers.hypervisor.firecracker_jail import Jailed
+from banger.hostops import jail_launcher, jails
+from banger.hostops.client import HelperHost
+from banger.hostops.jail_launcher import JailFile, JailOrder, jail_root, jailer_argv
+from banger.hostops.ops import EndJail, InJail, LaunchJail
+
+VM_ID = "0123456789ab"
+LAUNCH = LaunchJail(
+    vm_id=VM_ID,
+    vcpu_count=2,
+    memory_mib=512,
+    files=(InJail(name="kernel", read_only=True), InJail(name="disks/system", read_only=False)),
+    bridge="banger0",
+    tap="banger0-0a0b0c",
+    inputs=(-1, -1),
+)
+ORDER = JailOrder(
+    vm_id=VM_ID,
+    uid=jail_uid(VM_ID),
+    firecracker="/usr/local/bin/firecracker-v1.16.1",
+    jailer="/usr/local/bin/jailer",
+    group="/sys/fs/cgroup/banger-1000/0123456789ab",
+    parent_group="banger-1000",
+    limits=jails.limits(2, 512),
+    files=(JailFile(name="kernel", descriptor=7, read_only=True),),
+    console=8,
+    log=9,
+    network=10,
+    has_interface=True,
+    report=11,
+    parent=1,
+)
+
+
+@given(st.text("0123456789abcdef", min_size=12, max_size=12))
+def test_each_machine_has_a_uid_that_nobody_else_is_given(vm_id: str) -> None:
+    assert is_vm_id(vm_id)
+    assert UID_FIRST <= jail_uid(vm_id) <= UID_LAST < 1 << 31
+
+
+def test_the_jailer_is_told_all_of_it_and_nothing_of_the_callers() -> None:
+    assert jailer_argv(ORDER) == (
+        *("/usr/local/bin/jailer", "--id", VM_ID),
+        *("--exec-file", "/usr/local/bin/firecracker-v1.16.1"),
+        *("--uid", "1879122757", "--gid", "1879122757", "--chroot-base-dir", "/run/banger/jail"),
+        *("--cgroup-version", "2", "--parent-cgroup", "banger-1000"),
+        *("--cgroup", f"memory.max={(512 + 128) << 20}"),
+        *("--cgroup", "cpu.max=300000 100000", "--cgroup", "pids.max=18"),
+        *("--resource-limit", "no-file=1024"),
+        *("--", "--api-sock", "out/api.sock", "--log-path", "log", "--level", "Warning"),
+    )
+    # As the jailer makes it of the same.
+    assert jail_root(ORDER) == Path("/run/banger/jail/firecracker-v1.16.1/0123456789ab/root")
+
+
+def test_a_large_machine_may_have_more_beside_its_memory() -> None:
+    assert jails.limits(1, 65536)[0] == f"memory.max={(65536 + 4096) << 20}"
+
+
+def test_a_usual_jail_and_one_without_a_network_pass() -> None:
+    LAUNCH.check()
+    msgspec.structs.replace(LAUNCH, bridge="", tap="").check()
+    EndJail(vm_id=VM_ID).check()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"vm_id": "../../../etc"},
+        {"vm_id": "0123456789AB"},
+        {"vcpu_count": 0},
+        {"vcpu_count": 65},
+        {"memory_mib": 0},
+        {"memory_mib": 1 << 40},
+        {"inputs": (-1,)},
+        {"inputs": (-1, -1, -1)},
+        {"tap": "eth0"},
+        {"tap": "banger1-0a0b0c"},
+        {"tap": ""},
+        {"bridge": ""},
+        {"bridge": "br0", "tap": "br0-0a0b0c"},
+        {"files": (InJail(name="kernel", read_only=True),) * 2},
+        *(
+            {"files": (InJail(name=name, read_only=True),), "inputs": (-1,)}
+            for name in ("", "..", "/etc", "disks/..", "disks/../x", "out", "log", "dev/kvm",
+                         "disks/a/b", "firecracker", "disks/", "kernel\n")
+        ),
+        {
+            "files": tuple(InJail(name=f"disks/d{n}", read_only=True) for n in range(14)),
+            "inputs": (-1,) * 14,
+        },
+    ],
+)  # fmt: skip
+def test_what_no_machine_is_made_of_is_refused(wrong: dict[str, object]) -> None:
+    with pytest.raises(BadRequest):
+        msgspec.structs.replace(LAUNCH, **wrong).check()
+
+
+@pytest.fixture
+def opened(tmp_path: Path) -> LaunchJail:
+    """A jail's descriptors as the daemon opens them; they go with the test's process."""
+    (tmp_path / "out").mkdir(mode=0o700)
+    for name in ("kernel", "system"):
+        (tmp_path / name).write_bytes(b"x")
+    appended = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags = {
+        "out": os.O_RDONLY | os.O_DIRECTORY,
+        **dict.fromkeys(("console", "log"), appended),
+        "kernel": os.O_RDONLY,
+        "system": os.O_RDWR,
+    }
+    return LAUNCH.with_descriptors(
+        tuple(os.open(tmp_path / name, each, 0o600) for name, each in flags.items())
+    )
+
+
+def test_the_owners_files_are_taken_and_anothers_are_not(opened: LaunchJail) -> None:
+    jails._check_files(opened, os.getuid())
+    with pytest.raises(PermissionDenied, match="belongs to uid"):
+        jails._check_files(opened, os.getuid() + 1)
+    names = [each.name for each in jails._jail_files(opened)]
+    assert names == ["out", "log", "kernel", "disks/system"]
+
+
+@pytest.mark.parametrize(
+    ("index", "name", "flags", "message"),
+    [
+        (0, "kernel", os.O_RDONLY, "kind of file"),
+        (1, "out", os.O_RDONLY, "kind of file"),
+        (1, "console", os.O_WRONLY, "appended"),
+        (2, "log", os.O_RDWR | os.O_APPEND, "appended"),
+        (3, "out", os.O_RDONLY, "kind of file"),
+        (3, "kernel", os.O_WRONLY, "not open for"),
+        (3, "kernel", os.O_PATH, "only named"),
+        (4, "system", os.O_RDONLY, "not open for"),
+    ],
+)
+def test_what_is_not_open_for_what_is_asked_is_refused(
+    opened: LaunchJail, tmp_path: Path, index: int, name: str, flags: int, message: str
+) -> None:
+    descriptors = list(opened.descriptors)
+    descriptors[index] = os.open(tmp_path / name, flags)
+    with pytest.raises((BadRequest, PermissionDenied), match=message):
+        jails._check_files(opened.with_descriptors(tuple(descriptors)), os.getuid())
+
+
+def test_a_directory_that_others_can_enter_is_no_jails(opened: LaunchJail, tmp_path: Path) -> None:
+    (tmp_path / "out").chmod(0o755)
+    with pytest.raises(PermissionDenied, match="open to others"):
+        jails._check_files(opened, os.getuid())
+
+
+def test_a_name_is_looked_up_without_following_links(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real/file").write_text("x")
+    (tmp_path / "link").symlink_to("real")
+    found = jail_launcher._named(tmp_path / "real/file")
+    assert os.fstat(found).st_ino == (tmp_path / "real/file").stat().st_ino
+    os.close(found)
+    with pytest.raises(NotADirectoryError):
+        jail_launcher._named(tmp_path / "link/file")
+
+
+def _groups(root: Path, controllers: str, *populated: str) -> None:
+    (root / "cgroup.controllers").write_text(controllers)
+    for name in populated:
+        (root / name).mkdir(parents=True)
+        (root / name / "cgroup.events").write_text("populated 1\nfrozen 0\n")
+
+
+def test_two_machines_never_share_a_uid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
+    _groups(tmp_path, "cpu memory pids io", "banger-7/0123456789ab", "banger-8/fedcba000000")
+    made = jails.Jails(7, "firecracker", "jailer")
+    made._check_free("111111000000")
+    with pytest.raises(Conflict, match="already"):
+        made._check_free("0123456789ab")
+    # Another user's: the uid alone decides.
+    with pytest.raises(Conflict, match="has the uid"):
+        made._check_free("fedcba999999")
+
+
+def test_without_control_groups_there_is_no_jail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
+    _groups(tmp_path, "cpu pids")
+    with pytest.raises(PreconditionFailed, match="lack what jails are limited by: memory"):
+        jails._groups()
+    monkeypatch.setattr(jails, "groups_root", lambda: None)
+    with pytest.raises(PreconditionFailed, match="cpu memory pids"):
+        jails._groups()
+
+
+def test_root_runs_no_firecracker_that_others_can_change(tmp_path: Path) -> None:
+    program = tmp_path / "firecracker"  # below /tmp, whoever owns it
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    with pytest.raises(PreconditionFailed, match="others can change"):
+        jails._trusted(str(program))
+    with pytest.raises(PreconditionFailed, match="not installed"):
+        jails._trusted(str(tmp_path / "jailer"))
+
+
+# --- the daemon's side ---
+
+
+@pytest.mark.parametrize(
+    ("group", "found"),
+    [
+        ("0::/banger-1000/0123456789ab\n", VM_ID),
+        ("1:cpu:/x\n0::/banger-1000/0123456789ab\n", VM_ID),
+        ("0::/banger-1001/0123456789ab\n", ""),
+        ("0::/x/banger-1000/0123456789ab\n", ""),
+        ("0::/banger-1000/0123456789ab/more\n", ""),
+        ("0::/banger-1000\n", ""),
+        ("0::/\n", ""),
+        ("1:cpu:/banger-1000/0123456789ab\n", ""),
+    ],
+)
+def test_whose_machine_a_process_is_its_control_group_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, group: str, found: str
+) -> None:
+    monkeypatch.setattr(jail, "_PROC", tmp_path)
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7" / "cgroup").write_text(group)
+    assert jail.jailed_vm(7, 1000) == found
+    assert jail.jailed_vm(8, 1000) == ""
+
+
+def _jailed(*directories: Path) -> Jailed:
+    return Jailed(HelperHost(Path("/nowhere")), directories)
+
+
+def test_a_jailed_machine_is_known_by_its_id_where_its_sockets_are(tmp_path: Path) -> None:
+    argv = ("/firecracker", "--id", VM_ID, *jailer_argv(ORDER)[-6:])
+    place = _jailed(tmp_path / "vms", tmp_path / "templates")
+    assert place.control_socket(argv) is None  # another home's
+    (tmp_path / "templates" / VM_ID).mkdir(parents=True)
+    assert place.control_socket(argv) == tmp_path / "templates" / VM_ID / "control.sock"
+    for wrong in ((), ("sh", *argv[1:]), argv[:2], (argv[0], "--id", "../x", *argv[3:])):
+        assert place.control_socket(wrong) is None
+
+
+async def test_without_a_helper_no_machine_is_jailed_and_it_is_said_why() -> None:
+    with pytest.raises(PreconditionFailed, match="no helper"):
+        await _jailed().program()
+
+
+def test_what_a_jail_has_made_is_taken_out_of_its_reach(tmp_path: Path) -> None:
+    made, path = tmp_path / "made", tmp_path / "state"
+    made.write_text("state")
+    path.write_text("an earlier one")
+    firecracker_jail._take(made, path)
+    assert (path.read_text(), made.exists()) == ("state", False)
+
+
+def test_a_link_that_a_jail_has_made_leads_nowhere(tmp_path: Path) -> None:
+    made, path, secret = tmp_path / "made", tmp_path / "state", tmp_path / "secret"
+    secret.write_text("secret")
+    made.symlink_to(secret)
+    with pytest.raises(OSError, match="not a file of its own"):
+        firecracker_jail._take(made, path)
+    assert not path.is_symlink()
+    os.link(secret, made)
+    with pytest.raises(OSError, match="not a file of its own"):
+        firecracker_jail._take(made, path)
+    assert secret.read_text() == "secret"
