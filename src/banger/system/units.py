@@ -61,16 +61,16 @@ RuntimeDirectory=banger
 RuntimeDirectoryMode=0755
 UMask=0077
 
-# For bridges, taps and nftables; for loop devices and device-mapper; to give the socket to its
-# owner.
-CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_CHOWN
+# For bridges, taps and nftables; for loop devices and device-mapper; to make the nodes of its
+# devices, and to give them and the socket to the owner.
+CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_MKNOD CAP_CHOWN
 NoNewPrivileges=yes
 DevicePolicy=closed
 DeviceAllow=/dev/net/tun rw
 DeviceAllow=/dev/loop-control rw
 DeviceAllow=block-loop rw
 DeviceAllow=/dev/mapper/control rw
-DeviceAllow=block-device-mapper rw
+DeviceAllow=block-device-mapper rwm
 ProtectSystem=strict
 ProtectHome=read-only
 PrivateTmp=yes
