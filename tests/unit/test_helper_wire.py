@@ -25,9 +25,11 @@ from banger.hostops.ops import (
     BridgeDown,
     BridgeUp,
     DetachLoop,
+    LookAtSnapshot,
     Done,
     Guest,
     MapSnapshot,
+    ResizeLoop,
     OpenTap,
     Operation,
     RouteNames,
@@ -52,6 +54,8 @@ OPERATIONS: list[Operation] = [
     DetachLoop(device="loop0"),
     MapSnapshot(vm_id="0123456789ab", base="loop0", changes="loop1"),
     UnmapSnapshot(vm_id="0123456789ab"),
+    ResizeLoop(device="loop0"),
+    LookAtSnapshot(vm_id="0123456789ab"),
     AttachLoop(file=7, writable=True),
 ]
 
