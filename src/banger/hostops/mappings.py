@@ -58,9 +58,7 @@ async def remove(vm_id: str, owner_uid: int) -> None:
         return
     name = mapping_name(vm_id)
     try:
-        await _dmsetup(
-            "remove", "--retry", *_OWN_NODE, name
-        )  # udev looks at what was just closed
+        await _dmsetup("remove", "--retry", *_OWN_NODE, name)  # udev looks at what was just closed
     except proc.ProcessFailed as error:
         if b"busy" not in error.completed.stderr.lower():
             raise

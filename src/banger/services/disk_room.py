@@ -80,8 +80,8 @@ class DiskRoom:
             if vm.id not in self._watched:
                 return
             self._rooms[vm.id] = room
-            if room is not before:
-                get_logger().info("room of a disk", room=room, **vm_attributes(vm))
+            if room is Room.LOST and before is not Room.LOST:
+                get_logger().error("disk overflowed", **vm_attributes(vm))
             if room is Room.SHORT:
                 await self._hold(vm)
             elif room is Room.AMPLE and self.is_held(vm.id):
