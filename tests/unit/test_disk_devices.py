@@ -151,7 +151,11 @@ async def test_a_machine_without_room_is_held_until_there_is_some(
         assert socket not in world.hypervisor.statuses
         assert await health() == (True, {})
         made.rooms[vm.id] = Room.LOST
-        await next_look()
+        async with asyncio.timeout(20):
+            while world.disk_room.room(vm.id) is not Room.LOST:
+                await asyncio.sleep(0)
+        made.rooms[vm.id] = Room.AMPLE  # it is not mended by that
+        await asyncio.sleep(0.01)
         healthy, failed = await health()
         assert (healthy, list(failed)) == (False, ["system disk"])
         await world.stop("box")

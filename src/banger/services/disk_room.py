@@ -74,38 +74,39 @@ class DiskRoom:
             await asyncio.sleep(_INTERVAL_S)
 
     async def _look(self, devices: DiskDeviceMaker, vm: Vm) -> None:
-        before = self.room(vm.id)
+        if self.room(vm.id) is Room.LOST:
+            return  # for as long as it runs
         try:
             room = await self._tended(devices, vm)
             if vm.id not in self._watched:
                 return
             self._rooms[vm.id] = room
-            if room is Room.LOST and before is not Room.LOST:
+            if room is Room.LOST:
                 get_logger().error("disk overflowed", **vm_attributes(vm))
             if room is Room.SHORT:
                 await self._hold(vm)
             elif room is Room.AMPLE and self.is_held(vm.id):
                 await self._let_run_on(vm)
         except Exception as error:  # a supervisor's boundary: the others have their turn
-            if str(error) != self._failures.get(vm.id):  # each is told once
+            if vm.id in self._watched and str(error) != self._failures.get(vm.id):
+                self._failures[vm.id] = str(error)  # each is told once
                 get_logger().error("disk not looked after", error=str(error), **vm_attributes(vm))
-            self._failures[vm.id] = str(error)
 
     async def _tended(self, devices: DiskDeviceMaker, vm: Vm) -> Room:
         try:
             return await devices.tend(vm.id, Path(vm.runtime.system_overlay))
         except PreconditionFailed as error:
-            if self.room(vm.id) is not Room.LOST:
-                get_logger().error("disk lost", error=error.message, **vm_attributes(vm))
+            get_logger().error("disk lost", error=error.message, **vm_attributes(vm))
             return Room.LOST
 
     async def _hold(self, vm: Vm) -> None:
-        """Again each time: a snapshot that was taken meanwhile has let it run on."""
+        """Again each time: a snapshot that was taken meanwhile has let it run on. One that is
+        paused for another reason (a standby) is left to that."""
         socket = Path(vm.runtime.api_socket)
         if await self._hypervisor.status(socket) is MachineStatus.RUNNING:
             await self._hypervisor.pause(socket)
+            self._held.add(vm.id)
             get_logger().error("vm held: the disk is full", **vm_attributes(vm))
-        self._held.add(vm.id)
 
     async def _let_run_on(self, vm: Vm) -> None:
         await self._hypervisor.resume(Path(vm.runtime.api_socket))

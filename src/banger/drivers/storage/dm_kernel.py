@@ -17,15 +17,12 @@ _NEEDED = {
 
 def kernel_checks(name: str) -> list[Check]:
     """What of it is missing, each as a failed check called so; one that is well if nothing is."""
-    known = _modules()
-    missing = [
+    absent = [
         module
         for module, device in _NEEDED.items()
-        if not (device is not None and device.exists())
-        and not Path("/sys/module", module).is_dir()
-        and module not in known
+        if not (device is not None and device.exists()) and not Path("/sys/module", module).is_dir()
     ]
-    if missing:
+    if missing := sorted(set(absent) - _modules() if absent else ()):
         detail = f"the kernel has no {', '.join(missing)}"
         hint = f'load what it has: modprobe -a {" ".join(missing)}; or set storage = "auto"'
         return [Check(name, Level.FAIL, detail, hint)]

@@ -196,12 +196,13 @@ class DmSnapshotStorage:
         made = DiskDevices(base=str(base))
         record(made)
         async with self._one_at_a_time:
+            # Of an earlier run: a file that is written to must not be cut.
+            await self._take_away(vm_id, disk, made)
             await asyncio.to_thread(self._give_room, base, disk)
             loop = await self._attached(base, writable=False)
             record(made := msgspec.structs.replace(made, base_loop=loop))
             changes = await self._attached(disk, writable=True)
             record(made := msgspec.structs.replace(made, changes_loop=changes))
-            await self._host.perform(ResizeLoop(device=changes))  # one that a crash has left
             mapping = MapSnapshot(vm_id=vm_id, base=loop, changes=changes)
             name = (await self._host.perform(mapping)).name
             record(msgspec.structs.replace(made, mapping=name))
@@ -237,14 +238,18 @@ class DmSnapshotStorage:
         """See `DiskDeviceMaker.close`."""
         async with self._one_at_a_time:
             self._areas.pop(disk, None)
-            names = {each.name for each in await asyncio.to_thread(block_devices.mappings)}
-            if mapping_name(vm_id) in names:
-                await self._unmap(vm_id)
-            await self._detach(await asyncio.to_thread(block_devices.loops_of, disk))
-            if devices.base:
-                base = await asyncio.to_thread(block_devices.loops_of, Path(devices.base))
-                await self._detach([each for each in base if each.read_only])
+            await self._take_away(vm_id, disk, devices)
             await asyncio.to_thread(cow_file.cut, disk)
+
+    async def _take_away(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
+        """By what there is: nobody may have recorded it."""
+        names = {each.name for each in await asyncio.to_thread(block_devices.mappings)}
+        if mapping_name(vm_id) in names:
+            await self._unmap(vm_id)
+        await self._detach(await asyncio.to_thread(block_devices.loops_of, disk))
+        if devices.base:
+            base = await asyncio.to_thread(block_devices.loops_of, Path(devices.base))
+            await self._detach([each for each in base if each.read_only])
 
     async def sweep(self, vm_ids: Collection[str], bases: Collection[Path]) -> None:
         """See `DiskDeviceMaker.sweep`: those whose changes are below our state directory."""
@@ -299,19 +304,21 @@ class DmSnapshotStorage:
         space = await asyncio.to_thread(self._space, vm_id, disk)
         if space is None:
             return Room.AMPLE  # it has ended
+        if space.left_bytes < 2 * cow_file.CHUNK_BYTES and await self._is_lost(vm_id):
+            return Room.LOST  # more room would not mend it
         free = _free_bytes(disk.parent)
         wanted = min(space.used_bytes + _ahead_bytes(free), space.full_bytes) - space.size_bytes
         more = min(wanted, free - _KEEP_FREE_BYTES)
         if wanted >= _ahead_bytes(free) // 4 and more >= _STEP_BYTES:
             space = await self._extended(disk, space, more)
         short = _SHORT_BYTES + min(procfs.dirty_bytes(), _DIRTY_MOST_BYTES)
-        if space.left_bytes < 2 * cow_file.CHUNK_BYTES:
-            state = (await self._host.perform(LookAtSnapshot(vm_id=vm_id))).name
-            if state in (SnapshotState.OVERFLOWED, SnapshotState.INVALID):
-                return Room.LOST
         if space.size_bytes >= space.full_bytes or space.left_bytes >= 2 * short:
             return Room.AMPLE
         return Room.SHORT if space.left_bytes < short else Room.TIGHT
+
+    async def _is_lost(self, vm_id: str) -> bool:
+        state = (await self._host.perform(LookAtSnapshot(vm_id=vm_id))).name
+        return state in (SnapshotState.OVERFLOWED, SnapshotState.INVALID)
 
     def _space(self, vm_id: str, disk: Path) -> _Space | None:
         found = [each for each in block_devices.mappings() if each.name == mapping_name(vm_id)]
