@@ -62,6 +62,7 @@ class Host:
                 self.loops.pop(device, None)
             case ResizeLoop(device=device):
                 self.sizes[device] = self.loops[device].file.stat().st_size
+                assert self.sizes[device] % 512 == 0
             case MapSnapshot(vm_id=vm_id):
                 self.mapped[vm_id] = operation
                 return Done(name=f"banger-{vm_id}")
@@ -76,6 +77,7 @@ class Host:
 
     def _attached(self, file: int, *, writable: bool) -> str:
         path = Path(f"/proc/self/fd/{file}").readlink()
+        assert path.stat().st_size % 512 == 0
         for loop in self.loops.values():
             if (loop.file, loop.read_only) == (path, not writable):
                 return loop.name
@@ -142,7 +144,7 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     def set_free(free_bytes: int) -> None:
         monkeypatch.setattr(dm_snapshot, "_free_bytes", lambda _: free_bytes)
 
-    set_free(10 * GIB)
+    set_free(7 * GIB + 12_345)
     return set_free
 
 
@@ -277,7 +279,7 @@ async def test_room_is_made_before_it_is_needed_and_told_when_there_is_none(
     world: World, free: Callable[[int], None]
 ) -> None:
     os.truncate(world.base, 8 * GIB)
-    free(2 * GIB)
+    free(2 * GIB + 4097)
     disk = await world.opened()
     changes = world.host.mapped[ID].changes
     assert world.host.sizes[changes] == 128 * MIB

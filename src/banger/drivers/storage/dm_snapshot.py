@@ -59,6 +59,7 @@ _SHORT_BYTES = 48 * _MIB
 _DIRTY_MOST_BYTES = 128 * _MIB
 #: The last of the host's disk is not taken: what is going on has to be recorded.
 _KEEP_FREE_BYTES = 64 * _MIB
+#: What is allocated is so many times this, at least once; loop devices are whole sectors.
 _STEP_BYTES = 4 * _MIB
 
 #: What is busy may be so for a moment: udev, or another daemon, looks at it.
@@ -308,7 +309,7 @@ class DmSnapshotStorage:
             return Room.LOST  # more room would not mend it
         free = _free_bytes(disk.parent)
         wanted = min(space.used_bytes + _ahead_bytes(free), space.full_bytes) - space.size_bytes
-        more = min(wanted, free - _KEEP_FREE_BYTES)
+        more = min(wanted, (free - _KEEP_FREE_BYTES) // _STEP_BYTES * _STEP_BYTES)
         if wanted >= _ahead_bytes(free) // 4 and more >= _STEP_BYTES:
             space = await self._extended(disk, space, more)
         short = _SHORT_BYTES + min(procfs.dirty_bytes(), _DIRTY_MOST_BYTES)
@@ -343,7 +344,8 @@ class DmSnapshotStorage:
 
 
 def _ahead_bytes(free_bytes: int) -> int:
-    return max(_AHEAD_LEAST_BYTES, min(free_bytes // _AHEAD_OF_FREE, _AHEAD_MOST_BYTES))
+    part = min(free_bytes // _AHEAD_OF_FREE, _AHEAD_MOST_BYTES)
+    return max(_AHEAD_LEAST_BYTES, part // _STEP_BYTES * _STEP_BYTES)
 
 
 def _free_bytes(directory: Path) -> int:
