@@ -104,7 +104,7 @@ def test_ten_machines_share_an_image_and_nothing_else(mapped: GuestHost) -> None
     others = " ".join(names[1:])
     mapped.alice(f"for name in {others}; do {create} $name & done; wait", timeout_s=_SLOW_S)
     for name in names:
-        in_guest(mapped, name, f"echo {name} >/mine; yes {name} | head -c 8M >/much; sync")
+        in_guest(mapped, name, f"echo {name} >/mine; yes {name} | head -n 1200000 >/much; sync")
     there = devices(mapped)
     assert len(re.findall(r"^banger-[0-9a-f]{12}\t", there, re.MULTILINE)) == 10
     assert there.count("/srv/rootfs.ext4\n") == 1

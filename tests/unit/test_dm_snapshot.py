@@ -306,6 +306,29 @@ async def test_room_is_made_before_it_is_needed_and_told_when_there_is_none(
     assert await world.storage.tend(ID, disk) is Room.AMPLE
 
 
+async def test_a_machine_that_writes_nothing_is_not_looked_at_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.truncate(world.base, 8 * GIB)
+    disk = await world.opened()
+    looks: list[int] = []
+    monkeypatch.setattr(block_devices, "mappings", counted(world.host.all_mappings, looks))
+    for _ in range(3):
+        assert await world.storage.tend(ID, disk) is Room.AMPLE
+    assert len(looks) == 1
+    os.utime(disk)
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+    assert len(looks) == 2
+
+
+def counted(what: Callable[[], list[Mapping]], calls: list[int]) -> Callable[[], list[Mapping]]:
+    def call() -> list[Mapping]:
+        calls.append(1)
+        return what()
+
+    return call
+
+
 async def test_what_the_host_has_yet_to_write_counts_as_written(
     world: World, monkeypatch: pytest.MonkeyPatch, free: Callable[[int], None]
 ) -> None:
