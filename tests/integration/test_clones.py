@@ -66,7 +66,7 @@ async def test_disks_share_what_they_can_and_nothing_that_is_written(
     assert (makes_clones(where), can_clone(base, where)) == (clones, clones)
     (check,) = await storage.checks()
     assert check.level is (Level.OK if clones else Level.WARN)
-    room = storage.room_bytes(base)
+    room = storage.room_bytes("work", base)
     assert room == 0 if clones else 16 * MIB <= room < 17 * MIB
     disks = [where / f"{name}.raw" for name in ("system", "other")]
     for disk in disks:
@@ -118,14 +118,14 @@ async def test_what_is_missing_is_named(tmp_path: Path) -> None:
 async def test_a_copy_that_nobody_wants_any_more_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun, cloned = threading.Event(), reflink._cloned
+    begun, made = threading.Event(), reflink._begun
 
-    def slow(source: Path, target: Path) -> bool:
+    def slow(source: Path, target: Path, may_share: bool) -> bool:
         begun.set()
         time.sleep(0.2)
-        return cloned(source, target)
+        return made(source, target, may_share)
 
-    monkeypatch.setattr(reflink, "_cloned", slow)
+    monkeypatch.setattr(reflink, "_begun", slow)
     base = base_of(tmp_path, 1)
     making = asyncio.create_task(
         ReflinkStorage(tmp_path).create_overlay(base, tmp_path / "system.raw", 1)
@@ -144,7 +144,7 @@ async def test_from_another_file_system_it_is_a_copy(
     _, where = mounted
     base = base_of(tmp_path)
     storage = ReflinkStorage(where)
-    assert storage.room_bytes(base) >= 16 * MIB
+    assert storage.room_bytes("work", base) >= 16 * MIB
     await storage.create_overlay(base, where / "system.raw", 1)
     assert (where / "system.raw").read_bytes() == base.read_bytes()
     with (where / "system.raw").open("rb") as made:

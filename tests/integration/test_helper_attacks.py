@@ -236,7 +236,9 @@ _VALID: dict[str, dict[str, Any]] = {
     "attach_loop": {"file": -1, "writable": False},
     "detach_loop": {"device": "loop999"},
     "map_snapshot": {"vm_id": "0123456789ab", "base": "loop998", "changes": "loop999"},
+    "resize_loop": {"device": "loop999"},
     "unmap_snapshot": {"vm_id": "0123456789ab"},
+    "look_at_snapshot": {"vm_id": "0123456789ab"},
     "check_jail": {},
     "launch_jail": {
         "vm_id": "0123456789ab",

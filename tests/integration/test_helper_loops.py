@@ -20,6 +20,7 @@ from banger.hostops.ops import (
     AttachLoop,
     DetachLoop,
     MapSnapshot,
+    ResizeLoop,
 )
 from helper_world import (
     OWNER_UID,
@@ -161,3 +162,34 @@ async def test_a_mapping_takes_loop_devices_of_ours_that_can_be_written(world: W
     finally:
         for name in devices:
             await host.perform(DetachLoop(device=name))
+
+
+async def test_a_loop_device_grows_with_its_file_when_it_is_told(world: World) -> None:
+    host = HelperHost(world.socket)
+    path = file_of_owner(world.directory / "disk")
+    with opened(path) as file:
+        device = (await host.perform(AttachLoop(file=file, writable=True))).name
+    try:
+        os.truncate(path, 4 << 20)
+        sectors = Path("/sys/block", device, "size")
+        assert int(sectors.read_text()) * 512 == 1 << 20
+        for _ in range(2):
+            await host.perform(ResizeLoop(device=device))
+        assert int(sectors.read_text()) * 512 == 4 << 20
+    finally:
+        await host.perform(DetachLoop(device=device))
+    with pytest.raises(Conflict):
+        await host.perform(ResizeLoop(device=device))
+
+
+async def test_a_loop_device_that_is_going_is_not_given_again(world: World) -> None:
+    """Whoever has it open still keeps it with its file, until he closes it."""
+    host = HelperHost(world.socket)
+    with opened(file_of_owner(world.directory / "disk")) as file:
+        first = (await host.perform(AttachLoop(file=file))).name
+        with open(f"/dev/{first}", "rb"):
+            await host.perform(DetachLoop(device=first))
+            second = (await host.perform(AttachLoop(file=file))).name
+            assert second != first
+    await host.perform(DetachLoop(device=second))
+    assert loops_of(world.directory) == ""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from ipaddress import IPv4Network
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import pytest
 
 from banger.base import procfs
 from banger.base.errors import PreconditionFailed, Unavailable
-from banger.base.model import Egress, NetworkMode, Reach
+from banger.base.model import DiskDevices, Egress, NetworkMode, Reach
 from banger.drivers.base import (
     Capture,
     Check,
@@ -33,6 +33,7 @@ from banger.drivers.base import (
     Networks,
     Plug,
     Plugged,
+    Room,
     Traffic,
 )
 from banger.guest import requests
@@ -423,6 +424,7 @@ class Storage:
         self.layer_gate = Gate()
         self.share_gate = Gate()
         self.collapse_gate = Gate()
+        self.devices: DiskDevicesMade | None = None
 
     @property
     def layering(self) -> Layering | None:
@@ -482,11 +484,49 @@ class Storage:
         disk.unlink()  # others have the layers below, and may have this file, too
         disk.write_text(content)
 
-    def room_bytes(self, source: Path) -> int:
+    def room_bytes(self, disk: str, source: Path) -> int:
         return 0
 
     def allocated_bytes(self, disk: Path) -> int:
         return disk.stat().st_size if disk.exists() else 0
+
+
+class DiskDevicesMade:
+    """Devices of disks: entries of `opened`, by the machine, with the base and the file."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, tuple[Path, Path]] = {}
+        self.closed: list[tuple[str, DiskDevices]] = []
+        self.swept: list[tuple[set[str], set[Path]]] = []
+        #: What `tend` says of each machine, and of which it was asked.
+        self.rooms: dict[str, Room] = {}
+        self.tended: list[str] = []
+        self.open_gate = Gate()
+        self.close_gate = Gate()
+
+    def node(self, vm_id: str) -> Path:
+        return Path("/dev/mapper") / vm_id
+
+    async def open(
+        self, vm_id: str, base: Path, disk: Path, record: Callable[[DiskDevices], None]
+    ) -> None:
+        record(DiskDevices(base=str(base)))
+        assert disk.is_file()
+        self.opened[vm_id] = (base, disk)
+        await self.open_gate.passed()
+        record(DiskDevices(base=str(base), base_loop="loop0", changes_loop="loop1", mapping="m"))
+
+    async def close(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
+        await self.close_gate.passed()
+        self.closed.append((vm_id, devices))
+        self.opened.pop(vm_id, None)
+
+    async def sweep(self, vm_ids: Collection[str], bases: Collection[Path]) -> None:
+        self.swept.append((set(vm_ids), set(bases)))
+
+    async def tend(self, vm_id: str, disk: Path) -> Room:
+        self.tended.append(vm_id)
+        return self.rooms.get(vm_id, Room.AMPLE)
 
 
 class Network:

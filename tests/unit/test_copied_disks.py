@@ -101,7 +101,7 @@ async def test_there_must_be_room_for_copies_of_the_disks(
 ) -> None:
     await world.create()
     await world.stop("box")
-    monkeypatch.setattr(world.storage, "room_bytes", lambda source: 1 << 60)
+    monkeypatch.setattr(world.storage, "room_bytes", lambda disk, source: 1 << 60)
     with pytest.raises(PreconditionFailed, match="are needed"):
         await snapshot(world)
     with pytest.raises(AssertionError, match="are needed"):

@@ -85,6 +85,13 @@ def test_the_whole_command_line() -> None:
     )
 
 
+def test_a_device_of_the_hosts_is_opened_without_a_cache() -> None:
+    disk = Disk("system", Path("/dev/mapper/d"), DiskFormat.RAW, is_device=True)
+    device = "file.driver=host_device,file.cache.direct=on,file.filename=/dev/mapper/d"
+    node = f"driver=raw,node-name=system,read-only=off,discard=unmap,{device},file.discard=unmap"
+    assert node in words(machine=replace(MACHINE, disks=(disk,)))
+
+
 def test_equal_machines_have_equal_arguments() -> None:
     assert words() == words(machine=replace(MACHINE))
 

@@ -184,9 +184,10 @@ SETTINGS: tuple[Setting, ...] = (
             " false is for debugging only"),
     Setting("accelerator", _choice("auto", "kvm", "tcg"), "auto",
             "what QEMU runs vCPUs with; auto takes kvm when a vCPU really runs"),
-    Setting("storage", _choice("auto", "qcow2", "reflink"), "auto",
-            "how disks share an image: qcow2 (layers), or reflink (raw files, clones where the file"
-            " system makes them); VMs keep what they were made with"),
+    Setting("storage", _choice("auto", "qcow2", "reflink", "dm_snapshot"), "auto",
+            "how disks share an image: qcow2 (layers), reflink (raw files, clones where the file"
+            " system makes them), or dm_snapshot (device-mapper, by whoever has root; auto never"
+            " takes it); VMs keep what they were made with"),
     Setting("network", _choice("auto", "bridge", "user"), "auto",
             "how VMs reach the network that do not say; auto takes bridge where banger's helper is"
             " installed"),

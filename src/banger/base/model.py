@@ -236,6 +236,20 @@ class ProcessId(Record, frozen=True):
     start_ticks: int
 
 
+class DiskDevices(Record, frozen=True):
+    """What was made of the host's devices for a VM's disk, recorded before and after each step.
+
+    Devices go by their names (``loop0``); empty: not made yet, as far as is known.
+    """
+
+    #: The file of its image, which VMs share.
+    base: str = ""
+    base_loop: str = ""
+    changes_loop: str = ""
+    #: Of device-mapper's.
+    mapping: str = ""
+
+
 class Handles(Record, frozen=True):
     """What is true of the running process. In memory and in the VM's ``handles.json`` only."""
 
@@ -247,6 +261,8 @@ class Handles(Record, frozen=True):
     network: tuple[ProcessId, ...] = ()
     #: Its interface on a bridge of the host.
     tap: str = ""
+    #: Of its system disk, where that is no file.
+    disk: DiskDevices = DiskDevices()
 
 
 class ImageConfig(Record, frozen=True):

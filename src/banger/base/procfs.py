@@ -46,6 +46,11 @@ def available_memory_bytes() -> int:
     return _meminfo_bytes("MemAvailable")
 
 
+def dirty_bytes() -> int:
+    """How much of it is still to be written to disks (Dirty and Writeback)."""
+    return _meminfo_bytes("Dirty") + _meminfo_bytes("Writeback")
+
+
 def _meminfo_bytes(field: str) -> int:
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")

@@ -175,7 +175,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
             await routing.open()
             services = _services(parts, selection, names, routing, stopping)
             server = Server(paths.daemon_socket, Dispatch(services))
-            async with parts.stats.polling():
+            async with parts.stats.polling(), parts.disk_room.running():
                 try:
                     async with parts.maintenance().running():
                         yield server

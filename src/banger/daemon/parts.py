@@ -17,6 +17,7 @@ from banger.services.addresses import Addresses
 from banger.services.agents import Agents
 from banger.services.automatic_ports import AutomaticPorts
 from banger.services.capabilities import Capabilities
+from banger.services.disk_room import DiskRoom
 from banger.services.disks import SystemDisk, WorkDisk
 from banger.services.fork_run import ForkRuns
 from banger.services.forks import ForkService
@@ -76,6 +77,7 @@ class Parts:
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.networks, self.handles)
         self._put_images_together()
+        self.disk_room = DiskRoom(drivers.storage, drivers.hypervisor)
         self.forwards = Forwards(self.agents, lambda vm: self.vms.in_use(vm))
         self.publishing = Publishing(self.forwards, self.liveness)
         self.automatic_ports = AutomaticPorts(
@@ -85,7 +87,7 @@ class Parts:
         self.networking = Networking(paths, drivers.networks, self.liveness, addresses)
         self.capabilities = Capabilities(
             [
-                SystemDisk(paths, drivers.storage),
+                SystemDisk(paths, drivers.storage, self.liveness, self.disk_room),
                 WorkDisk(paths, drivers.storage, self.images),
                 self.networking,
                 Identity(self.liveness, self.agents),
@@ -150,7 +152,7 @@ class Parts:
             size_limit_mib=config.image_size_limit,
         )
         self.forks = ForkService(self.vms, self.snapshots, self.creator, self.lifecycle)
-        self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents)
+        self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents, self.disk_room)
         self.prune = Prune(self.vms, self.lifecycle, drivers.storage)
         self.ports = PortService(
             self.vms, self.lifecycle, self.agents, self.publishing, self.automatic_ports
@@ -252,6 +254,7 @@ class Parts:
             kernels=self.kernels,
             templates=self.templates,
             hypervisor=self.drivers.hypervisor,
+            storage=self.drivers.storage,
             others=self.drivers.others,
             layers=self.layers,
             snapshots=self.snapshots,

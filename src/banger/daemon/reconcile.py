@@ -17,7 +17,7 @@ from banger.base.errors import BangerError, PreconditionFailed
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
-from banger.drivers.base import Hypervisor, MachineStatus
+from banger.drivers.base import Hypervisor, MachineStatus, Storage
 from banger.services.capabilities import Capabilities
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
@@ -46,6 +46,7 @@ class Reconciler:
         kernels: KernelService,
         templates: TemplateService,
         hypervisor: Hypervisor,
+        storage: Storage,
         others: Sequence[Hypervisor],
         layers: DiskLayers,
         snapshots: SnapshotService,
@@ -60,6 +61,7 @@ class Reconciler:
         self._kernels = kernels
         self._templates = templates
         self._hypervisor = hypervisor
+        self._storage = storage
         self._others = others
         self._layers = layers
         self._snapshots = snapshots
@@ -95,7 +97,20 @@ class Reconciler:
             await self._kernels.remove_leftovers()
             await self._templates.remove_leftovers(machines.items())
             await self._snapshots.remove_leftovers()
+            await self._sweep_disks()
             shutil.rmtree(self._paths.scratch_dir, ignore_errors=True)
+
+    async def _sweep_disks(self) -> None:
+        """Devices of machines that are gone, of which no record tells any more: of templates that
+        were being made, of standbys."""
+        if (devices := self._storage.devices) is None:
+            return
+        running = {vm.id for vm in await self._store.vms() if self._liveness.vm_alive(vm)}
+        bases = [Path(image.rootfs_path) for image in await self._store.images()]
+        try:
+            await devices.sweep(running, bases)
+        except (BangerError, OSError) as error:
+            get_logger().error("devices stay", error=str(error))
 
     def _check_hypervisor(
         self, processes: Sequence[tuple[int, tuple[str, ...]]], names: Mapping[str, str]

@@ -7,7 +7,7 @@ idempotent where they undo something.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from banger.base.errors import Unavailable
-from banger.base.model import NetworkMode, Reach
+from banger.base.model import DiskDevices, NetworkMode, Reach
 
 
 class Level(StrEnum):
@@ -51,6 +51,8 @@ class Disk:
     path: Path
     format: DiskFormat
     read_only: bool = False
+    #: Whether it is a block device of the host's rather than a file.
+    is_device: bool = False
     #: `Hypervisor.restore` makes the device at least this large: 0 leaves it as it was saved.
     size_mib: int = 0
 
@@ -329,6 +331,11 @@ class Storage(Protocol):
         """None: a disk is one file, which is copied while nobody writes to it."""
         ...
 
+    @property
+    def devices(self) -> DiskDeviceMaker | None:
+        """None: machines open the files of their disks."""
+        ...
+
     def file_name(self, disk: str) -> str:
         """What the file of a disk is called (``system``, ``work``). Its suffix says what it is:
         what another storage has made is called otherwise."""
@@ -373,13 +380,60 @@ class Storage(Protocol):
         """A disk that begins as `frozen`, which `share` has made, and does not depend on it."""
         ...
 
-    def room_bytes(self, source: Path) -> int:
-        """What a disk that begins as `source` takes of the host's at once, but for a few MiB."""
+    def room_bytes(self, disk: str, source: Path) -> int:
+        """What a disk (``system``, ``work``) that begins as `source` takes of the host's at once,
+        but for a few MiB."""
         ...
 
     def allocated_bytes(self, disk: Path) -> int:
         """What the disk alone takes of the host's, 0 for none. What it shares with others is not
         counted where the file system can tell."""
+        ...
+
+
+class Room(StrEnum):
+    """How much may still be written to a disk whose room is kept for it."""
+
+    AMPLE = "ample"
+    #: Less than there should be. A machine that was held for want of it stays held.
+    TIGHT = "tight"
+    #: What a machine writes next may find none: it is to be held.
+    SHORT = "short"
+    #: It has found none. What was written before is whole; the machine has to be started anew.
+    LOST = "lost"
+
+
+class DiskDeviceMaker(Protocol):
+    """What a storage can do besides whose system disks are devices while a machine runs.
+
+    `disk` is the file that such a disk has at all times.
+    """
+
+    def node(self, vm_id: str) -> Path:
+        """Where the device of a machine is."""
+        ...
+
+    async def open(
+        self, vm_id: str, base: Path, disk: Path, record: Callable[[DiskDevices], None]
+    ) -> None:
+        """Make the device of a disk over `base`. `record` hears of each step, before and after.
+
+        Raises PreconditionFailed where it cannot be, other errors of whoever makes it; then
+        `close` takes away what there is.
+        """
+        ...
+
+    async def close(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
+        """Take away what `open` has made, of which that much was recorded, when no machine has it
+        open. Idempotent. Raises Conflict for what somebody else keeps busy."""
+        ...
+
+    async def sweep(self, vm_ids: Collection[str], bases: Collection[Path]) -> None:
+        """Take away what was made for machines that are none of these, over any of these bases."""
+        ...
+
+    async def tend(self, vm_id: str, disk: Path) -> Room:
+        """Keep room for what the machine writes. Raises OSError, BangerError."""
         ...
 
 

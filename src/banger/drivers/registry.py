@@ -25,6 +25,7 @@ from banger.drivers.hypervisor.qemu_argv import Accelerator
 from banger.drivers.network.bridge import BridgeNetwork
 from banger.drivers.network.dns import DnsServer
 from banger.drivers.network.user import PasstNetwork
+from banger.drivers.storage.dm_snapshot import DmSnapshotStorage
 from banger.drivers.storage.qcow2 import Qcow2Storage
 from banger.drivers.storage.reflink import ReflinkStorage
 from banger.hostops.ops import Bridge, HostOps
@@ -89,9 +90,10 @@ _HYPERVISORS: Mapping[str, Callable[[HypervisorSettings], Hypervisor]] = {
     "firecracker": _firecracker,
 }
 _ACCELERATORS = tuple(accelerator.value for accelerator in Accelerator)
-_STORAGES: Mapping[str, Callable[[Path], Storage]] = {
-    "qcow2": lambda _: Qcow2Storage(),
-    "reflink": ReflinkStorage,
+_STORAGES: Mapping[str, Callable[[Path, HostOps], Storage]] = {
+    "qcow2": lambda _, __: Qcow2Storage(),
+    "reflink": lambda vms_dir, _: ReflinkStorage(vms_dir),
+    "dm_snapshot": DmSnapshotStorage,
 }
 _NETWORKS = (NetworkMode.BRIDGE, NetworkMode.USER)
 
@@ -135,7 +137,7 @@ def select(
         accelerator, probe_cache, firecracker_bin, jailer_enabled, host, runtime_dirs
     )
     chosen = make_hypervisor(settings)
-    disks, why_storage = _storage_choice(storage, chosen, vms_dir)
+    disks, why_storage = _storage_choice(storage, chosen, vms_dir, host)
     networks: dict[NetworkMode, Network] = {
         NetworkMode.BRIDGE: BridgeNetwork(host, bridge, names, pool_size=tap_pool_size),
         NetworkMode.USER: PasstNetwork(bridge.network),
@@ -151,11 +153,13 @@ def select(
     )
 
 
-def _storage_choice(setting: str, hypervisor: Hypervisor, vms_dir: Path) -> tuple[Storage, Choice]:
+def _storage_choice(
+    setting: str, hypervisor: Hypervisor, vms_dir: Path, host: HostOps
+) -> tuple[Storage, Choice]:
     """What makes disks that the hypervisor can use."""
     make, why = _pick("storage", setting, _STORAGES)
     formats = hypervisor.features.disk_formats
-    disks = make(vms_dir)
+    disks = make(vms_dir, host)
     if disks.format in formats:
         return disks, why
     if setting != AUTO:
@@ -163,9 +167,8 @@ def _storage_choice(setting: str, hypervisor: Hypervisor, vms_dir: Path) -> tupl
             f"{hypervisor.name} cannot use {disks.format} disks, which {disks.name} storage makes",
             hint='set storage = "auto"',
         )
-    disks = next(
-        each for each in (make(vms_dir) for make in _STORAGES.values()) if each.format in formats
-    )
+    made = (make(vms_dir, host) for make in _STORAGES.values())
+    disks = next(each for each in made if each.format in formats)
     return disks, Choice("storage", disks.name, f"auto: {hypervisor.name} needs raw disks")
 
 

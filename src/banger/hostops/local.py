@@ -26,9 +26,11 @@ from banger.hostops.ops import (
     Done,
     EndJail,
     LaunchJail,
+    LookAtSnapshot,
     MapSnapshot,
     OpenTap,
     Operation,
+    ResizeLoop,
     RouteNames,
     SetGuests,
     UnmapSnapshot,
@@ -140,10 +142,14 @@ async def _perform(operation: Operation, owner_uid: int) -> Done:
             return Done(name=await asyncio.to_thread(attach))
         case DetachLoop(device=device):
             await asyncio.to_thread(loops.detach, device, owner_uid)
+        case ResizeLoop(device=device):
+            await asyncio.to_thread(loops.resize, device, owner_uid)
         case MapSnapshot(vm_id=vm_id, base=base, changes=changes):
             return Done(name=await mappings.create(vm_id, base, changes, owner_uid))
         case UnmapSnapshot(vm_id=vm_id):
             await mappings.remove(vm_id, owner_uid)
+        case LookAtSnapshot(vm_id=vm_id):
+            return Done(name=await mappings.state(vm_id, owner_uid))
         case _:
             raise AssertionError(f"no way to perform {type(operation).__name__}")
     return Done()

@@ -25,7 +25,10 @@ _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
 _LOOP_CLR_FD = 0x4C01
 _LOOP_GET_STATUS64 = 0x4C05
+_LOOP_SET_CAPACITY = 0x4C07
 _LO_FLAGS_READ_ONLY = 1
+#: It loses its file when the last who has it open closes it: it was detached meanwhile.
+_LO_FLAGS_AUTOCLEAR = 4
 #: struct loop_info64: device, inode, rdevice, offset, sizelimit; number, encrypt_type,
 #: encrypt_key_size, flags; file_name, crypt_name, encrypt_key, init.
 _INFO = struct.Struct("=5Q4I64s64s32s2Q")
@@ -41,6 +44,7 @@ class _Status:
     file: tuple[int, int]
     writable: bool
     mark: bytes
+    is_going: bool = False
 
 
 def attach(file: int, owner_uid: int, *, writable: bool) -> str:
@@ -72,6 +76,16 @@ def detach(name: str, owner_uid: int) -> None:
     except OSError as error:
         if error.errno not in (errno.ENXIO, errno.ENOENT):  # without a file; not there at all
             raise
+
+
+def resize(name: str, owner_uid: int) -> None:
+    """Have it be as large as its file. Raises Conflict for one that is not ours. Idempotent."""
+    try:
+        with _opened(name) as device:
+            _check_ours(name, _status(device), owner_uid)
+            fcntl.ioctl(device, _LOOP_SET_CAPACITY)
+    except OSError as error:
+        raise Conflict(f"{name}: {error.strerror}") from error
 
 
 def check_ours(name: str, owner_uid: int, *, writable: bool) -> None:
@@ -143,6 +157,7 @@ def _status(device: int) -> _Status:
         file=(_kernels_device(values[0]), values[1]),
         writable=not values[8] & _LO_FLAGS_READ_ONLY,
         mark=values[9].rstrip(b"\0"),
+        is_going=bool(values[8] & _LO_FLAGS_AUTOCLEAR),
     )
 
 

@@ -8,11 +8,19 @@ from pathlib import Path
 from banger.base import proc
 from banger.base.errors import Conflict, PermissionDenied, PreconditionFailed
 from banger.hostops import loops
+from banger.hostops.ops import SnapshotState
 
 DMSETUP = "dmsetup"
 _TIMEOUT_S = 20.0
-#: Kept beyond a reboot (P), in chunks of 8 sectors: what is changed costs 4 KiB at least.
-_KIND = "P 8"
+#: Rules of udev's would give the node to the group of disks, again at each change. Without them
+#: dmsetup makes and removes it, if it does not rely on udev for that (libdevmapper 1.02.185).
+_OWN_NODE = ("--noudevrules", "--verifyudev")
+#: Root's: nobody has the node by it.
+_GROUP = "0"
+#: Kept beyond a reboot (P), in chunks of 8 sectors: what is changed costs 4 KiB at least. Where
+#: there is no room for a change that write fails, and what there is stays good (O, of Linux 4.4).
+_KIND = "PO 8"
+_STATES = {"Overflow": SnapshotState.OVERFLOWED, "Invalid": SnapshotState.INVALID}
 
 
 def mapping_name(vm_id: str) -> str:
@@ -32,8 +40,19 @@ async def create(vm_id: str, base: str, changes: str, owner_uid: int) -> str:
         if (await _dmsetup("table", name)).strip() != table:
             raise Conflict(f"{name} is there, and is made of other devices")
         return name
-    await _dmsetup("create", name, "--uuid", _uuid(vm_id, owner_uid), "--table", table)
+    node = (*_OWN_NODE, "--uid", str(owner_uid), "--gid", _GROUP, "--mode", "0600")
+    uuid = mapping_uuid(vm_id, owner_uid)
+    await _dmsetup("create", name, "--uuid", uuid, *node, "--table", table)
     return name
+
+
+async def state(vm_id: str, owner_uid: int) -> SnapshotState:
+    """How it stands. Raises Conflict for another's of its name."""
+    if not await _is_there(vm_id, owner_uid):
+        return SnapshotState.ABSENT
+    # 0 16777216 snapshot 64/131072 16: used of all sectors, and how many of those are metadata.
+    words = (await _dmsetup("status", mapping_name(vm_id))).split()
+    return _STATES.get(words[3] if len(words) > 3 else "Invalid", SnapshotState.GOOD)
 
 
 async def remove(vm_id: str, owner_uid: int) -> None:
@@ -42,7 +61,7 @@ async def remove(vm_id: str, owner_uid: int) -> None:
         return
     name = mapping_name(vm_id)
     try:
-        await _dmsetup("remove", "--retry", name)  # udev looks at what was just closed
+        await _dmsetup("remove", "--retry", *_OWN_NODE, name)  # udev looks at what was just closed
     except proc.ProcessFailed as error:
         if b"busy" not in error.completed.stderr.lower():
             raise
@@ -57,7 +76,7 @@ def check_mapping(device: int, vm_id: str, owner_uid: int) -> None:
         found = [(about / each).read_text().strip() for each in ("name", "uuid")]
     except OSError:
         found = []
-    if found != [mapping_name(vm_id), _uuid(vm_id, owner_uid)]:
+    if found != [mapping_name(vm_id), mapping_uuid(vm_id, owner_uid)]:
         raise PermissionDenied(f"the device is not the mapping of {vm_id}")
 
 
@@ -68,12 +87,12 @@ async def _is_there(vm_id: str, owner_uid: int) -> bool:
     )
     uuids = dict(line.strip().split("/", 1) for line in listing.splitlines() if "/" in line)
     found = uuids.get(mapping_name(vm_id))
-    if found is not None and found != _uuid(vm_id, owner_uid):
+    if found is not None and found != mapping_uuid(vm_id, owner_uid):
         raise Conflict(f"there is a mapping {mapping_name(vm_id)}, which is not banger's")
     return found is not None
 
 
-def _uuid(vm_id: str, owner_uid: int) -> str:
+def mapping_uuid(vm_id: str, owner_uid: int) -> str:
     return f"BANGER-{owner_uid}-{vm_id}"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Sequence
+from enum import StrEnum
 from ipaddress import AddressValueError, IPv4Address, IPv4Interface, IPv4Network, NetmaskValueError
 from typing import Protocol, Self, TypeAlias
 
@@ -41,6 +42,17 @@ MEMORY_MIB_MAX = 1 << 22
 _IN_JAIL = re.compile(r"kernel|initramfs|state|memory|disks/[a-z][a-z0-9-]{0,31}")
 #: For how long an address that a name led to may be used by a guest that does not use it.
 RESOLVED_S = 3600
+
+
+class SnapshotState(StrEnum):
+    """How a device-mapper snapshot stands."""
+
+    ABSENT = "absent"
+    GOOD = "good"
+    #: There was no room for a change: from then on all writes fail. What is there is whole.
+    OVERFLOWED = "overflowed"
+    #: A change could not be written: what was changed cannot be told from what was not.
+    INVALID = "invalid"
 
 
 class Operation(
@@ -258,9 +270,19 @@ class DetachLoop(Operation, frozen=True, tag="detach_loop"):
         _check_loop(self.device)
 
 
+class ResizeLoop(Operation, frozen=True, tag="resize_loop"):
+    """A loop device is as large as its file is now. A larger one gives what is made of it room."""
+
+    device: str
+
+    def check(self) -> None:
+        _check_loop(self.device)
+
+
 class MapSnapshot(Operation, frozen=True, tag="map_snapshot"):
     """A device-mapper snapshot for a machine, ``banger-`` and its id: what is on one loop device of
-    ours, with what is written to it kept on another, which begins as zeros."""
+    ours, with what is written to it kept on another, which begins as zeros. The owner alone may
+    open its node."""
 
     vm_id: str
     base: str
@@ -276,6 +298,15 @@ class MapSnapshot(Operation, frozen=True, tag="map_snapshot"):
 
 class UnmapSnapshot(Operation, frozen=True, tag="unmap_snapshot"):
     """Take back `MapSnapshot`. Raises Conflict while somebody has it open."""
+
+    vm_id: str
+
+    def check(self) -> None:
+        _check_vm_id(self.vm_id)
+
+
+class LookAtSnapshot(Operation, frozen=True, tag="look_at_snapshot"):
+    """What the kernel says of a `MapSnapshot`, as a name: a `SnapshotState`."""
 
     vm_id: str
 
@@ -371,8 +402,10 @@ AnyOperation: TypeAlias = (
     | UnrouteNames
     | AttachLoop
     | DetachLoop
+    | ResizeLoop
     | MapSnapshot
     | UnmapSnapshot
+    | LookAtSnapshot
     | CheckJail
     | LaunchJail
     | EndJail

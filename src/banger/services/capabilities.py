@@ -10,6 +10,7 @@ capability knows its own thing and nothing of the order. The hooks, in the order
     contribute_guest    what the guest is told of it, before its first command
     post_start          once the guest is up; again when a new daemon finds the VM running
     apply_config_changes  the record has changed: make it so, or refuse
+    prepare_disks, release_disks   for the machine of a template, which has no more of the host
     cleanup             the machine has ended (or never came up): take away what `prepare_host`
                         and `post_start` made; idempotent
 
@@ -20,10 +21,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, from_unexpected
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Image, Kernel, Snapshot, Template, Vm
@@ -79,6 +82,12 @@ class Capability:
     async def create(self, start: Start) -> None:
         """Make what lasts as long as the VM, in its directory, which goes with it."""
 
+    async def prepare_disks(self, start: Start) -> None:
+        """Make what the disks of a machine without a record need. Raises BangerError."""
+
+    async def release_disks(self, start: Start) -> None:
+        """Take away what `prepare_disks` made. Idempotent."""
+
     async def prepare_host(self, start: Start) -> None:
         """Make what the machine needs of the host. Raises BangerError."""
 
@@ -126,6 +135,17 @@ class Capabilities:
         self.contribute_machine(start)
         for each in self._all:
             each.contribute_guest(start)
+
+    @asynccontextmanager
+    async def with_disks(self, start: Start) -> AsyncIterator[None]:
+        """What the disks of a template's machine need is there, until the block ends."""
+        try:
+            for each in self._all:
+                await each.prepare_disks(start)
+            yield
+        finally:
+            for each in reversed(self._all):
+                await to_its_end(each.release_disks(start))
 
     def contribute_machine(self, start: Start) -> None:
         """The devices of the machine, of a template's, too, which has no network yet."""

@@ -9,16 +9,20 @@ smaller than the record says (the daemon died between the two) is grown by the n
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from banger.base.errors import PreconditionFailed
-from banger.base.model import Vm, VmState
+from banger.base.model import DiskDevices, Vm, VmState
 from banger.base.paths import Paths
 from banger.drivers.base import Check, Disk, Level, Storage
 from banger.services.capabilities import Capability, Start
+from banger.services.disk_room import DiskRoom
 from banger.services.image import ImageService
 from banger.services.layers import check_kind
+from banger.services.liveness import Liveness
 from banger.services.preflight import FREE_DISK_MIN_BYTES, check_artifacts, check_free_disk
 
 _MIB = 1 << 20
@@ -29,9 +33,11 @@ class SystemDisk(Capability):
 
     name = "system disk"
 
-    def __init__(self, paths: Paths, storage: Storage) -> None:
+    def __init__(self, paths: Paths, storage: Storage, liveness: Liveness, room: DiskRoom) -> None:
         self._paths = paths
         self._storage = storage
+        self._liveness = liveness
+        self._room = room
 
     async def add_start_prereqs(self, start: Start) -> list[Check]:
         room_bytes = await asyncio.to_thread(_room_bytes, self._storage, start)
@@ -54,9 +60,38 @@ class SystemDisk(Capability):
         size_mib = start.vm.spec.system_overlay_size_mib
         await self._storage.create_overlay(Path(start.image.rootfs_path), disk, size_mib)
 
+    async def prepare_disks(self, start: Start) -> None:
+        await self._open(start, lambda _: None)
+
+    async def prepare_host(self, start: Start) -> None:
+        await self._open(start, partial(self._liveness.record_disk, start.vm))
+        self._room.watch(start.vm)
+
+    async def _open(self, start: Start, record: Callable[[DiskDevices], None]) -> None:
+        if (devices := self._storage.devices) is not None:
+            vm, base = start.vm, Path(start.image.rootfs_path)
+            await devices.open(vm.id, base, Path(vm.runtime.system_overlay), record)
+
+    async def post_start(self, vm: Vm) -> None:
+        self._room.watch(vm)
+
     def contribute_machine(self, start: Start) -> None:
-        system = Path(start.vm.runtime.system_overlay)
-        start.disks.append(Disk("system", system, self._storage.format))
+        system, devices = Path(start.vm.runtime.system_overlay), self._storage.devices
+        disk = Disk("system", system, self._storage.format)
+        if devices is not None:
+            disk = replace(disk, path=devices.node(start.vm.id), is_device=True)
+        start.disks.append(disk)
+
+    async def release_disks(self, start: Start) -> None:
+        await self._close(start.vm, DiskDevices(base=start.image.rootfs_path))
+
+    async def cleanup(self, vm: Vm) -> None:
+        self._room.forget(vm.id)
+        await self._close(vm, self._liveness.handles(vm).disk)
+
+    async def _close(self, vm: Vm, made: DiskDevices) -> None:
+        if (devices := self._storage.devices) is not None:
+            await devices.close(vm.id, Path(vm.runtime.system_overlay), made)
 
 
 class WorkDisk(Capability):
@@ -138,10 +173,10 @@ def _room_bytes(storage: Storage, start: Start) -> int:
     if start.vm.runtime.state is not VmState.CREATING:
         return 0
     if (of := start.snapshot) is not None:
-        begin = [Path(of.directory) / name for name in (of.system_disk, of.work_disk)]
+        system, work = (Path(of.directory) / name for name in (of.system_disk, of.work_disk))
     else:
-        begin = [Path(start.image.rootfs_path), Path(start.image.work_seed_path)]
-    return sum(storage.room_bytes(each) for each in begin)
+        system, work = Path(start.image.rootfs_path), Path(start.image.work_seed_path)
+    return storage.room_bytes("system", system) + storage.room_bytes("work", work)
 
 
 def _check_there(storage: Storage, start: Start, name: str, path: str) -> list[Check]:

@@ -9,10 +9,11 @@ from pathlib import Path
 from banger.base.errors import BangerError
 from banger.base.model import Record, Vm, VmState
 from banger.base.paths import Paths
-from banger.drivers.base import Check, Hypervisor, Level, MachineStatus
+from banger.drivers.base import Check, Hypervisor, Level, MachineStatus, Room
 from banger.guest.channel import call
 from banger.guest.requests import Ping
 from banger.services.agents import Agents
+from banger.services.disk_room import DiskRoom
 from banger.services.liveness import Liveness
 from banger.services.preflight import check_free_disk
 
@@ -33,18 +34,25 @@ class VmHealth(Record, frozen=True):
 
 class Health:
     def __init__(
-        self, paths: Paths, hypervisor: Hypervisor, liveness: Liveness, agents: Agents
+        self,
+        paths: Paths,
+        hypervisor: Hypervisor,
+        liveness: Liveness,
+        agents: Agents,
+        room: DiskRoom,
     ) -> None:
         self._paths = paths
         self._hypervisor = hypervisor
         self._liveness = liveness
         self._agents = agents
+        self._room = room
 
     async def check(self, vm: Vm) -> VmHealth:
         """Look at everything; takes no lock, and some seconds when a guest does not answer."""
         checks = [self._process(vm)]
         if checks[0].level is Level.OK:
             checks += await asyncio.gather(self._machine(vm), self._agent(vm))
+            checks += self._disk(vm)
         checks.append(check_free_disk(self._paths.vms_dir, _FREE_DISK_MIN_BYTES))
         healthy = all(check.level is not Level.FAIL for check in checks)
         return VmHealth(vm=vm.name, state=vm.runtime.state, healthy=healthy, checks=tuple(checks))
@@ -63,10 +71,17 @@ class Health:
             return Check("machine", Level.FAIL, error.message, f"banger vm restart {vm.name}")
         if status is MachineStatus.RUNNING:
             return Check("machine", Level.OK, "its vCPUs run")
-        if status is MachineStatus.DISK_FULL:
+        if status is MachineStatus.DISK_FULL or self._room.is_held(vm.id):
             hint = "make room on the host: the machine then runs on by itself"
             return Check("machine", Level.FAIL, "held: the host's disk is full", hint)
         return Check("machine", Level.FAIL, "its vCPUs are paused", f"banger vm restart {vm.name}")
+
+    def _disk(self, vm: Vm) -> list[Check]:
+        if self._room.room(vm.id) is not Room.LOST:
+            return []
+        detail = "the host's disk had no room for what the guest wrote, and takes no more of it"
+        hint = f"make room on the host, then: banger vm restart {vm.name}"
+        return [Check("system disk", Level.FAIL, detail, hint)]
 
     async def _agent(self, vm: Vm) -> Check:
         begin = time.monotonic()

@@ -12,7 +12,7 @@ import msgspec
 from banger.base import procfs
 from banger.base.errors import BangerError, Internal
 from banger.base.log import get_logger
-from banger.base.model import Handles, ProcessId, Vm, VmState
+from banger.base.model import DiskDevices, Handles, ProcessId, Vm, VmState
 from banger.drivers.base import Hypervisor, Networks
 from banger.services.handles import HandleCache
 
@@ -69,9 +69,15 @@ class Liveness:
                 ProcessId(pid=each, start_ticks=procfs.start_ticks(each)) for each in network_pids
             ),
             tap=tap,
+            disk=self._handles.get(vm.id).disk,
         )
         self._handles.set(vm.id, handles)
         return handles
+
+    def record_disk(self, vm: Vm, devices: DiskDevices) -> None:
+        """Remember what there is of the device of its system disk."""
+        handles = self._handles.get(vm.id)
+        self._handles.set(vm.id, msgspec.structs.replace(handles, disk=devices))
 
     def machines(self, processes: Iterable[tuple[int, tuple[str, ...]]]) -> dict[Path, int]:
         """The pids of all machines among these processes, by their control sockets."""

@@ -211,7 +211,7 @@ class SnapshotService:
 
     def _room_bytes(self, vm: Vm) -> int:
         """For copies of its disks."""
-        return sum(self._storage.room_bytes(disk) for disk in disks_of(vm).values())
+        return sum(self._storage.room_bytes(name, disk) for name, disk in disks_of(vm).items())
 
     async def _settled(self, vm: Vm) -> None:
         """After a failure: it runs, and what it writes to is on the record."""

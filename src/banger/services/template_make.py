@@ -59,7 +59,7 @@ async def make_machine(
     progress.stage("launch")
     machine = machine_of(start, paths, initramfs, MemoryFile(paths.memory, private=False))
     try:
-        async with _interface(vm, networks) as attachment:
+        async with capabilities.with_disks(start), _interface(vm, networks) as attachment:
             pid = await hypervisor.launch(machine, attachment)
             pidfd = procfs.open_pidfd(
                 pid, lambda argv: hypervisor.control_socket(argv) == machine.control_socket

@@ -61,10 +61,10 @@ RuntimeDirectory=banger
 RuntimeDirectoryMode=0755
 UMask=0077
 
-# For bridges, taps and nftables; for loop devices, device-mapper, namespaces and mounts; to give
-# the socket to its owner. The rest is for Firecracker's jailer, which makes nodes of devices in a
-# directory that is another user's, has that as its root, and becomes that user; and for the owner's
-# files, wherever he keeps them.
+# For bridges, taps and nftables; for loop devices, device-mapper, namespaces and mounts; to make
+# the nodes of devices, and to give them and the socket to the owner. The rest is for Firecracker's
+# jailer, which makes nodes in a directory that is another user's, has that as its root, and becomes
+# that user; and for the owner's files, wherever he keeps them.
 CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN CAP_CHOWN CAP_MKNOD CAP_DAC_OVERRIDE \\
     CAP_SYS_CHROOT CAP_SETUID CAP_SETGID
 NoNewPrivileges=yes
@@ -73,7 +73,7 @@ DeviceAllow=/dev/net/tun rw
 DeviceAllow=/dev/loop-control rw
 DeviceAllow=block-loop rw
 DeviceAllow=/dev/mapper/control rw
-DeviceAllow=block-device-mapper rw
+DeviceAllow=block-device-mapper rwm
 ProtectSystem=strict
 ProtectHome=read-only
 PrivateTmp=yes

@@ -203,7 +203,10 @@ def _disk(disk: Disk) -> tuple[str, ...]:
     """
     access = "read-only=on" if disk.read_only else "read-only=off,discard=unmap"
     # What the guest discards is given back to the host only if every layer may pass it on.
-    file = f"file.driver=file,file.filename={option_value(disk.path)}"
+    # What a device of the host's has been given is with it, not in a cache before it: there is
+    # room for so much of that as it has been seen to take.
+    driver = "host_device,file.cache.direct=on" if disk.is_device else "file"
+    file = f"file.driver={driver},file.filename={option_value(disk.path)}"
     if not disk.read_only:
         file += ",file.discard=unmap"
     node = f"driver={disk.format},node-name={disk.name},{access},{file}"

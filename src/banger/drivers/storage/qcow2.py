@@ -35,6 +35,7 @@ class Qcow2Storage:
 
     name = "qcow2"
     format = DiskFormat.QCOW2
+    devices = None
 
     @property
     def layering(self) -> Layering:
@@ -136,7 +137,7 @@ class Qcow2Storage:
         rebase = overlay_argv("rebase", disk, "-q", "-b", base, "-F", "raw")
         await proc.run(rebase, timeout_s=_COLLAPSE_TIMEOUT_S)
 
-    def room_bytes(self, source: Path) -> int:  # noqa: ARG002 - others copy it
+    def room_bytes(self, disk: str, source: Path) -> int:  # noqa: ARG002 - others copy it
         """See `Storage.room_bytes`."""
         return 0
 

@@ -30,6 +30,7 @@ class ReflinkStorage:
     name = "reflink"
     format = DiskFormat.RAW
     layering = None
+    devices = None
 
     def __init__(self, directory: Path) -> None:
         """`directory` is where the disks of VMs are (which need not be there yet)."""
@@ -42,7 +43,7 @@ class ReflinkStorage:
     async def checks(self) -> list[Check]:
         """Whether the disks' file system makes clones: without them it works, too."""
         name = f"storage {self.name}"
-        directory = await asyncio.to_thread(_nearest, self._directory)
+        directory = await asyncio.to_thread(nearest, self._directory)
         if await asyncio.to_thread(makes_clones, directory):
             return [Check(name, Level.OK, f"{directory} makes clones")]
         detail = f"{directory} makes no clones: each VM has a copy of its image, each fork another"
@@ -51,7 +52,7 @@ class ReflinkStorage:
 
     async def create_overlay(self, base: Path, overlay: Path, size_mib: int) -> None:
         """See `Storage.create_overlay`. Raises PreconditionFailed when `base` is missing."""
-        await _copy(base, overlay, size_mib)
+        await copy_file(base, overlay, size_mib)
 
     async def size_mib(self, overlay: Path) -> int:
         """See `Storage.size_mib`."""
@@ -71,23 +72,23 @@ class ReflinkStorage:
 
     async def copy_overlay(self, overlay: Path, copy: Path) -> None:
         """See `Storage.copy_overlay`."""
-        await _copy(overlay, copy)
+        await copy_file(overlay, copy)
 
     async def share(self, disk: Path, directory: Path) -> None:
         """See `Storage.share`: a clone or a copy."""
-        await _copy(disk, directory / disk.name)
+        await copy_file(disk, directory / disk.name)
 
     async def branch(self, frozen: Path, disk: Path) -> None:
         """See `Storage.branch`."""
-        await _copy(frozen, disk)
+        await copy_file(frozen, disk)
 
-    def room_bytes(self, source: Path) -> int:
+    def room_bytes(self, disk: str, source: Path) -> int:  # noqa: ARG002 - of the protocol
         """See `Storage.room_bytes`."""
         try:
             allocated = source.stat().st_blocks * 512
         except FileNotFoundError:
             return 0
-        return 0 if can_clone(source, _nearest(self._directory)) else allocated
+        return 0 if can_clone(source, nearest(self._directory)) else allocated
 
     def allocated_bytes(self, disk: Path) -> int:
         """See `Storage.allocated_bytes`."""
@@ -97,17 +98,20 @@ class ReflinkStorage:
             return 0
 
 
-async def _copy(source: Path, target: Path, least_mib: int = 0) -> None:
+async def copy_file(
+    source: Path, target: Path, least_mib: int = 0, *, may_share: bool = True
+) -> None:
     """A file like `source`, of at least that size, in the place of `target`, whole or not at all.
 
-    Raises PreconditionFailed when there is no `source`, or no room.
+    It is a clone where it may share what it holds. Raises PreconditionFailed when there is no
+    `source`, or no room.
     """
     if not await asyncio.to_thread(source.exists):
         raise PreconditionFailed(f"{source} is missing: the disk needs it")
     unfinished = target.with_name(f"{target.name}.unfinished")
     try:
         # A thread goes on when its caller is cancelled: it would make the file once more.
-        if not await to_its_end(asyncio.to_thread(_cloned, source, unfinished)):
+        if not await to_its_end(asyncio.to_thread(_begun, source, unfinished, may_share)):
             await proc.run(copy_argv(source, unfinished), timeout_s=_COPY_TIMEOUT_S)
         if unfinished.stat().st_size < least_mib * _MIB:
             os.truncate(unfinished, least_mib * _MIB)
@@ -125,23 +129,30 @@ async def _copy(source: Path, target: Path, least_mib: int = 0) -> None:
 def copy_argv(source: Path, target: Path) -> list[str]:
     """cp's command line for a copy of a file's data, into the file that is there; holes stay.
 
-    (``auto``, not ``always``, which would read all of it for zeros.)
+    (``auto``, not ``always``, which would read all of it for zeros. Clones are made without it.)
     """
-    return [CP, "--sparse=auto", "--", str(source.absolute()), str(target.absolute())]
+    return [
+        CP,
+        "--sparse=auto",
+        "--reflink=never",
+        "--",
+        str(source.absolute()),
+        str(target.absolute()),
+    ]
 
 
-def _cloned(source: Path, target: Path) -> bool:
+def _begun(source: Path, target: Path, may_share: bool) -> bool:
     """Whether `target`, a new file, is a clone of `source`; it is empty otherwise."""
     with source.open("rb") as ours:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(target, flags, 0o600)
         try:
-            return clone(ours.fileno(), descriptor)
+            return may_share and clone(ours.fileno(), descriptor)
         finally:
             os.close(descriptor)
 
 
-def _nearest(directory: Path) -> Path:
+def nearest(directory: Path) -> Path:
     """`directory`, or the nearest above it that is there."""
     while not directory.exists():
         directory = directory.parent

@@ -1,0 +1,381 @@
+"""System disks as device-mapper snapshots, while their machines run: for hosts with many of them.
+
+All machines of an image share one read-only loop device of its file, and with it what the host
+keeps of that in memory. What a machine changes is in a file of its own (`cow_file`), on another
+loop device; over both there is a mapping, which is what the machine opens. Between two runs there
+is only that file, which is copied as a raw disk is. Work disks are raw files.
+
+**Room.** The kernel gives a snapshot up for good when a change cannot be written. So the device of
+the changes is never larger than what is allocated for them: where that ends writes fail, and all
+that was written before stays good. It does not come to that as long as `tend` finds room in time;
+where there is none left, the machine is to be held. Files of changes share nothing with others
+(no clones): on btrfs and XFS, writing over what is shared needs room that nobody has kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from banger.base import proc, procfs
+from banger.base.errors import Conflict, PreconditionFailed
+from banger.base.model import DiskDevices
+from banger.drivers.base import Check, DiskFormat, Level, Room
+from banger.drivers.storage import block_devices, cow_file
+from banger.drivers.storage.dm_kernel import kernel_checks
+from banger.drivers.storage.reflink import ReflinkStorage, copy_file, nearest
+from banger.hostops.mappings import DMSETUP, mapping_name, mapping_uuid
+from banger.hostops.ops import (
+    AttachLoop,
+    DetachLoop,
+    HostOps,
+    LookAtSnapshot,
+    MapSnapshot,
+    ResizeLoop,
+    SnapshotState,
+    UnmapSnapshot,
+)
+
+_MIB = 1 << 20
+_SUFFIX = ".cow"
+_MAPPED = Path("/dev/mapper")
+
+#: Allocated beyond what is used: a part of what is free, within these. It is looked after twice a
+#: second, so that a machine that writes a gigabyte a second finds room.
+_AHEAD_LEAST_BYTES = 128 * _MIB
+_AHEAD_MOST_BYTES = 512 * _MIB
+_AHEAD_OF_FREE = 16
+#: A machine that has less left is held: what it has in flight must find room yet.
+_SHORT_BYTES = 48 * _MIB
+#: Of the host's memory that is still to be written: it may be that of a machine which opens its
+#: disk with a cache, as Firecracker does.
+_DIRTY_MOST_BYTES = 128 * _MIB
+#: The last of the host's disk is not taken: what is going on has to be recorded.
+_KEEP_FREE_BYTES = 64 * _MIB
+#: What is allocated is so many times this, at least once; loop devices are whole sectors.
+_STEP_BYTES = 4 * _MIB
+
+#: What is busy may be so for a moment: udev, or another daemon, looks at it.
+_TRIES = 20
+_TRY_AGAIN_S = 0.1
+
+
+@dataclass(frozen=True)
+class _Space:
+    """Of a file of changes: its size, how far it is used, how large it may become."""
+
+    size_bytes: int
+    used_bytes: int
+    full_bytes: int
+
+    @property
+    def left_bytes(self) -> int:
+        return self.size_bytes - self.used_bytes
+
+
+class DmSnapshotStorage:
+    """Implements `drivers.base.Storage` and `DiskDeviceMaker`."""
+
+    name = "dm_snapshot"
+    format = DiskFormat.RAW
+    layering = None
+
+    def __init__(self, directory: Path, host: HostOps) -> None:
+        """`directory` is where the disks of VMs are, beside those of templates; `host` does what
+        needs root."""
+        self._directory = directory
+        self._host = host
+        self._raw = ReflinkStorage(directory)
+        #: A base is attached by whoever needs it first, and detached by who needed it last.
+        self._one_at_a_time = asyncio.Lock()
+        #: Where to look for the end of what is used.
+        self._areas: dict[Path, int] = {}
+        #: When files were changed last that had room for whatever was under way.
+        self._ample: dict[Path, int] = {}
+
+    @property
+    def devices(self) -> DmSnapshotStorage:
+        """See `Storage.devices`."""
+        return self
+
+    def file_name(self, disk: str) -> str:
+        """See `Storage.file_name`."""
+        return f"{disk}{_SUFFIX}" if disk == "system" else self._raw.file_name(disk)
+
+    async def checks(self) -> list[Check]:
+        """Who does what needs root, device-mapper and loop devices in the kernel, dmsetup."""
+        name = f"storage {self.name}"
+        if self._host.problem:
+            return [Check(name, Level.FAIL, self._host.problem, self._host.hint)]
+        if proc.which(DMSETUP) is None:
+            error = proc.missing_tool(DMSETUP)
+            return [Check(name, Level.FAIL, error.message, error.hint)]
+        return await asyncio.to_thread(kernel_checks, name)
+
+    async def create_overlay(self, base: Path, overlay: Path, size_mib: int) -> None:
+        """See `Storage.create_overlay`. A system disk is as large as its base: PreconditionFailed
+        where more is asked for."""
+        if overlay.suffix != _SUFFIX:
+            await self._raw.create_overlay(base, overlay, size_mib)
+            return
+        try:
+            there = await asyncio.to_thread(base.stat)
+        except FileNotFoundError as error:
+            raise PreconditionFailed(f"{base} is missing: the disk needs it") from error
+        if there.st_uid != os.getuid():
+            raise PreconditionFailed(
+                f"{base} belongs to uid {there.st_uid}: a loop device is made of own files only",
+                hint="import the image rather than register it: banger image import",
+            )
+        there_mib = there.st_size // _MIB
+        if there_mib < size_mib:
+            raise PreconditionFailed(
+                f"a system disk of {size_mib} MiB cannot lie over {base}, which has {there_mib}:"
+                f" {self.name} storage makes none larger than its image",
+                hint=f'set system_overlay_size = "{there_mib}M" in [vm_defaults], make the image'
+                ' larger, or set storage = "auto"',
+            )
+        await asyncio.to_thread(_make_empty, overlay)
+
+    async def size_mib(self, overlay: Path) -> int:
+        """See `Storage.size_mib`. Raises PreconditionFailed for a system disk, which nobody grows:
+        it is as large as its image."""
+        if overlay.suffix == _SUFFIX:
+            raise PreconditionFailed(f"{overlay} is as large as the image that it lies over")
+        return await self._raw.size_mib(overlay)
+
+    async def grow(self, overlay: Path, size_mib: int) -> None:
+        """See `Storage.grow`."""
+        if await self.size_mib(overlay) < size_mib:
+            await self._raw.grow(overlay, size_mib)
+
+    async def copy_overlay(self, overlay: Path, copy: Path) -> None:
+        """See `Storage.copy_overlay`."""
+        await self._copy(overlay, copy)
+
+    async def share(self, disk: Path, directory: Path) -> None:
+        """See `Storage.share`. Of a machine that is paused, what the host has yet to write is
+        written first."""
+        await self._copy(disk, directory / disk.name)
+
+    async def branch(self, frozen: Path, disk: Path) -> None:
+        """See `Storage.branch`."""
+        await self._copy(frozen, disk)
+
+    async def _copy(self, source: Path, target: Path) -> None:
+        if source.suffix == _SUFFIX:
+            await asyncio.to_thread(_flush, source)
+        await copy_file(source, target, may_share=source.suffix != _SUFFIX)
+
+    def room_bytes(self, disk: str, source: Path) -> int:
+        """See `Storage.room_bytes`: of changes, what is used of them is copied."""
+        if disk != "system":
+            return self._raw.room_bytes(disk, source)
+        if source.suffix != _SUFFIX or not source.exists():
+            return 0
+        return source.stat().st_blocks * 512
+
+    def allocated_bytes(self, disk: Path) -> int:
+        """See `Storage.allocated_bytes`."""
+        return self._raw.allocated_bytes(disk)
+
+    # Devices.
+
+    def node(self, vm_id: str) -> Path:
+        """See `DiskDeviceMaker.node`."""
+        return _MAPPED / mapping_name(vm_id)
+
+    async def open(
+        self, vm_id: str, base: Path, disk: Path, record: Callable[[DiskDevices], None]
+    ) -> None:
+        """See `DiskDeviceMaker.open`."""
+        made = DiskDevices(base=str(base))
+        record(made)
+        async with self._one_at_a_time:
+            # Of an earlier run: a file that is written to must not be cut.
+            await self._take_away(vm_id, disk, made)
+            await asyncio.to_thread(self._give_room, base, disk)
+            loop = await self._attached(base, writable=False)
+            record(made := msgspec.structs.replace(made, base_loop=loop))
+            changes = await self._attached(disk, writable=True)
+            record(made := msgspec.structs.replace(made, changes_loop=changes))
+            mapping = MapSnapshot(vm_id=vm_id, base=loop, changes=changes)
+            name = (await self._host.perform(mapping)).name
+            record(msgspec.structs.replace(made, mapping=name))
+
+    def _give_room(self, base: Path, disk: Path) -> None:
+        """Have the file of changes begin with room ahead. Raises PreconditionFailed without."""
+        cow_file.cut(disk)
+        used = cow_file.extent(disk)
+        self._areas[disk] = used.area
+        free = _free_bytes(disk.parent)
+        full = cow_file.full_bytes(base.stat().st_size)
+        size = min(used.end_bytes + _ahead_bytes(free), full)
+        try:
+            if size - used.end_bytes > free - _KEEP_FREE_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            cow_file.allocate(disk, size)
+        except OSError as error:
+            cow_file.cut(disk)
+            raise PreconditionFailed(
+                f"there is no room for what the machine changes in {disk}: {error.strerror}",
+                hint="make room on the host",
+            ) from error
+
+    async def _attached(self, path: Path, *, writable: bool) -> str:
+        flags = os.O_RDWR if writable else os.O_RDONLY
+        file = os.open(path, flags | os.O_CLOEXEC)
+        try:
+            return (await self._host.perform(AttachLoop(file=file, writable=writable))).name
+        finally:
+            os.close(file)
+
+    async def close(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
+        """See `DiskDeviceMaker.close`."""
+        async with self._one_at_a_time:
+            self._areas.pop(disk, None)
+            self._ample.pop(disk, None)
+            await self._take_away(vm_id, disk, devices)
+            await asyncio.to_thread(cow_file.cut, disk)
+
+    async def _take_away(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
+        """By what there is: nobody may have recorded it."""
+        names = {each.name for each in await asyncio.to_thread(block_devices.mappings)}
+        if mapping_name(vm_id) in names:
+            await self._unmap(vm_id)
+        await self._detach(await asyncio.to_thread(block_devices.loops_of, disk))
+        if devices.base:
+            base = await asyncio.to_thread(block_devices.loops_of, Path(devices.base))
+            await self._detach([each for each in base if each.read_only])
+
+    async def sweep(self, vm_ids: Collection[str], bases: Collection[Path]) -> None:
+        """See `DiskDeviceMaker.sweep`: those whose changes are below our state directory."""
+        async with self._one_at_a_time:
+            for vm_id in await asyncio.to_thread(self._mapped_of_ours):
+                if vm_id not in vm_ids:
+                    await self._unmap(vm_id)
+            await self._detach(await asyncio.to_thread(self._loops_of_ours, bases))
+
+    def _mapped_of_ours(self) -> list[str]:
+        """Machines that have a mapping, and their changes below our state directory."""
+        loops = {each.name for each in self._loops_of_ours(())}
+        mapped = [
+            (each.name.rpartition("-")[2], each.uuid)
+            for each in block_devices.mappings()
+            if loops & set(each.loops)
+        ]
+        return [vm_id for vm_id, uuid in mapped if uuid == mapping_uuid(vm_id, os.getuid())]
+
+    def _loops_of_ours(self, bases: Collection[Path]) -> list[block_devices.Loop]:
+        """Those of changes, and of these bases."""
+        ours, shared = self._directory.parent.resolve(), {base.resolve() for base in bases}
+        return [
+            each
+            for each in block_devices.loops()
+            if (each.file.suffix == _SUFFIX and each.file.is_relative_to(ours))
+            or (each.read_only and each.file in shared)
+        ]
+
+    async def _detach(self, loops: Sequence[block_devices.Loop]) -> None:
+        """Detach those that nothing is made of."""
+        for loop in loops:
+            if not loop.holders:
+                # Another daemon may have made something of it since, or it is somebody else's.
+                with suppress(Conflict):
+                    await self._host.perform(DetachLoop(device=loop.name))
+
+    async def _unmap(self, vm_id: str) -> None:
+        """Nobody tells when what is busy is not any more: it is tried again, for two seconds."""
+        for _ in range(_TRIES - 1):
+            try:
+                await self._host.perform(UnmapSnapshot(vm_id=vm_id))
+                return
+            except Conflict:
+                await asyncio.sleep(_TRY_AGAIN_S)
+        await self._host.perform(UnmapSnapshot(vm_id=vm_id))
+
+    # Room.
+
+    async def tend(self, vm_id: str, disk: Path) -> Room:
+        """See `DiskDeviceMaker.tend`. A machine that writes nothing costs a stat(2)."""
+        changed_ns = disk.stat().st_mtime_ns  # noqa: ASYNC240 - of a file that is in use
+        if self._ample.get(disk) == changed_ns:
+            return Room.AMPLE
+        space = await asyncio.to_thread(self._space, vm_id, disk)
+        if space is None:
+            return Room.AMPLE  # it has ended
+        if space.left_bytes < 2 * cow_file.CHUNK_BYTES and await self._is_lost(vm_id):
+            return Room.LOST  # more room would not mend it
+        free = _free_bytes(disk.parent)
+        wanted = min(space.used_bytes + _ahead_bytes(free), space.full_bytes) - space.size_bytes
+        more = min(wanted, (free - _KEEP_FREE_BYTES) // _STEP_BYTES * _STEP_BYTES)
+        if wanted >= _ahead_bytes(free) // 4 and more >= _STEP_BYTES:
+            space = await self._extended(disk, space, more)
+        if space.left_bytes >= _SHORT_BYTES + _DIRTY_MOST_BYTES:
+            self._ample[disk] = changed_ns
+        short = _SHORT_BYTES + min(procfs.dirty_bytes(), _DIRTY_MOST_BYTES)
+        if space.size_bytes >= space.full_bytes or space.left_bytes >= 2 * short:
+            return Room.AMPLE
+        return Room.SHORT if space.left_bytes < short else Room.TIGHT
+
+    async def _is_lost(self, vm_id: str) -> bool:
+        state = (await self._host.perform(LookAtSnapshot(vm_id=vm_id))).name
+        return state in (SnapshotState.OVERFLOWED, SnapshotState.INVALID)
+
+    def _space(self, vm_id: str, disk: Path) -> _Space | None:
+        found = [each for each in block_devices.mappings() if each.name == mapping_name(vm_id)]
+        if not found:
+            return None
+        used = cow_file.extent(disk, self._areas.get(disk, 0))
+        self._areas[disk] = used.area
+        full = cow_file.full_bytes(found[0].size_bytes)
+        return _Space(disk.stat().st_size, used.end_bytes, full)
+
+    async def _extended(self, disk: Path, space: _Space, more_bytes: int) -> _Space:
+        """With more room, if there is; as it was otherwise."""
+        size = space.size_bytes + more_bytes
+        try:
+            await asyncio.to_thread(cow_file.allocate, disk, size)
+        except OSError:
+            return space  # somebody else was quicker
+        for loop in await asyncio.to_thread(block_devices.loops_of, disk):
+            if not loop.read_only:
+                await self._host.perform(ResizeLoop(device=loop.name))
+        return _Space(size, space.used_bytes, space.full_bytes)
+
+
+def _ahead_bytes(free_bytes: int) -> int:
+    part = min(free_bytes // _AHEAD_OF_FREE, _AHEAD_MOST_BYTES)
+    return max(_AHEAD_LEAST_BYTES, part // _STEP_BYTES * _STEP_BYTES)
+
+
+def _free_bytes(directory: Path) -> int:
+    info = os.statvfs(nearest(directory))
+    return info.f_bavail * info.f_frsize
+
+
+def _make_empty(overlay: Path) -> None:
+    """An empty file, of which btrfs makes no copies when it is written over."""
+    unfinished = overlay.with_name(f"{overlay.name}.unfinished")
+    unfinished.unlink(missing_ok=True)
+    unfinished.touch(mode=0o600)
+    cow_file.never_copied(unfinished)
+    unfinished.replace(overlay)
+
+
+def _flush(disk: Path) -> None:
+    """What was written to the device that a disk has, if it has one, is in its file."""
+    holders = {holder for loop in block_devices.loops_of(disk) for holder in loop.holders}
+    for name in [each.name for each in block_devices.mappings() if each.device in holders]:
+        descriptor = os.open(_MAPPED / name, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,450 @@
+"""The dm_snapshot storage over a host in memory, which has loop devices and mappings."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from banger.base import proc, procfs
+from banger.base.errors import Conflict, PreconditionFailed
+from banger.base.model import DiskDevices
+from banger.drivers.base import Level, Room
+from banger.drivers.storage import block_devices, cow_file, dm_snapshot
+from banger.drivers.storage.block_devices import Loop, Mapping
+from banger.drivers.storage.dm_snapshot import DmSnapshotStorage
+from banger.hostops.ops import (
+    AttachLoop,
+    DetachLoop,
+    Done,
+    LookAtSnapshot,
+    MapSnapshot,
+    Operation,
+    ResizeLoop,
+    SnapshotState,
+    UnmapSnapshot,
+)
+from test_cow_file import written
+
+ID, OTHER = "0123456789ab", "ba9876543210"
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+class Host:
+    """Implements `HostOps`; `sizes` are those that loop devices have."""
+
+    problem = hint = ""
+    installed = True
+
+    def __init__(self) -> None:
+        self.loops: dict[str, Loop] = {}
+        self.sizes: dict[str, int] = {}
+        self.mapped: dict[str, MapSnapshot] = {}
+        self.state = SnapshotState.GOOD
+        self.busy = 0
+        self.done: list[Operation] = []
+
+    async def perform(self, operation: Operation) -> Done:
+        operation.check()
+        await asyncio.sleep(0)
+        self.done.append(operation)
+        match operation:
+            case AttachLoop(file=file, writable=writable):
+                return Done(name=self._attached(file, writable=writable))
+            case DetachLoop(device=device):
+                assert not self._holders(device)
+                self.loops.pop(device, None)
+            case ResizeLoop(device=device):
+                self.sizes[device] = self.loops[device].file.stat().st_size
+                assert self.sizes[device] % 512 == 0
+            case MapSnapshot(vm_id=vm_id):
+                self.mapped[vm_id] = operation
+                return Done(name=f"banger-{vm_id}")
+            case UnmapSnapshot(vm_id=vm_id):
+                if self.busy:
+                    self.busy -= 1
+                    raise Conflict("in use")
+                self.mapped.pop(vm_id, None)
+            case LookAtSnapshot():
+                return Done(name=self.state)
+        return Done()
+
+    def _attached(self, file: int, *, writable: bool) -> str:
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        assert path.stat().st_size % 512 == 0
+        for loop in self.loops.values():
+            if (loop.file, loop.read_only) == (path, not writable):
+                return loop.name
+        name = f"loop{len(self.loops)}"
+        self.loops[name] = Loop(name, path, not writable, ())
+        self.sizes[name] = path.stat().st_size
+        return name
+
+    def _holders(self, device: str) -> tuple[str, ...]:
+        return tuple(
+            f"dm-{number}"
+            for number, each in enumerate(self.mapped.values())
+            if device in (each.base, each.changes)
+        )
+
+    def all_loops(self) -> list[Loop]:
+        return [replace(each, holders=self._holders(each.name)) for each in self.loops.values()]
+
+    def all_mappings(self) -> list[Mapping]:
+        return [
+            Mapping(
+                device=f"dm-{number}",
+                name=f"banger-{vm_id}",
+                uuid=f"BANGER-{os.getuid()}-{vm_id}",
+                size_bytes=self.sizes[each.base],
+                loops=(each.base, each.changes),
+            )
+            for number, (vm_id, each) in enumerate(self.mapped.items())
+        ]
+
+
+@dataclass(frozen=True)
+class World:
+    host: Host
+    storage: DmSnapshotStorage
+    base: Path
+    directory: Path
+
+    async def disk(self, vm_id: str = ID) -> Path:
+        disk = self.directory / vm_id / self.storage.file_name("system")
+        disk.parent.mkdir(parents=True)
+        await self.storage.create_overlay(self.base, disk, 64)
+        return disk
+
+    async def opened(self, vm_id: str = ID) -> Path:
+        disk = await self.disk(vm_id)
+        await self.storage.open(vm_id, self.base, disk, lambda _: None)
+        return disk
+
+    @property
+    def made(self) -> DiskDevices:
+        return DiskDevices(base=str(self.base))
+
+
+async def copy(argv: Sequence[str], **_: object) -> None:
+    """In the place of cp."""
+    await asyncio.to_thread(shutil.copyfile, argv[-2], argv[-1])
+
+
+@pytest.fixture
+def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Sets how much of the host's disk is free."""
+
+    def set_free(free_bytes: int) -> None:
+        monkeypatch.setattr(dm_snapshot, "_free_bytes", lambda _: free_bytes)
+
+    set_free(7 * GIB + 12_345)
+    return set_free
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: Callable[[int], None]) -> World:
+    host = Host()
+    monkeypatch.setattr(block_devices, "loops", host.all_loops)
+    monkeypatch.setattr(block_devices, "mappings", host.all_mappings)
+    monkeypatch.setattr(
+        block_devices, "loops_of", lambda file: [x for x in host.all_loops() if x.file == file]
+    )
+    monkeypatch.setattr(procfs, "dirty_bytes", lambda: 0)
+    monkeypatch.setattr(dm_snapshot, "_TRY_AGAIN_S", 0.0)
+    monkeypatch.setattr(proc, "run", copy)
+    base = tmp_path / "rootfs.ext4"
+    base.touch()
+    os.truncate(base, 64 * MIB)
+    return World(
+        host, DmSnapshotStorage(tmp_path / "state/vms", host), base, tmp_path / "state/vms"
+    )
+
+
+async def test_each_step_is_recorded_before_the_next_begins(world: World) -> None:
+    disk, seen = await world.disk(), []
+
+    def record(devices: DiskDevices) -> None:
+        seen.append((len(world.host.done), devices))
+
+    await world.storage.open(ID, world.base, disk, record)
+    whole = DiskDevices(
+        base=str(world.base), base_loop="loop0", changes_loop="loop1", mapping=f"banger-{ID}"
+    )
+    assert seen == [
+        (0, world.made),
+        (1, replace_of(whole, changes_loop="", mapping="")),
+        (2, replace_of(whole, mapping="")),
+        (3, whole),
+    ]
+    assert [type(each) for each in world.host.done] == [AttachLoop, AttachLoop, MapSnapshot]
+    assert world.storage.node(ID) == Path(f"/dev/mapper/banger-{ID}")
+
+
+def replace_of(devices: DiskDevices, **fields: str) -> DiskDevices:
+    known = {name: getattr(devices, name) for name in devices.__struct_fields__}
+    return DiskDevices(**(known | fields))
+
+
+async def test_machines_of_one_image_share_its_device_to_the_last(world: World) -> None:
+    disks = {vm_id: await world.opened(vm_id) for vm_id in (ID, OTHER)}
+    assert len(world.host.loops) == 3
+    assert world.host.mapped[ID].base == world.host.mapped[OTHER].base
+    await world.storage.close(ID, disks[ID], world.made)
+    assert [each.file for each in world.host.loops.values()] == [world.base, disks[OTHER]]
+    for _ in range(2):
+        await world.storage.close(OTHER, disks[OTHER], world.made)
+    assert world.host.loops == {}
+
+
+async def test_what_is_busy_for_a_moment_is_waited_for(world: World) -> None:
+    disk = await world.opened()
+    world.host.busy = 3
+    await world.storage.close(ID, disk, world.made)
+    assert (world.host.mapped, world.host.loops) == ({}, {})
+    await world.storage.open(ID, world.base, disk, lambda _: None)
+    world.host.busy = 1000
+    size = disk.stat().st_size
+    with pytest.raises(Conflict):
+        await world.storage.close(ID, disk, world.made)
+    # What may still be written to is not cut.
+    assert disk.stat().st_size == size
+
+
+async def test_what_an_earlier_run_has_left_is_taken_away_before_its_file_is_cut(
+    world: World,
+) -> None:
+    disk = await world.opened()
+    world.host.busy = 1000
+    size = disk.stat().st_size
+    with pytest.raises(Conflict):
+        await world.storage.open(ID, world.base, disk, lambda _: None)
+    assert disk.stat().st_size == size
+    world.host.busy = 0
+    world.host.done.clear()
+    await world.storage.open(ID, world.base, disk, lambda _: None)
+    assert [type(each) for each in world.host.done] == [
+        *(UnmapSnapshot, DetachLoop, DetachLoop),
+        *(AttachLoop, AttachLoop, MapSnapshot),
+    ]
+
+
+async def test_what_nobody_recorded_is_swept_and_what_runs_stays(world: World) -> None:
+    await world.opened(ID)
+    kept = await world.opened(OTHER)
+    await world.storage.sweep({OTHER}, [world.base])
+    assert list(world.host.mapped) == [OTHER]
+    assert {each.file for each in world.host.loops.values()} == {world.base, kept}
+    world.host.mapped.clear()
+    await world.storage.sweep((), [world.base])
+    assert world.host.loops == {}
+
+
+async def test_what_is_anothers_is_not_swept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    await world.opened(ID)
+    elsewhere = DmSnapshotStorage(world.base.parent / "elsewhere/vms", world.host)
+    await elsewhere.sweep((), [world.base])
+    assert list(world.host.mapped) == [ID]
+    theirs = [replace(each, uuid="LVM-1") for each in world.host.all_mappings()]
+    monkeypatch.setattr(block_devices, "mappings", lambda: theirs)
+    await world.storage.sweep((), [world.base])
+    assert list(world.host.mapped) == [ID]
+
+
+async def test_its_room_is_there_while_it_runs_and_is_given_back(world: World) -> None:
+    disk = await world.opened()
+    assert disk.stat().st_blocks * 512 >= 64 * MIB  # all that it could ever need
+    assert disk.stat().st_size == cow_file.full_bytes(64 * MIB)
+    written(disk, 10, ahead=1000)
+    await world.storage.close(ID, disk, world.made)
+    assert disk.stat().st_size == 12 * 4096
+
+
+async def test_without_room_it_does_not_begin(world: World, free: Callable[[int], None]) -> None:
+    free(100 * MIB)
+    os.truncate(world.base, 8 * GIB)
+    disk = await world.disk()
+    with pytest.raises(PreconditionFailed, match="no room for what the machine changes"):
+        await world.storage.open(ID, world.base, disk, lambda _: None)
+    assert (world.host.done, disk.stat().st_size) == ([], 0)
+
+
+async def test_room_is_made_before_it_is_needed_and_told_when_there_is_none(
+    world: World, free: Callable[[int], None]
+) -> None:
+    os.truncate(world.base, 8 * GIB)
+    free(2 * GIB + 4097)
+    disk = await world.opened()
+    changes = world.host.mapped[ID].changes
+    assert world.host.sizes[changes] == 128 * MIB
+
+    def use(used_mib: int) -> None:
+        size = disk.stat().st_size // 4096
+        areas = used_mib * 256 // 257 + 1
+        written(disk, used_mib * 256 - areas, ahead=0)
+        os.truncate(disk, size * 4096)
+
+    use(20)
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+    assert world.host.sizes[changes] == 128 * MIB  # steps are not that small
+    use(60)
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+    assert world.host.sizes[changes] == disk.stat().st_size
+    assert 187 * MIB < disk.stat().st_size < 189 * MIB
+    free(64 * MIB)
+    use(110)
+    assert await world.storage.tend(ID, disk) is Room.TIGHT
+    use(150)
+    assert await world.storage.tend(ID, disk) is Room.SHORT
+    free(2 * GIB)
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+
+
+async def test_a_machine_that_writes_nothing_is_not_looked_at_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.truncate(world.base, 8 * GIB)
+    disk = await world.opened()
+    looks: list[int] = []
+    monkeypatch.setattr(block_devices, "mappings", counted(world.host.all_mappings, looks))
+    for _ in range(3):
+        assert await world.storage.tend(ID, disk) is Room.AMPLE
+    assert len(looks) == 1
+    os.utime(disk)
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+    assert len(looks) == 2
+
+
+def counted(what: Callable[[], list[Mapping]], calls: list[int]) -> Callable[[], list[Mapping]]:
+    def call() -> list[Mapping]:
+        calls.append(1)
+        return what()
+
+    return call
+
+
+async def test_what_the_host_has_yet_to_write_counts_as_written(
+    world: World, monkeypatch: pytest.MonkeyPatch, free: Callable[[int], None]
+) -> None:
+    os.truncate(world.base, 8 * GIB)
+    disk = await world.opened()
+    free(64 * MIB)
+    os.truncate(disk, 100 * MIB)
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+    monkeypatch.setattr(procfs, "dirty_bytes", lambda: 60 * MIB)
+    assert await world.storage.tend(ID, disk) is Room.SHORT
+
+
+async def test_what_overflowed_is_lost_and_can_be_opened_again(
+    world: World, free: Callable[[int], None]
+) -> None:
+    os.truncate(world.base, 8 * GIB)
+    disk = await world.opened()
+    written(disk, 1000)
+    world.host.state = SnapshotState.OVERFLOWED
+    # Room that there is now would not mend it.
+    assert await world.storage.tend(ID, disk) is Room.LOST
+    await world.storage.close(ID, disk, world.made)
+    free(2 * GIB)
+    await world.storage.open(ID, world.base, disk, lambda _: None)
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+
+
+async def test_changes_that_the_kernel_has_given_up_are_never_used(world: World) -> None:
+    disk = await world.disk()
+    written(disk, 10, valid=0)
+    with pytest.raises(PreconditionFailed, match="given it up"):
+        await world.storage.open(ID, world.base, disk, lambda _: None)
+    assert world.host.done == []
+
+
+async def test_a_copy_has_the_changes_and_a_life_of_its_own(world: World, tmp_path: Path) -> None:
+    disk = await world.disk()
+    written(disk, 300, ahead=500)
+    await world.storage.share(disk, tmp_path)
+    shared = tmp_path / "system.cow"
+    await world.storage.branch(shared, tmp_path / "branch.cow")
+    shared.unlink()
+    assert (tmp_path / "branch.cow").read_bytes() == disk.read_bytes()
+    assert world.storage.room_bytes("system", disk) == disk.stat().st_blocks * 512
+    assert world.storage.room_bytes("system", world.base) == 0
+
+
+async def test_a_system_disk_is_as_large_as_its_image(world: World, tmp_path: Path) -> None:
+    disk = tmp_path / "system.cow"
+    with pytest.raises(PreconditionFailed, match="none larger than its image") as told:
+        await world.storage.create_overlay(world.base, disk, 65)
+    assert 'system_overlay_size = "64M"' in told.value.hint
+    with pytest.raises(PreconditionFailed, match="is missing"):
+        await world.storage.create_overlay(tmp_path / "none", disk, 1)
+    with pytest.raises(PreconditionFailed, match="as large as the image"):
+        await world.storage.grow(disk, 65)
+    assert not disk.exists()
+
+
+async def test_an_image_of_anothers_is_refused_with_what_to_do(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(PreconditionFailed, match="own files only") as told:
+        await world.storage.create_overlay(world.base, tmp_path / "system.cow", 1)
+    assert "banger image import" in told.value.hint
+
+
+async def test_work_disks_are_raw_files(world: World, tmp_path: Path) -> None:
+    work = tmp_path / world.storage.file_name("work")
+    await world.storage.create_overlay(world.base, work, 70)
+    assert (work.name, await world.storage.size_mib(work)) == ("work.raw", 70)
+    await world.storage.grow(work, 80)
+    assert await world.storage.size_mib(work) == 80
+
+
+async def test_what_is_missing_is_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(world.host, "problem", "there is no helper", raising=False)
+    monkeypatch.setattr(world.host, "hint", "install one", raising=False)
+    (check,) = await world.storage.checks()
+    assert (check.level, check.detail, check.hint) == (
+        Level.FAIL,
+        "there is no helper",
+        "install one",
+    )
+    monkeypatch.setattr(world.host, "problem", "")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setattr(proc, "which", lambda _: None)
+    (check,) = await world.storage.checks()
+    assert "dmsetup" in check.detail
+
+
+def test_sysfs_says_who_has_which_file(tmp_path: Path) -> None:
+    def put(name: str, content: str) -> None:
+        path = tmp_path / "sys" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+
+    file = tmp_path / "a b (c)"
+    put("loop0/loop/backing_file", f"{file}\n")
+    put("loop0/ro", "1\n")
+    put("loop1/loop/backing_file", "/gone.cow (deleted)\n")
+    put("loop1/ro", "0\n")
+    put("loop2/ro", "0\n")
+    for name in ("loop0", "loop1"):
+        (tmp_path / "sys" / name / "holders").mkdir()
+    put("loop1/holders/dm-0", "")
+    put("dm-0/dm/uuid", f"BANGER-0-{ID}\n")
+    put("dm-0/dm/name", f"banger-{ID}\n")
+    put("dm-0/size", "16\n")
+    put("dm-0/slaves/loop1", "")
+    assert block_devices.loops(tmp_path / "sys") == [
+        Loop("loop0", file, True, ()),
+        Loop("loop1", Path("/gone.cow"), False, ("dm-0",)),
+    ]
+    assert block_devices.loops_of(file, tmp_path / "sys") == [Loop("loop0", file, True, ())]
+    assert block_devices.mappings(tmp_path / "sys") == [
+        Mapping("dm-0", f"banger-{ID}", f"BANGER-0-{ID}", 8192, ("loop1",))
+    ]
