@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
 from banger.base.errors import BadRequest
+from banger.base.extents import makes_clones
 from banger.base.model import NetworkMode
 from banger.drivers import registry
+from banger.drivers.base import Check, Level
+from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
+from banger.drivers.storage.reflink import ReflinkStorage
 from banger.hostops.client import HelperHost
 from banger.hostops.ops import HostOps, bridge_of
 from banger.services.addresses import Addresses
@@ -20,18 +25,22 @@ class _InstalledHost(HelperHost):
     installed = True
 
 
-def select(settings: dict[str, str], host: HostOps | None = None) -> registry.Selection:
-    return registry.select(
-        **settings,
-        firecracker_bin="firecracker",
-        jailer_enabled=True,
-        probe_cache=Path("/nowhere"),
-        vms_dir=Path("/nowhere/vms"),
-        runtime_dirs=(),
-        host=host or HelperHost(Path("/nowhere")),
-        bridge=bridge_of("banger0", "10.213.0.0/16"),
-        tap_pool_size=2,
-        names=Addresses({}),
+def select(
+    settings: dict[str, str], host: HostOps | None = None, vms_dir: Path = Path("/nowhere/vms")
+) -> registry.Selection:
+    return asyncio.run(
+        registry.select(
+            **settings,
+            firecracker_bin="firecracker",
+            jailer_enabled=True,
+            probe_cache=Path("/nowhere"),
+            vms_dir=vms_dir,
+            runtime_dirs=(),
+            host=host or HelperHost(Path("/nowhere")),
+            bridge=bridge_of("banger0", "10.213.0.0/16"),
+            tap_pool_size=2,
+            names=Addresses({}),
+        )
     )
 
 
@@ -53,10 +62,71 @@ def test_each_choice_has_its_reason() -> None:
     settings = {**AUTO, "storage": "reflink"}
     choices = select(settings).choices
     assert [(choice.setting, choice.name, choice.reason) for choice in choices] == [
-        ("hypervisor", "qemu", "auto: preferred over firecracker"),
+        ("hypervisor", "qemu", "auto: not firecracker: banger is not installed on this host"),
         ("storage", "reflink", "as configured"),
         ("network", "user", "auto: it needs nothing of this host"),
     ]
+
+
+@pytest.fixture
+def for_firecracker(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
+    """A host that has all that Firecracker needs; what is put into the list it is said to lack."""
+    lacks: list[Check] = []
+
+    async def checks(_: FirecrackerHypervisor) -> list[Check]:
+        return [Check("hypervisor firecracker", Level.OK, "v1.16.1"), *lacks]
+
+    async def makes_clones(_: ReflinkStorage) -> bool:
+        return True
+
+    monkeypatch.setattr(FirecrackerHypervisor, "checks", checks)
+    monkeypatch.setattr(ReflinkStorage, "makes_clones", makes_clones)
+    return lacks
+
+
+def hypervisor_of(selection: registry.Selection) -> tuple[str, str]:
+    (choice,) = (each for each in selection.choices if each.setting == "hypervisor")
+    assert choice.name == selection.hypervisor.name
+    return choice.name, choice.reason
+
+
+def test_auto_is_firecracker_where_all_that_it_needs_is_there(
+    for_firecracker: list[Check], tmp_path: Path
+) -> None:
+    selection = select(AUTO, _InstalledHost(), tmp_path)
+    assert hypervisor_of(selection) == ("firecracker", "auto: all that it needs is here")
+    assert selection.storage.name == "reflink"
+    assert selection.networks.default is NetworkMode.BRIDGE
+    assert hypervisor_of(select(AUTO))[0] == "qemu", "nobody has installed banger"
+    for_firecracker.append(Check("accelerator", Level.FAIL, "there is no /dev/kvm"))
+    found = hypervisor_of(select(AUTO, _InstalledHost(), tmp_path))
+    assert found == ("qemu", "auto: not firecracker: there is no /dev/kvm")
+
+
+@pytest.mark.parametrize("setting", [{"storage": "qcow2"}, {"network": "user"}])
+def test_auto_is_not_firecracker_beside_what_that_cannot_use(
+    for_firecracker: list[Check], setting: dict[str, str], tmp_path: Path
+) -> None:
+    selection = select({**AUTO, **setting}, _InstalledHost(), tmp_path)
+    (value,) = setting.values()
+    assert hypervisor_of(selection) == ("qemu", f"auto: not firecracker: {value} is configured")
+
+
+def test_auto_leaves_no_machines_behind(for_firecracker: list[Check], tmp_path: Path) -> None:
+    (tmp_path / "0123456789ab").mkdir()
+    (tmp_path / "0123456789ab/system.qcow2").touch()
+    found = hypervisor_of(select(AUTO, _InstalledHost(), tmp_path))
+    assert found == ("qemu", "auto: not firecracker: there are VMs with qcow2 disks")
+
+
+def test_auto_is_not_firecracker_where_each_disk_would_be_a_copy(
+    for_firecracker: list[Check], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    if makes_clones(tmp_path):
+        pytest.skip(f"{tmp_path} makes clones")
+    name, reason = hypervisor_of(select(AUTO, _InstalledHost(), tmp_path))
+    assert (name, "no clones" in reason) == ("qemu", True)
 
 
 @pytest.mark.parametrize("setting", sorted(AUTO))

@@ -172,8 +172,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("log_level", lambda value: parse_log_level(_text(value)), "info",
             "what goes to the daemon's log: debug, info, warn or error"),
     Setting("hypervisor", _choice("auto", "qemu", "firecracker"), "auto",
-            "which hypervisor runs VMs; auto takes qemu. firecracker needs KVM, raw disks and the"
-            " bridge"),
+            "which hypervisor runs VMs; firecracker needs KVM, raw disks and the bridge: auto takes"
+            " it on an installed host that has all of that and clones files, else qemu"),
     Setting("firecracker_bin", _program, "firecracker",
             "Firecracker itself: a name to be found on PATH, or absolute, or below ~/; for jails an"
             " installation's helper takes the one on root's PATH"),

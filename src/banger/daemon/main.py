@@ -142,7 +142,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
     instance = f"{zlib.crc32(os.fsencode(paths.state_dir)):08x}"
     bridge = bridge_of(config.bridge_name, config.bridge_cidr, instance)
     addresses = Addresses({NetworkMode.BRIDGE: bridge.network})
-    selection = registry.select(
+    selection = await registry.select(
         hypervisor=config.hypervisor,
         accelerator=config.accelerator,
         storage=config.storage,

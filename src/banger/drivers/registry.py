@@ -5,6 +5,7 @@ Only the composition root imports this: everybody else is handed drivers.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TypeVar
 
 from banger.base.errors import BadRequest
 from banger.base.model import NetworkMode
-from banger.drivers.base import Hypervisor, NameServer, Network, Networks, Storage, VmNames
+from banger.drivers.base import Hypervisor, Level, NameServer, Network, Networks, Storage, VmNames
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_jail import Jailed
@@ -84,7 +85,7 @@ def _firecracker(settings: HypervisorSettings) -> Hypervisor:
     return FirecrackerHypervisor(place, partial(kvm.probe, settings.probe_cache), earlier=earlier)
 
 
-# The first is what ``auto`` means: QEMU runs everywhere, and has the VMs of who chose nothing.
+# The first is what ``auto`` falls back to: it runs everywhere.
 _HYPERVISORS: Mapping[str, Callable[[HypervisorSettings], Hypervisor]] = {
     "qemu": _qemu,
     "firecracker": _firecracker,
@@ -108,7 +109,7 @@ def available() -> dict[str, tuple[str, ...]]:
     }
 
 
-def select(
+async def select(
     *,
     hypervisor: str,
     accelerator: str,
@@ -124,18 +125,20 @@ def select(
     tap_pool_size: int,
     names: VmNames,
 ) -> Selection:
-    """The drivers for these settings; touches nothing on the host. `host` does what needs root.
+    """The drivers for these settings; changes nothing on the host. `host` does what needs root.
 
     (Which accelerator ``auto`` means is found out when a machine starts: see
     `QemuHypervisor.choose_accelerator`, which reports it in `checks`.) Raises BadRequest for a
     name there is no driver for.
     """
-    make_hypervisor, why_hypervisor = _pick("hypervisor", hypervisor, _HYPERVISORS)
+    _pick("hypervisor", hypervisor, _HYPERVISORS)
     if accelerator not in (AUTO, *_ACCELERATORS):
         raise _unknown("accelerator", accelerator, _ACCELERATORS)
     settings = HypervisorSettings(
         accelerator, probe_cache, firecracker_bin, jailer_enabled, host, runtime_dirs
     )
+    why_hypervisor = await _hypervisor_choice(hypervisor, settings, storage, network, vms_dir)
+    make_hypervisor = _HYPERVISORS[why_hypervisor.name]
     chosen = make_hypervisor(settings)
     disks, why_storage = _storage_choice(storage, chosen, vms_dir, host)
     networks: dict[NetworkMode, Network] = {
@@ -151,6 +154,33 @@ def select(
         networks=Networks(default=NetworkMode(why_network.name), by_mode=networks),
         choices=(why_hypervisor, why_storage, why_network),
     )
+
+
+async def _hypervisor_choice(
+    setting: str, settings: HypervisorSettings, storage: str, network: str, vms_dir: Path
+) -> Choice:
+    """Firecracker where all that it needs is there and nothing would be worse with it; else QEMU.
+
+    What is cheap to see comes first: only hosts that were made for Firecracker pay for the rest.
+    """
+    if setting != AUTO:
+        return Choice("hypervisor", setting, "as configured")
+    firecracker = _firecracker(settings)
+    problem = ""
+    if not settings.host.installed:
+        problem = "banger is not installed on this host"
+    elif storage == "qcow2" or network == NetworkMode.USER:
+        problem = f"{storage if storage == 'qcow2' else network} is configured"
+    elif any(await asyncio.to_thread(lambda: list(vms_dir.glob("*/*.qcow2")))):
+        problem = "there are VMs with qcow2 disks"
+    elif storage == AUTO and not await ReflinkStorage(vms_dir).makes_clones():
+        problem = "its disks would be copies, as their file system makes no clones"
+    else:
+        found = (each for each in await firecracker.checks() if each.level is Level.FAIL)
+        problem = next((each.detail for each in found), "")
+    if problem:
+        return Choice("hypervisor", "qemu", f"auto: not firecracker: {problem}")
+    return Choice("hypervisor", "firecracker", "auto: all that it needs is here")
 
 
 def _storage_choice(

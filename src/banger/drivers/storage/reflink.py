@@ -44,11 +44,15 @@ class ReflinkStorage:
         """Whether the disks' file system makes clones: without them it works, too."""
         name = f"storage {self.name}"
         directory = await asyncio.to_thread(nearest, self._directory)
-        if await asyncio.to_thread(makes_clones, directory):
+        if await self.makes_clones():
             return [Check(name, Level.OK, f"{directory} makes clones")]
         detail = f"{directory} makes no clones: each VM has a copy of its image, each fork another"
         hint = "have it on btrfs, or on XFS with reflink=1"
         return [Check(name, Level.WARN, detail, hint)]
+
+    async def makes_clones(self) -> bool:
+        """Whether disks are made in an instant, and share what they hold with their image."""
+        return await asyncio.to_thread(lambda: makes_clones(nearest(self._directory)))
 
     async def create_overlay(self, base: Path, overlay: Path, size_mib: int) -> None:
         """See `Storage.create_overlay`. Raises PreconditionFailed when `base` is missing."""
