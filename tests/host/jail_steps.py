@@ -83,9 +83,12 @@ async def launch(operation: LaunchJail) -> Done:
             os.close(each)
 
 
-async def refused(step: str, operation: LaunchJail) -> None:
+async def refused(step: str, operation: LaunchJail | UnmapSnapshot) -> None:
     try:
-        await launch(operation)
+        if isinstance(operation, LaunchJail):
+            await launch(operation)
+        else:
+            await host.perform(operation)
         seen[step] = "done"
     except BangerError as error:
         seen[step] = f"{error.code}: {error.message}"
@@ -137,8 +140,8 @@ async def a_jail(directory: Path) -> None:
     seen["uid"] = jail_uid(ID)
     process = Path(f"/proc/{done.pid}")
     seen["group"] = (process / "cgroup").read_text().strip()
-    seen["limits"] = [(GROUP / each).read_text().strip()
-                      for each in ("memory.max", "cpu.max", "pids.max")]  # fmt: skip
+    limits = ("memory.max", "cpu.max", "pids.max", "memory.oom.group")
+    seen["limits"] = [(GROUP / each).read_text().strip() for each in limits]
     seen["namespaces of its own"] = [
         each for each in NAMESPACES if (process / "ns" / each).readlink()
         != Path("/proc/self/ns", each).readlink()]  # fmt: skip
@@ -149,6 +152,7 @@ async def a_jail(directory: Path) -> None:
     )
     await refused("twice", operation(directory, vm_id=ID))
     await refused("one with its uid", operation(directory, vm_id=OTHER))
+    await refused("unmapped", UnmapSnapshot(vm_id=ID))
     for _ in range(2):
         await host.perform(EndJail(vm_id=ID))
     os.close(done.fd)

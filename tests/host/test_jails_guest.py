@@ -63,7 +63,7 @@ def test_it_is_alone_with_its_limits(seen: dict[str, Any]) -> None:
     assert (said["pid"], said["kill everybody"]) == ("1", "No such process")
     assert seen["namespaces of its own"] == ["ipc", "mnt", "net", "pid", "uts"]
     assert seen["group"] == "0::/banger-1000/0123456789ab"
-    assert seen["limits"] == [str(384 << 20), "200000 100000", "17"]
+    assert seen["limits"] == [str(384 << 20), "200000 100000", "17", "1"]
     assert (said["open files"], said["core"]) == ("1024", "0")
 
 
@@ -105,6 +105,7 @@ def test_a_machine_has_one_jail_and_its_uid_alone(seen: dict[str, Any]) -> None:
     assert seen["twice"] == "conflict: the machine 0123456789ab is in its jail already"
     assert "has the uid that 012345ffffff would have" in seen["one with its uid"]
     assert seen["another's mapping"].startswith("permission_denied")
+    assert "its machine is in a jail" in seen["unmapped"]
 
 
 def test_nothing_is_left_of_one_whoever_was_killed_and_when(seen: dict[str, Any]) -> None:

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
 from banger.base import jail
-from banger.base.errors import BadRequest, Conflict, PermissionDenied, PreconditionFailed
+from banger.base.errors import (
+    BadRequest,
+    Conflict,
+    PermissionDenied,
+    PreconditionFailed,
+    Unavailable,
+)
 from banger.base.jail import UID_FIRST, UID_LAST, is_vm_id, jail_uid
 from banger.drivers.hypervisor import firecracker_jail
 from banger.drivers.hypervisor.firecracker_jail import Jailed
-from banger.hostops import jail_launcher, jails
+from banger.hostops import jail_files, jail_launcher, jails, links, mappings
 from banger.hostops.client import HelperHost
+from banger.hostops.jail_files import Owner
 from banger.hostops.jail_launcher import JailFile, JailOrder, jail_root, jailer_argv
 from banger.hostops.ops import EndJail, InJail, LaunchJail
 
 VM_ID = "0123456789ab"
+OWNER = Owner(os.getuid(), frozenset({os.getgid()}))
 LAUNCH = LaunchJail(
     vm_id=VM_ID,
     vcpu_count=2,
@@ -51,14 +61,17 @@ ORDER = JailOrder(
 @given(st.text("0123456789abcdef", min_size=12, max_size=12))
 def test_each_machine_has_a_uid_that_nobody_else_is_given(vm_id: str) -> None:
     assert is_vm_id(vm_id)
-    assert UID_FIRST <= jail_uid(vm_id) <= UID_LAST < 1 << 31
+    assert UID_FIRST <= jail_uid(vm_id) <= UID_LAST
+    # sssd's ids are below, systemd's foreign ones above.
+    assert UID_FIRST > 2_000_200_000
+    assert UID_LAST < 0x7FFE0000
 
 
 def test_the_jailer_is_told_all_of_it_and_nothing_of_the_callers() -> None:
     assert jailer_argv(ORDER) == (
         *("/usr/local/bin/jailer", "--id", VM_ID),
         *("--exec-file", "/usr/local/bin/firecracker-v1.16.1"),
-        *("--uid", "1879122757", "--gid", "1879122757", "--chroot-base-dir", "/run/banger/jail"),
+        *("--uid", "2000757573", "--gid", "2000757573", "--chroot-base-dir", "/run/banger/jail"),
         *("--cgroup-version", "2", "--parent-cgroup", "banger-1000"),
         *("--cgroup", f"memory.max={(512 + 128) << 20}"),
         *("--cgroup", "cpu.max=300000 100000", "--cgroup", "pids.max=18"),
@@ -131,10 +144,10 @@ def opened(tmp_path: Path) -> LaunchJail:
 
 
 def test_the_owners_files_are_taken_and_anothers_are_not(opened: LaunchJail) -> None:
-    jails._check_files(opened, os.getuid())
+    jail_files.check(opened, OWNER)
     with pytest.raises(PermissionDenied, match="belongs to uid"):
-        jails._check_files(opened, os.getuid() + 1)
-    names = [each.name for each in jails._jail_files(opened)]
+        jail_files.check(opened, Owner(OWNER.uid + 1, OWNER.gids))
+    names = [each.name for each in jail_files.lent(opened)]
     assert names == ["out", "log", "kernel", "disks/system"]
 
 
@@ -157,13 +170,13 @@ def test_what_is_not_open_for_what_is_asked_is_refused(
     descriptors = list(opened.descriptors)
     descriptors[index] = os.open(tmp_path / name, flags)
     with pytest.raises((BadRequest, PermissionDenied), match=message):
-        jails._check_files(opened.with_descriptors(tuple(descriptors)), os.getuid())
+        jail_files.check(opened.with_descriptors(tuple(descriptors)), OWNER)
 
 
 def test_a_directory_that_others_can_enter_is_no_jails(opened: LaunchJail, tmp_path: Path) -> None:
     (tmp_path / "out").chmod(0o755)
     with pytest.raises(PermissionDenied, match="open to others"):
-        jails._check_files(opened, os.getuid())
+        jail_files.check(opened, OWNER)
 
 
 def test_a_name_is_looked_up_without_following_links(tmp_path: Path) -> None:
@@ -175,6 +188,145 @@ def test_a_name_is_looked_up_without_following_links(tmp_path: Path) -> None:
     os.close(found)
     with pytest.raises(NotADirectoryError):
         jail_launcher._named(tmp_path / "link/file")
+
+
+def test_root_walks_for_the_caller_and_does_not_tell_what_is_there(
+    opened: LaunchJail, tmp_path: Path
+) -> None:
+    wrong = [tmp_path / "none", tmp_path / "system", tmp_path / "kernel/x"]
+    said = set()
+    for path in wrong:
+        with pytest.raises(jail_launcher._Refused) as refused:
+            jail_launcher._found(path, os.fstat(opened.inputs[0]))
+        said.add(str(refused.value).removeprefix(str(path)))
+    assert said == {" is not to be found where it was opened"}
+
+
+def test_a_path_of_any_bytes_is_told(capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    with pytest.raises(SystemExit):
+        jail_launcher._fail(f"{os.fsdecode(bytes([0xFF]))} is not to be found")
+    failed = msgspec.json.decode(capsysbinary.readouterr().out, type=jail_launcher.LaunchFailed)
+    assert failed.message == "? is not to be found"
+
+
+def test_a_device_that_is_only_named_is_refused_before_it_is_looked_at(opened: LaunchJail) -> None:
+    device = next((each for each in Path("/dev").iterdir() if each.is_block_device()), None)
+    if device is None:
+        pytest.skip("there is no block device in /dev: load one, modprobe loop")
+    named = os.open(device, os.O_PATH)
+    wrong = opened.with_descriptors((*opened.descriptors[:-1], named))
+    with pytest.raises(PermissionDenied, match="only named"):
+        jail_files.check(wrong, OWNER)
+
+
+@pytest.mark.parametrize("name", ["out", "console", "log", "system"])
+def test_what_cannot_be_written_outside_is_not_written_in_a_jail(
+    opened: LaunchJail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    read_only = (tmp_path / name).stat().st_ino
+    real = os.statvfs_result((0,) * 10)
+    wrong = os.statvfs_result((*(0,) * 8, os.ST_RDONLY, 0))
+    monkeypatch.setattr(
+        os, "fstatvfs", lambda fd: wrong if os.fstat(fd).st_ino == read_only else real
+    )
+    with pytest.raises(PermissionDenied, match="nothing can be written"):
+        jail_files.check(opened, OWNER)
+
+
+def test_what_is_only_read_may_be_where_nothing_can_be_written(
+    opened: LaunchJail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = (tmp_path / "kernel").stat().st_ino
+    flags = {True: os.ST_RDONLY, False: 0}
+    monkeypatch.setattr(
+        os,
+        "fstatvfs",
+        lambda fd: os.statvfs_result((*(0,) * 8, flags[os.fstat(fd).st_ino == kernel], 0)),
+    )
+    jail_files.check(opened, OWNER)
+
+
+def test_a_file_of_a_group_that_its_owner_is_not_in_is_refused(opened: LaunchJail) -> None:
+    with pytest.raises(PermissionDenied, match="belongs to group"):
+        jail_files.check(opened, Owner(OWNER.uid, frozenset({os.getgid() + 1})))
+    assert os.getgid() in jail_files.owner_of(os.getuid()).gids
+    assert jail_files.owner_of(UID_LAST) == Owner(UID_LAST, frozenset())
+
+
+@pytest.mark.parametrize("look_up", ["pwd.getpwuid", "grp.getgrgid"])
+def test_a_uid_that_somebody_has_is_no_jails(monkeypatch: pytest.MonkeyPatch, look_up: str) -> None:
+    jails._check_nobodys(VM_ID)
+    monkeypatch.setattr(look_up, {jail_uid(VM_ID): ("mallory",)}.__getitem__)
+    with pytest.raises(Conflict, match="mallory has the number"):
+        jails._check_nobodys(VM_ID)
+
+
+def test_a_new_control_group_can_be_killed_and_ends_as_one(tmp_path: Path) -> None:
+    group = tmp_path / "banger-7" / VM_ID
+    with pytest.raises(PreconditionFailed, match="cannot be killed") as refused:
+        jails._make_group(group)
+    assert "5.14" in refused.value.hint
+    assert not group.exists()
+    group.mkdir()
+    (group / "cgroup.kill").touch()
+    jails._make_group(group)
+    assert (group / "memory.oom.group").read_text() == "1"
+    assert not (group / "memory.swap.max").exists()
+    (group / "memory.swap.max").write_text("max")
+    jails._make_group(group)
+    assert (group / "memory.swap.max").read_text() == "0"
+    for directory in (tmp_path, tmp_path / "banger-7"):
+        assert (directory / "cgroup.subtree_control").read_text() == "+memory"
+
+
+async def test_clearing_after_a_failed_launch_does_not_hide_why_it_failed(
+    opened: LaunchJail, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All steps of it are done, and each that fails is logged."""
+    cleared = []
+
+    async def check() -> str:
+        return "/firecracker"
+
+    async def end(vm_id: str) -> None:
+        cleared.append(vm_id)
+        raise Unavailable("cannot be killed")
+
+    def remove_uplink(name: str) -> None:
+        cleared.append(name)
+        raise OSError("no netlink")
+
+    _groups(tmp_path, "cpu memory pids")
+    made = jails.Jails(os.getuid(), "firecracker", "jailer")
+    monkeypatch.setattr(made, "check", check)
+    monkeypatch.setattr(made, "end", end)
+    monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
+    monkeypatch.setattr(jails, "_have_base", lambda: None)
+    monkeypatch.setattr(jails, "_network", lambda *_: nullcontext(-1))
+    monkeypatch.setattr(links, "remove_uplink", remove_uplink)
+    with structlog.testing.capture_logs() as logs, pytest.raises(PreconditionFailed, match="kill"):
+        await made.launch(opened)
+    assert cleared == [VM_ID, opened.tap]
+    assert [each["error"] for each in logs] == ["cannot be killed", "no netlink"]
+
+
+async def test_the_mapping_of_a_jailed_machine_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = []
+
+    async def dmsetup(*words: str) -> str:
+        done.append(words[0])
+        return f"{mappings.mapping_name(VM_ID)}/{mappings.mapping_uuid(VM_ID, 7)}\n"
+
+    monkeypatch.setattr(mappings, "_dmsetup", dmsetup)
+    monkeypatch.setattr(jail, "groups_root", lambda: tmp_path)
+    _groups(tmp_path, "", f"banger-7/{VM_ID}")
+    with pytest.raises(Conflict, match="in a jail"):
+        await mappings.remove(VM_ID, 7)
+    (tmp_path / "banger-7" / VM_ID / "cgroup.events").write_text("populated 0\nfrozen 0\n")
+    await mappings.remove(VM_ID, 7)
+    assert done == ["info", "info", "remove"]
 
 
 def _groups(root: Path, controllers: str, *populated: str) -> None:

@@ -7,9 +7,16 @@ import re
 from pathlib import Path
 
 #: A range that nobody gives out: above subordinate ids as useradd(8) and systemd-nspawn(1) choose
-#: them (up to 0x6fffffff), below 2^31.
-UID_FIRST = 0x70000000
-UID_LAST = 0x70FFFFFF
+#: them (up to 0x6fffffff) and what sssd-ldap(5) makes of SIDs (ldap_idmap_range_max, 2000200000),
+#: below systemd's foreign ids (0x7ffe0000, in its UIDS-GIDS.md).
+UID_FIRST = 0x77400000
+UID_LAST = 0x783FFFFF
+
+#: In a jail: the directory in which Firecracker makes files, its socket there, and what it joins
+#: the machine's interface to.
+OUT = "out"
+API_SOCKET = "api.sock"
+TAP = "tap0"
 
 _VM_ID = re.compile(r"[0-9a-f]{12}")
 _PROC = Path("/proc")
@@ -39,6 +46,20 @@ def groups_root() -> Path | None:
     return None
 
 
+def is_populated(group: Path) -> bool:
+    """Whether somebody is in a control group; zombies are not."""
+    try:
+        return "populated 1" in (group / "cgroup.events").read_text()
+    except OSError:  # it has gone
+        return False
+
+
+def has_jail(vm_id: str, owner_uid: int) -> bool:
+    """Whether somebody is in the jail of a machine of this user's."""
+    root = groups_root()
+    return root is not None and is_populated(root / parent_group(owner_uid) / vm_id)
+
+
 def jailed_vm(pid: int, owner_uid: int) -> str:
     """Whose machine a process is by its control group, which nobody in a jail can leave; empty for
     one that is not in a jail of this user's."""
@@ -49,7 +70,7 @@ def jailed_vm(pid: int, owner_uid: int) -> str:
     for line in lines:
         if line.startswith("0::"):
             head, _, vm_id = line.removeprefix("0::").rpartition("/")
-            if head == f"/{parent_group(owner_uid)}" and _VM_ID.fullmatch(vm_id):
+            if head == f"/{parent_group(owner_uid)}" and is_vm_id(vm_id):
                 return vm_id
     return ""
 

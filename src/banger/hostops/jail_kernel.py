@@ -37,6 +37,9 @@ _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
 _OPEN_TREE_CLONE = 0x1
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+#: keyctl(2) is older than the common numbers.
+_SYS_KEYCTL = {"x86_64": 250, "aarch64": 219}
+_KEYCTL_JOIN_SESSION_KEYRING = 1
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NO_NEW_PRIVS = 38
 #: struct mount_attr: attr_set, attr_clr, propagation, userns_fd.
@@ -93,6 +96,15 @@ def end_with(parent: int) -> None:
 def gain_nothing() -> None:
     """Neither this process nor its children get privileges by what they run."""
     _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+
+
+def leave_keyring() -> None:
+    """Have a session keyring of one's own, without what root has in his (keyctl(2))."""
+    try:
+        _call(_SYS_KEYCTL[os.uname().machine], _KEYCTL_JOIN_SESSION_KEYRING, 0)
+    except OSError as error:
+        if error.errno != errno.ENOSYS:  # a kernel without CONFIG_KEYS
+            raise
 
 
 def _call(number: int, *arguments: int | bytes) -> int:

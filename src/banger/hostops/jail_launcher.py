@@ -18,19 +18,20 @@ import resource
 import socket
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
 
 from banger.base import fork
+from banger.base.jail import API_SOCKET, OUT
 from banger.hostops import jail_kernel as kernel
 from banger.hostops import jail_network
 
 #: Nobody's but root's, and empty but in the mount namespace of a jail.
 BASE = Path("/run/banger/jail")
-#: The directory of a jail in which Firecracker makes files, and its log.
-OUT, LOG = "out", "log"
-API_SOCKET = f"{OUT}/api.sock"
+#: Firecracker's own log, in a jail.
+LOG = "log"
 #: Beside the program itself: nodes of devices, and empty files that others are mounted on.
 _ROOM_BYTES = 1 << 20
 _INODES = 256
@@ -89,7 +90,7 @@ def jailer_argv(order: JailOrder) -> tuple[str, ...]:
         *("--uid", identity, "--gid", identity, "--chroot-base-dir", str(BASE)),
         *("--cgroup-version", "2", "--parent-cgroup", order.parent_group, *limits),
         *("--resource-limit", f"no-file={_FILES_MAX}"),
-        *("--", "--api-sock", API_SOCKET, "--log-path", LOG, "--level", "Warning"),
+        *("--", "--api-sock", f"{OUT}/{API_SOCKET}", "--log-path", LOG, "--level", "Warning"),
     )
 
 
@@ -130,13 +131,7 @@ def _mount_of(file: JailFile, uid: int) -> int:
     if stat.S_ISBLK(wanted.st_mode):
         return -1
     path = Path(f"/proc/self/fd/{file.descriptor}").readlink()
-    try:
-        found = _named(path)
-    except OSError as error:
-        raise _Refused(f"{path} is not to be found where it was opened: {error.strerror}") from None
-    status = os.fstat(found)
-    if (status.st_dev, status.st_ino) != (wanted.st_dev, wanted.st_ino):
-        raise _Refused(f"what is at {path} is not what was opened")
+    found = _found(path, wanted)
     mount = kernel.clone_mount(found)
     os.close(found)
     attributes = kernel.ATTR_NOSUID | kernel.ATTR_NODEV | kernel.ATTR_NOEXEC
@@ -160,6 +155,20 @@ def _mount_of(file: JailFile, uid: int) -> int:
     finally:
         os.close(identities)
     return mount
+
+
+def _found(path: Path, wanted: os.stat_result) -> int:
+    """What `_named` finds, which must be this file.
+
+    One answer for all else: root walks where the caller may not look.
+    """
+    with suppress(OSError):
+        found = _named(path)
+        status = os.fstat(found)
+        if (status.st_dev, status.st_ino) == (wanted.st_dev, wanted.st_ino):
+            return found
+        os.close(found)
+    raise _Refused(f"{path} is not to be found where it was opened")
 
 
 def _named(path: Path) -> int:
@@ -226,8 +235,10 @@ def _place(file: JailFile, mount: int, root: Path, uid: int) -> None:
     path.parent.mkdir(mode=0o755, exist_ok=True)
     status = os.fstat(file.descriptor)
     if stat.S_ISBLK(status.st_mode):
-        os.mknod(path, stat.S_IFBLK | (0o400 if file.read_only else 0o600), status.st_rdev)
-        os.chown(path, uid, uid)
+        # Root's, so that whoever is in the jail cannot give himself more of it.
+        os.mknod(path, stat.S_IFBLK, status.st_rdev)
+        os.chown(path, 0, uid)
+        path.chmod(0o440 if file.read_only else 0o660)
         return
     if stat.S_ISDIR(status.st_mode):
         path.mkdir(mode=0o700)
@@ -266,6 +277,7 @@ def _become_jailer(order: JailOrder) -> None:
     for descriptor, standard in ((nowhere, 0), (order.console, 1), (order.log, 2)):
         os.dup2(descriptor, standard)
     os.chdir("/")
+    kernel.leave_keyring()
     fork.execute(jailer_argv(order), {})
 
 
@@ -289,6 +301,8 @@ def _place_of(error: OSError) -> str:
 
 
 def _fail(message: str, hint: str = "") -> None:
+    # A path may have any bytes.
+    message = message.encode(errors="replace").decode()
     sys.stdout.buffer.write(msgspec.json.encode(LaunchFailed(message=message, hint=hint)))
     sys.stdout.flush()
     sys.exit(1)

@@ -9,33 +9,27 @@ one, in a process of its own.
 from __future__ import annotations
 
 import asyncio
-import fcntl
+import grp
 import os
+import pwd
 import re
 import select
 import shutil
 import socket
-import stat
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import msgspec
 
-from banger.base import proc
-from banger.base.errors import (
-    BadRequest,
-    Conflict,
-    PermissionDenied,
-    PreconditionFailed,
-    Unavailable,
-)
-from banger.base.jail import groups_root, jail_uid, parent_group
+from banger.base import log, proc
+from banger.base.errors import Conflict, PreconditionFailed, Unavailable
+from banger.base.jail import groups_root, is_populated, jail_uid, parent_group
 from banger.base.trust import first_doubtful
-from banger.hostops import jail_launcher, links, mappings
-from banger.hostops.jail_launcher import BASE, LOG, OUT, JailFile, JailOrder, LaunchFailed
+from banger.hostops import jail_files, jail_launcher, links
+from banger.hostops.jail_launcher import BASE, JailOrder, LaunchFailed
 from banger.hostops.ops import Done, LaunchJail
 
 _CONTROLLERS = frozenset({"cpu", "memory", "pids"})
@@ -82,20 +76,31 @@ class Jails:
         Raises Conflict where the machine, or another with its uid, has one that lives.
         """
         firecracker = await self.check()
-        _check_files(operation, self._owner_uid)
+        owner = await asyncio.to_thread(jail_files.owner_of, self._owner_uid)
+        jail_files.check(operation, owner)
         self._check_free(operation.vm_id)
+        await asyncio.to_thread(_check_nobodys, operation.vm_id)
         await asyncio.to_thread(_sweep, self._owner_uid)
         await asyncio.to_thread(_have_base)
         group = _groups() / parent_group(self._owner_uid) / operation.vm_id
         async with _network(operation, self._owner_uid) as network:
-            await asyncio.to_thread(group.mkdir, parents=True, exist_ok=True)
             try:
+                await asyncio.to_thread(_make_group, group)
                 return await self._launched(operation, firecracker, group, network)
             except BaseException:
-                await asyncio.shield(self.end(operation.vm_id))
-                if operation.tap:
-                    await asyncio.shield(asyncio.to_thread(links.remove_uplink, operation.tap))
+                await asyncio.shield(self._clear(operation))
                 raise
+
+    async def _clear(self, operation: LaunchJail) -> None:
+        """After a launch that failed, which is what is to be told: a step that fails is logged."""
+        steps = [self.end(operation.vm_id)]
+        if operation.tap:
+            steps.append(asyncio.to_thread(links.remove_uplink, operation.tap))
+        for outcome in await asyncio.gather(*steps, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                log.get_logger().warning(
+                    "a failed jail is not cleared", vm_id=operation.vm_id, error=str(outcome)
+                )
 
     async def _launched(
         self, operation: LaunchJail, firecracker: str, group: Path, network: int
@@ -110,7 +115,7 @@ class Jails:
                 group=str(group),
                 parent_group=parent_group(self._owner_uid),
                 limits=limits(operation.vcpu_count, operation.memory_mib),
-                files=_jail_files(operation),
+                files=jail_files.lent(operation),
                 console=operation.console,
                 log=operation.log,
                 network=network,
@@ -146,7 +151,7 @@ class Jails:
     def _check_free(self, vm_id: str) -> None:
         for group in _groups().glob("banger-*/*"):
             alike = group.is_dir() and group.name[:6] == vm_id[:6]
-            if alike and _lives(group):
+            if alike and is_populated(group):
                 own = group.name == vm_id and group.parent.name == parent_group(self._owner_uid)
                 raise Conflict(
                     f"the machine {vm_id} is in its jail already"
@@ -223,59 +228,6 @@ async def _check_release(firecracker: str, jailer: str) -> None:
         )
 
 
-# What the caller has opened.
-
-
-def _jail_files(operation: LaunchJail) -> tuple[JailFile, ...]:
-    lent = (
-        JailFile(name=each.name, descriptor=fd, read_only=each.read_only)
-        for each, fd in zip(operation.files, operation.inputs, strict=True)
-    )
-    return (
-        JailFile(name=OUT, descriptor=operation.out, read_only=False),
-        JailFile(name=LOG, descriptor=operation.log, read_only=False),
-        *lent,
-    )
-
-
-def _check_files(operation: LaunchJail, owner_uid: int) -> None:
-    """Raise BadRequest and PermissionDenied for what is not the owner's, or not open for this."""
-    _check_kind("the directory for its files", operation.out, stat.S_ISDIR, owner_uid)
-    if os.fstat(operation.out).st_mode & 0o077:
-        raise PermissionDenied("the directory for a jail's files is open to others")
-    for name, descriptor in (("console", operation.console), ("log", operation.log)):
-        _check_kind(f"the {name}", descriptor, stat.S_ISREG, owner_uid)
-        flags = _flags(descriptor)
-        if flags & os.O_ACCMODE != os.O_WRONLY or not flags & os.O_APPEND:
-            raise PermissionDenied(f"the {name} of a jail is not open to be appended to")
-    for each, descriptor in zip(operation.files, operation.inputs, strict=True):
-        if stat.S_ISBLK(os.fstat(descriptor).st_mode):
-            mappings.check_mapping(os.fstat(descriptor).st_rdev, operation.vm_id, owner_uid)
-        else:
-            _check_kind(each.name, descriptor, stat.S_ISREG, owner_uid)
-        allowed = (os.O_RDONLY, os.O_RDWR) if each.read_only else (os.O_RDWR,)
-        if _flags(descriptor) & os.O_ACCMODE not in allowed:
-            raise PermissionDenied(f"{each.name} is not open for what is asked")
-
-
-def _check_kind(name: str, descriptor: int, is_kind: Callable[[int], bool], owner_uid: int) -> None:
-    status = os.fstat(descriptor)
-    if not is_kind(status.st_mode):
-        raise BadRequest(f"{name} of a jail is not of the kind of file that belongs there")
-    if status.st_uid != owner_uid:
-        raise PermissionDenied(
-            f"{name} of a jail belongs to uid {status.st_uid}, not to {owner_uid}",
-            hint="import it, which makes a copy that is yours",
-        )
-    # With O_PATH anybody opens anything that he can name.
-    if _flags(descriptor) & os.O_PATH:
-        raise PermissionDenied(f"{name} of a jail is not open, only named")
-
-
-def _flags(descriptor: int) -> int:
-    return fcntl.fcntl(descriptor, fcntl.F_GETFL)
-
-
 # The network, and the place.
 
 
@@ -302,6 +254,18 @@ def _have_base() -> None:
             directory.chmod(0o755)  # whatever the umask says
     if (wrong := first_doubtful(BASE)) is not None:
         raise PreconditionFailed(f"others than root can change {wrong}", hint=f"remove {BASE}")
+
+
+def _check_nobodys(vm_id: str) -> None:
+    """Raise Conflict where somebody has the uid or gid of the jail after all. Blocks: a server may
+    be asked."""
+    uid = jail_uid(vm_id)
+    for kind, look_up in (("user", pwd.getpwuid), ("group", grp.getgrgid)):
+        with suppress(KeyError):
+            raise Conflict(
+                f"the {kind} {look_up(uid)[0]} has the number {uid}, which {vm_id} would have",
+                hint="create it anew: it gets another id",
+            )
 
 
 def _launch_failed(completed: proc.Completed) -> Unavailable:
@@ -354,11 +318,24 @@ def _sweep(owner_uid: int) -> None:
                 group.rmdir()
 
 
-def _lives(group: Path) -> bool:
-    try:
-        return "populated 1" in (group / "cgroup.events").read_text()
-    except OSError:  # it has gone
-        return False
+def _make_group(group: Path) -> None:
+    """A jail's, with what the jailer would fail on where the kernel does not have it: a machine's
+    processes end together when memory is short, and none of it is swapped. Blocks.
+
+    Raises PreconditionFailed where it could not be ended.
+    """
+    group.mkdir(parents=True, exist_ok=True)
+    if not (group / "cgroup.kill").exists():
+        group.rmdir()
+        raise PreconditionFailed(
+            "control groups cannot be killed here", hint=f"boot Linux 5.14 or later; {_WITHOUT}"
+        )
+    for directory in (group.parent.parent, group.parent):
+        (directory / "cgroup.subtree_control").write_text("+memory")
+    (group / "memory.oom.group").write_text("1")
+    swap = group / "memory.swap.max"
+    if swap.exists():  # a kernel without swap, or swapaccount=0, has none
+        swap.write_text("0")
 
 
 def _end_group(group: Path) -> None:

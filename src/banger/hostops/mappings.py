@@ -7,6 +7,7 @@ from pathlib import Path
 
 from banger.base import proc
 from banger.base.errors import Conflict, PermissionDenied, PreconditionFailed
+from banger.base.jail import has_jail
 from banger.hostops import loops
 from banger.hostops.ops import SnapshotState
 
@@ -60,6 +61,9 @@ async def remove(vm_id: str, owner_uid: int) -> None:
     if not await _is_there(vm_id, owner_uid):
         return
     name = mapping_name(vm_id)
+    # A jail has a node of its own, by the number, which the kernel gives to the next mapping.
+    if has_jail(vm_id, owner_uid):
+        raise Conflict(f"{name} is in use: its machine is in a jail", hint="stop the machine")
     try:
         await _dmsetup("remove", "--retry", *_OWN_NODE, name)  # udev looks at what was just closed
     except proc.ProcessFailed as error:

@@ -20,6 +20,7 @@ import msgspec
 
 from banger.base.bridge import check_bridge_name, check_bridge_network
 from banger.base.errors import BadRequest
+from banger.base.jail import is_vm_id
 from banger.base.reach import ALLOWED_MAX
 
 _TAP = re.compile(r"(banger[0-9]{1,2})-[0-9a-f]{6}")
@@ -30,7 +31,6 @@ _MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
 BRIDGE_MAC = "02:62:67:00:00:01"
 _INSTANCE = re.compile(r"[0-9a-f]{8}")
 _LOOP = re.compile(r"loop(0|[1-9][0-9]{0,6})")
-_VM_ID = re.compile(r"[0-9a-f]{12}")
 GUESTS_MAX = 4096
 #: Of all guests of a bridge together.
 ALLOWED_TOTAL_MAX = 65536
@@ -297,7 +297,8 @@ class MapSnapshot(Operation, frozen=True, tag="map_snapshot"):
 
 
 class UnmapSnapshot(Operation, frozen=True, tag="unmap_snapshot"):
-    """Take back `MapSnapshot`. Raises Conflict while somebody has it open."""
+    """Take back `MapSnapshot`. Raises Conflict while somebody has it open, or its machine is in a
+    jail."""
 
     vm_id: str
 
@@ -465,7 +466,7 @@ def _check_loop(device: str) -> None:
 
 
 def _check_vm_id(vm_id: str) -> None:
-    if _VM_ID.fullmatch(vm_id) is None:
+    if not is_vm_id(vm_id):
         raise BadRequest(f"{vm_id!r} is not the id of a machine")
 
 

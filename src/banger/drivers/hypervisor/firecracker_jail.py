@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from banger.base.errors import PreconditionFailed, Unavailable
-from banger.base.jail import is_vm_id
+from banger.base.jail import API_SOCKET, OUT, TAP, is_vm_id
 from banger.drivers.base import Check, Level, Machine, NetworkAttachment
 from banger.drivers.hypervisor.firecracker_place import (
     Lent,
@@ -28,11 +28,6 @@ from banger.drivers.hypervisor.firecracker_place import (
     prepare_links,
 )
 from banger.hostops.ops import CheckJail, EndJail, HostOps, InJail, LaunchJail
-
-#: As the privileged side names them: in the jail, and of the interface there.
-_OUT = "out"
-_API_SOCKET = "api.sock"
-_TAP = "tap0"
 
 
 class Jailed:
@@ -66,7 +61,7 @@ class Jailed:
 
     def tap_of(self, network: NetworkAttachment) -> str:  # noqa: ARG002 - of the protocol
         """See `Place.tap_of`: the same in every jail."""
-        return _TAP
+        return TAP
 
     async def start(
         self, machine: Machine, lent: Mapping[str, Lent], network: NetworkAttachment | None
@@ -76,7 +71,7 @@ class Jailed:
             prepare_links(machine, lent)
             out = _make_out(machine)
             # Before there is a jail: by this link it is known that there may be one.
-            machine.control_socket.symlink_to(out / _API_SOCKET)
+            machine.control_socket.symlink_to(out / API_SOCKET)
         if network is not None:
             os.close(network.fd)  # with which the tap goes: another interface gets its name
         with _opened(machine, lent, out) as descriptors:
@@ -120,7 +115,7 @@ class Jailed:
 
     def name_of(self, path: Path) -> str:
         """See `Place.name_of`."""
-        return f"{_OUT}/{path.name}"
+        return f"{OUT}/{path.name}"
 
     def metrics(self, control_socket: Path) -> Path:
         """See `Place.metrics`: it stays where it was made."""
@@ -136,7 +131,7 @@ class Jailed:
     def control_socket(self, argv: tuple[str, ...]) -> Path | None:
         """See `Place.control_socket`: by the machine's id, in the directory that there is."""
         vm_id = option(argv, "--id")
-        jailed = option(argv, "--api-sock") == f"{_OUT}/{_API_SOCKET}" and is_vm_id(vm_id)
+        jailed = option(argv, "--api-sock") == f"{OUT}/{API_SOCKET}" and is_vm_id(vm_id)
         if not jailed or not is_firecracker(argv[0]):
             return None
         for directory in self._runtime_dirs:
