@@ -87,10 +87,10 @@ def test_killed_after_any_step_it_leaves_nothing_that_is_not_found(mapped: Guest
     seen = json.loads(mapped.root(f"{python} /root/steps.py", timeout_s=_SLOW_S))
     # What was changed was written over each time: one chunk, its area and the header.
     assert seen.pop("bytes of changes") == 3 * 4096
-    # Three operations and four records to open; three operations to close; and once to the end.
+    # Four operations and four records to open; three operations to close; and once to the end.
     assert {what: len(each) for what, each in seen.items()} == {
-        "opening, closed": 8,
-        "opening, swept": 8,
+        "opening, closed": 9,
+        "opening, swept": 9,
         "closing, closed": 4,
         "closing, swept": 4,
     }

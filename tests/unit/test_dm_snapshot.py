@@ -151,7 +151,8 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: Callable[[int], None]) -> World:
     host = Host()
-    monkeypatch.setattr(block_devices, "loops", host.all_loops)
+    monkeypatch.setattr(block_devices, "loops", lambda *_: host.all_loops())
+    monkeypatch.setattr(block_devices, "size_bytes", host.sizes.__getitem__)
     monkeypatch.setattr(block_devices, "mappings", host.all_mappings)
     monkeypatch.setattr(
         block_devices, "loops_of", lambda file: [x for x in host.all_loops() if x.file == file]
@@ -181,9 +182,10 @@ async def test_each_step_is_recorded_before_the_next_begins(world: World) -> Non
         (0, world.made),
         (1, replace_of(whole, changes_loop="", mapping="")),
         (2, replace_of(whole, mapping="")),
-        (3, whole),
+        (4, whole),
     ]
-    assert [type(each) for each in world.host.done] == [AttachLoop, AttachLoop, MapSnapshot]
+    kinds = [AttachLoop, AttachLoop, ResizeLoop, MapSnapshot]
+    assert [type(each) for each in world.host.done] == kinds
     assert world.storage.node(ID) == Path(f"/dev/mapper/banger-{ID}")
 
 
@@ -231,7 +233,7 @@ async def test_what_an_earlier_run_has_left_is_taken_away_before_its_file_is_cut
     await world.storage.open(ID, world.base, disk, lambda _: None)
     assert [type(each) for each in world.host.done] == [
         *(UnmapSnapshot, DetachLoop, DetachLoop),
-        *(AttachLoop, AttachLoop, MapSnapshot),
+        *(AttachLoop, AttachLoop, ResizeLoop, MapSnapshot),
     ]
 
 
@@ -336,6 +338,7 @@ async def test_what_the_host_has_yet_to_write_counts_as_written(
     disk = await world.opened()
     free(64 * MIB)
     os.truncate(disk, 100 * MIB)
+    world.host.sizes["loop1"] = 100 * MIB
     assert await world.storage.tend(ID, disk) is Room.AMPLE
     monkeypatch.setattr(procfs, "dirty_bytes", lambda: 60 * MIB)
     assert await world.storage.tend(ID, disk) is Room.SHORT
@@ -347,6 +350,7 @@ async def test_what_overflowed_is_lost_and_can_be_opened_again(
     os.truncate(world.base, 8 * GIB)
     disk = await world.opened()
     written(disk, 1000)
+    world.host.sizes["loop1"] = disk.stat().st_size
     world.host.state = SnapshotState.OVERFLOWED
     # Room that there is now would not mend it.
     assert await world.storage.tend(ID, disk) is Room.LOST
@@ -448,3 +452,37 @@ def test_sysfs_says_who_has_which_file(tmp_path: Path) -> None:
     assert block_devices.mappings(tmp_path / "sys") == [
         Mapping("dm-0", f"banger-{ID}", f"BANGER-0-{ID}", 8192, ("loop1",))
     ]
+
+
+def test_no_size_ends_where_the_kernels_next_area_would_begin() -> None:
+    full = cow_file.full_bytes(4 * GIB)
+    for area in (1, 2, 77):
+        bad = (1 + area * cow_file.AREA_CHUNKS) * cow_file.CHUNK_BYTES
+        for size in (bad, bad + 512):
+            good = dm_snapshot._good_size(size, full)
+            assert good >= size - 512
+            assert good // cow_file.CHUNK_BYTES % cow_file.AREA_CHUNKS == 2
+        assert dm_snapshot._good_size(bad + cow_file.CHUNK_BYTES, full) == bad + 4096
+    assert dm_snapshot._good_size(full, full) == full
+
+
+async def test_a_nearly_full_file_gets_the_last_of_its_room(world: World) -> None:
+    """However little that is, for else its machine would be held for ever."""
+    disk = await world.opened()
+    (changes,) = block_devices.writable(tuple(world.host.loops))
+    full = cow_file.full_bytes(64 * MIB)
+    os.truncate(disk, full - MIB)
+    world.host.sizes[changes] = full - MIB
+    written(disk, 15_000)
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+    assert world.host.sizes[changes] == full
+
+
+async def test_a_device_that_was_not_told_of_its_files_size_is_told(world: World) -> None:
+    disk = await world.opened()
+    (changes,) = block_devices.writable(tuple(world.host.loops))
+    size = world.host.sizes[changes]
+    world.host.sizes[changes] = size - 40 * MIB
+    written(disk, 100)
+    await world.storage.tend(ID, disk)
+    assert world.host.sizes[changes] >= size

@@ -56,6 +56,16 @@ def loops_of(file: Path, sys_block: Path = SYS_BLOCK) -> list[Loop]:
     return [each for each in loops(sys_block) if each.file == there]
 
 
+def writable(names: tuple[str, ...], sys_block: Path = SYS_BLOCK) -> list[str]:
+    """Those of the loop devices that can be written."""
+    return [each.name for each in loops(sys_block) if each.name in names and not each.read_only]
+
+
+def size_bytes(name: str, sys_block: Path = SYS_BLOCK) -> int:
+    """Of a block device."""
+    return int((sys_block / name / "size").read_text()) * _SECTOR
+
+
 def mappings(sys_block: Path = SYS_BLOCK) -> list[Mapping]:
     """All of them, anybody's."""
     found = []

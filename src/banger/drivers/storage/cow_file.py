@@ -29,7 +29,7 @@ _VERSION = 1
 #: struct disk_exception: the chunk of the disk, and that of this file which stands for it.
 _EXCEPTION = struct.Struct("<2Q")
 _EXCEPTIONS = CHUNK_BYTES // _EXCEPTION.size
-_AREA_CHUNKS = 1 + _EXCEPTIONS
+AREA_CHUNKS = 1 + _EXCEPTIONS
 
 _FS_IOC_GETFLAGS = 0x80086601
 _FS_IOC_SETFLAGS = 0x40086602
@@ -54,7 +54,7 @@ def extent(path: Path, area: int = 0) -> Extent:
         if not _has_begun(path, os.pread(descriptor, _HEADER.size, 0)):
             return Extent(0)
         while True:
-            first = 1 + area * _AREA_CHUNKS
+            first = 1 + area * AREA_CHUNKS
             exceptions = os.pread(descriptor, CHUNK_BYTES, first * CHUNK_BYTES)
             last, is_full = _last_chunk(exceptions, first)
             end = (last + 1) * CHUNK_BYTES
@@ -68,7 +68,7 @@ def extent(path: Path, area: int = 0) -> Extent:
 def full_bytes(disk_bytes: int) -> int:
     """What every chunk of a disk could need, were all of them changed."""
     areas = -(-disk_bytes // (CHUNK_BYTES * _EXCEPTIONS)) + 1  # the next is zeroed beforehand
-    return (1 + areas * _AREA_CHUNKS) * CHUNK_BYTES
+    return (1 + areas * AREA_CHUNKS) * CHUNK_BYTES
 
 
 def cut(path: Path) -> None:

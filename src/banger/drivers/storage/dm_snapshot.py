@@ -19,7 +19,7 @@ import errno
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -69,8 +69,9 @@ _TRY_AGAIN_S = 0.1
 
 @dataclass(frozen=True)
 class _Space:
-    """Of a file of changes: its size, how far it is used, how large it may become."""
+    """Of the device of a machine's changes: its size, how far it is used, how large it may be."""
 
+    changes_loop: str
     size_bytes: int
     used_bytes: int
     full_bytes: int
@@ -206,6 +207,8 @@ class DmSnapshotStorage:
             record(made := msgspec.structs.replace(made, base_loop=loop))
             changes = await self._attached(disk, writable=True)
             record(made := msgspec.structs.replace(made, changes_loop=changes))
+            # One that was there already has the size that the file had then.
+            await self._host.perform(ResizeLoop(device=changes))
             mapping = MapSnapshot(vm_id=vm_id, base=loop, changes=changes)
             name = (await self._host.perform(mapping)).name
             record(msgspec.structs.replace(made, mapping=name))
@@ -217,7 +220,7 @@ class DmSnapshotStorage:
         self._areas[disk] = used.area
         free = _free_bytes(disk.parent)
         full = cow_file.full_bytes(base.stat().st_size)
-        size = min(used.end_bytes + _ahead_bytes(free), full)
+        size = _good_size(used.end_bytes + _ahead_bytes(free), full)
         try:
             if size - used.end_bytes > free - _KEEP_FREE_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -246,11 +249,16 @@ class DmSnapshotStorage:
             await asyncio.to_thread(cow_file.cut, disk)
 
     async def _take_away(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
-        """By what there is: nobody may have recorded it."""
-        names = {each.name for each in await asyncio.to_thread(block_devices.mappings)}
-        if mapping_name(vm_id) in names:
-            await self._unmap(vm_id)
-        await self._detach(await asyncio.to_thread(block_devices.loops_of, disk))
+        """By what there is: nobody may have recorded it, and a file has another path when it was
+        opened in a mount namespace that is gone."""
+        names: set[str] = set()
+        for mapping in await asyncio.to_thread(block_devices.mappings):
+            if mapping.name == mapping_name(vm_id):
+                names = set(mapping.loops)
+                await self._unmap(vm_id)
+        there = await asyncio.to_thread(block_devices.loops)
+        own = await asyncio.to_thread(disk.resolve)
+        await self._detach([each for each in there if each.name in names or each.file == own])
         if devices.base:
             base = await asyncio.to_thread(block_devices.loops_of, Path(devices.base))
             await self._detach([each for each in base if each.read_only])
@@ -314,10 +322,14 @@ class DmSnapshotStorage:
         if space.left_bytes < 2 * cow_file.CHUNK_BYTES and await self._is_lost(vm_id):
             return Room.LOST  # more room would not mend it
         free = _free_bytes(disk.parent)
-        wanted = min(space.used_bytes + _ahead_bytes(free), space.full_bytes) - space.size_bytes
+        wanted = _good_size(space.used_bytes + _ahead_bytes(free), space.full_bytes)
+        wanted -= space.size_bytes
         more = min(wanted, (free - _KEEP_FREE_BYTES) // _STEP_BYTES * _STEP_BYTES)
-        if wanted >= _ahead_bytes(free) // 4 and more >= _STEP_BYTES:
+        last = space.size_bytes + wanted == space.full_bytes
+        if (wanted >= _ahead_bytes(free) // 4 or last) and more >= min(_STEP_BYTES, wanted) > 0:
             space = await self._extended(disk, space, more)
+            if await self._is_lost(vm_id):  # before there was more room
+                return Room.LOST
         if space.left_bytes >= _SHORT_BYTES + _DIRTY_MOST_BYTES:
             self._ample[disk] = changed_ns
         short = _SHORT_BYTES + min(procfs.dirty_bytes(), _DIRTY_MOST_BYTES)
@@ -336,19 +348,31 @@ class DmSnapshotStorage:
         used = cow_file.extent(disk, self._areas.get(disk, 0))
         self._areas[disk] = used.area
         full = cow_file.full_bytes(found[0].size_bytes)
-        return _Space(disk.stat().st_size, used.end_bytes, full)
+        changes = block_devices.writable(found[0].loops)
+        if not changes:
+            return None
+        # Of the device: the file is larger where the helper was not there to tell it so.
+        return _Space(changes[0], block_devices.size_bytes(changes[0]), used.end_bytes, full)
 
     async def _extended(self, disk: Path, space: _Space, more_bytes: int) -> _Space:
         """With more room, if there is; as it was otherwise."""
-        size = space.size_bytes + more_bytes
+        size = _good_size(space.size_bytes + more_bytes, space.full_bytes)
         try:
             await asyncio.to_thread(cow_file.allocate, disk, size)
         except OSError:
             return space  # somebody else was quicker
-        for loop in await asyncio.to_thread(block_devices.loops_of, disk):
-            if not loop.read_only:
-                await self._host.perform(ResizeLoop(device=loop.name))
-        return _Space(size, space.used_bytes, space.full_bytes)
+        await self._host.perform(ResizeLoop(device=space.changes_loop))
+        return replace(space, size_bytes=size)
+
+
+def _good_size(size_bytes: int, full_bytes: int) -> int:
+    """At least so much, of what can be used; never a size that ends where a new area of the
+    kernel's store would begin: it clears that before it looks whether there is room for it, and
+    gives the snapshot up when there is none."""
+    size = min(size_bytes, full_bytes)
+    if size < full_bytes and size // cow_file.CHUNK_BYTES % cow_file.AREA_CHUNKS == 1:
+        size += cow_file.CHUNK_BYTES
+    return size
 
 
 def _ahead_bytes(free_bytes: int) -> int:
@@ -372,10 +396,13 @@ def _make_empty(overlay: Path) -> None:
 
 def _flush(disk: Path) -> None:
     """What was written to the device that a disk has, if it has one, is in its file."""
-    holders = {holder for loop in block_devices.loops_of(disk) for holder in loop.holders}
-    for name in [each.name for each in block_devices.mappings() if each.device in holders]:
-        descriptor = os.open(_MAPPED / name, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    # A disk is in a directory with the name of its machine. (A mapping's loops have names of files
+    # that change with mount namespaces.)
+    name = mapping_name(disk.parent.name)
+    if name not in {each.name for each in block_devices.mappings()}:
+        return
+    descriptor = os.open(_MAPPED / name, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -17,6 +17,7 @@ from banger.base.cancellation import to_its_end
 from banger.base.errors import PreconditionFailed
 from banger.base.extents import can_clone, clone, makes_clones, own_bytes
 from banger.drivers.base import Check, DiskFormat, Level
+from banger.drivers.storage.cow_file import never_copied
 
 CP = "cp"
 _MIB = 1 << 20
@@ -151,7 +152,10 @@ def _begun(source: Path, target: Path, may_share: bool) -> bool:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(target, flags, 0o600)
         try:
-            return may_share and clone(ours.fileno(), descriptor)
+            if not may_share:
+                never_copied(target)
+                return False
+            return clone(ours.fileno(), descriptor)
         finally:
             os.close(descriptor)
 
