@@ -28,6 +28,7 @@ def select(settings: dict[str, str], host: HostOps | None = None) -> registry.Se
         probe_cache=Path("/nowhere"),
         vms_dir=Path("/nowhere/vms"),
         runtime_dirs=(),
+        jails_dir=Path("/nowhere/jails"),
         host=host or HelperHost(Path("/nowhere")),
         bridge=bridge_of("banger0", "10.213.0.0/16"),
         tap_pool_size=2,

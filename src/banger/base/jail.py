@@ -39,6 +39,18 @@ def groups_root() -> Path | None:
     return None
 
 
+def jail_lives(vm_id: str, owner_uid: int) -> bool:
+    """Whether somebody is in the jail of this user's machine, as the kernel tells everybody."""
+    root = groups_root()
+    if root is None:
+        return False
+    try:
+        events = (root / parent_group(owner_uid) / vm_id / "cgroup.events").read_text()
+    except OSError:  # there is none
+        return False
+    return "populated 1" in events
+
+
 def jailed_vm(pid: int, owner_uid: int) -> str:
     """Whose machine a process is by its control group, which nobody in a jail can leave; empty for
     one that is not in a jail of this user's."""
