@@ -146,6 +146,7 @@ class running:  # noqa: N801 - a context
         )
         self._ended = proc.watch(self._process)
         self._conversation = conversation(self._socket)
+        await _listens(self._socket, self._ended)
         client = await self._conversation.__aenter__()
         await _answers(client, self._ended)
         self._peer = Peer(client, self._process, self._ended, self._directory, self._kind)
@@ -154,6 +155,11 @@ class running:  # noqa: N801 - a context
     async def __aexit__(self, *what: object) -> None:
         await self._conversation.__aexit__(None, None, None)
         await self._peer.end()
+
+
+async def _listens(socket: Path, ended: asyncio.Future[int]) -> None:
+    while not await asyncio.to_thread(socket.exists) and not ended.done():
+        await asyncio.wait({ended}, timeout=0.002)
 
 
 async def _answers(client: FirecrackerClient, ended: asyncio.Future[int]) -> None:
@@ -442,9 +448,9 @@ async def test_who_does_not_answer_is_told_of_with_the_time_that_it_had(
 
 
 async def test_who_is_not_there_or_is_somebody_else_is_told_of(tmp_path: Path) -> None:
-    async with conversation(tmp_path / "nobody") as client:
-        with pytest.raises(Unavailable, match="does not answer at"):
-            await client.instance()
+    with pytest.raises(Unavailable, match="does not answer at"):
+        async with conversation(tmp_path / "nobody"):
+            pass
 
     async def talk(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nwhat")

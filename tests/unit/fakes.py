@@ -271,6 +271,8 @@ class Hypervisor:
         self.buttons = 0
         #: Of machines that nothing is left of.
         self.cleared: list[Path] = []
+        self.unclearable = False
+        self.spared: set[str] | None = None
         self.hears_button = False
         self.statuses: dict[Path, MachineStatus] = {}
         self.traffics: dict[Path, Traffic] = {}
@@ -376,6 +378,11 @@ class Hypervisor:
 
     async def clear(self, control_socket: Path) -> None:
         self.cleared.append(control_socket)
+        if self.unclearable:
+            raise Unavailable("nobody can")
+
+    async def end_strays(self, running: Collection[str]) -> None:
+        self.spared = set(running)
 
     async def power_button(self, control_socket: Path) -> None:
         self._check_answers()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,14 +22,16 @@ from banger.base.errors import (
     PreconditionFailed,
     Unavailable,
 )
+from banger.base.files import remove_hostile_tree
 from banger.base.jail import UID_FIRST, UID_LAST, is_vm_id, jail_uid
+from banger.drivers.base import Machine
 from banger.drivers.hypervisor import firecracker_jail
 from banger.drivers.hypervisor.firecracker_jail import Jailed
 from banger.hostops import jail_files, jail_launcher, jails, links, mappings
 from banger.hostops.client import HelperHost
 from banger.hostops.jail_files import Owner
 from banger.hostops.jail_launcher import JailFile, JailOrder, jail_root, jailer_argv
-from banger.hostops.ops import EndJail, InJail, LaunchJail
+from banger.hostops.ops import Done, EndJail, InJail, LaunchJail, Operation
 
 VM_ID = "0123456789ab"
 OWNER = Owner(os.getuid(), frozenset({os.getgid()}))
@@ -397,7 +401,7 @@ def test_whose_machine_a_process_is_its_control_group_says(
 
 
 def _jailed(*directories: Path) -> Jailed:
-    return Jailed(HelperHost(Path("/nowhere")), directories)
+    return Jailed(HelperHost(Path("/nowhere")), directories, Path("/nowhere/jails"))
 
 
 def test_a_jailed_machine_is_known_by_its_id_where_its_sockets_are(tmp_path: Path) -> None:
@@ -427,10 +431,219 @@ def test_a_link_that_a_jail_has_made_leads_nowhere(tmp_path: Path) -> None:
     made, path, secret = tmp_path / "made", tmp_path / "state", tmp_path / "secret"
     secret.write_text("secret")
     made.symlink_to(secret)
-    with pytest.raises(OSError, match="not a file of its own"):
+    with pytest.raises(OSError, match="symbolic links"):
         firecracker_jail._take(made, path)
-    assert not path.is_symlink()
+    made.unlink()
     os.link(secret, made)
     with pytest.raises(OSError, match="not a file of its own"):
         firecracker_jail._take(made, path)
-    assert secret.read_text() == "secret"
+    assert (secret.read_text(), path.exists()) == ("secret", False)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "directory"])
+async def test_what_is_no_file_is_not_taken(tmp_path: Path, kind: str) -> None:
+    world = Prisons(tmp_path)
+    made, path = world.out / "state", tmp_path / "state"
+    world.out.mkdir()
+    world.socket.symlink_to(world.out / "api.sock")
+    os.mkfifo(made) if kind == "pipe" else made.mkdir()
+    path.write_text("an earlier one")
+    with pytest.raises(Unavailable, match="state cannot be had"):
+        await world.place.collect(world.socket, path)
+    assert not path.exists()
+
+
+def test_a_file_from_another_file_system_keeps_its_holes_and_is_ours_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, path = tmp_path / "made", tmp_path / "state"
+    with made.open("wb") as file:
+        file.truncate(1 << 40)
+        file.seek(1 << 30)
+        file.write(b"state")
+    made.chmod(0o666)
+
+    def elsewhere(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(Path, "rename", elsewhere)
+    firecracker_jail._take(made, path)
+    status = path.stat()
+    assert (status.st_size, status.st_mode & 0o777, made.exists()) == (1 << 40, 0o600, False)
+    assert status.st_blocks < 4096
+    with path.open("rb") as copy:
+        copy.seek(1 << 30)
+        assert copy.read(5) == b"state"
+
+
+def test_only_another_file_system_leads_to_a_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, path = tmp_path / "made", tmp_path / "state"
+    made.write_text("state")
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "no")
+
+    monkeypatch.setattr(Path, "rename", refused)
+    with pytest.raises(PermissionError):
+        firecracker_jail._take(made, path)
+    assert not path.exists()
+
+
+def test_a_tree_goes_however_deep_and_whatever_its_permissions(tmp_path: Path) -> None:
+    tree, secret = tmp_path / "tree", tmp_path / "secret"
+    secret.write_text("secret")
+    tree.mkdir()
+    (tree / "link").symlink_to(tmp_path)
+    here = os.open(tree, os.O_RDONLY)
+    for _ in range(3000):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(os.open("file", os.O_CREAT, 0, dir_fd=below))
+        os.fchmod(here, 0)
+        os.close(here)
+        here = below
+    os.close(here)
+    remove_hostile_tree(tree)
+    remove_hostile_tree(tree)
+    assert not tree.exists()
+    assert secret.exists()
+
+
+class Host:
+    """Implements `HostOps`; notes what it was asked for."""
+
+    problem = hint = ""
+    installed = True
+
+    def __init__(self) -> None:
+        self.asked: list[Operation] = []
+        self.fails: set[type[Operation]] = set()
+        self.launching: asyncio.Event | None = None
+
+    async def perform(self, operation: Operation) -> Done:
+        self.asked.append(operation)
+        if self.launching is not None and isinstance(operation, LaunchJail):
+            self.launching.set()
+            await asyncio.Event().wait()
+        if type(operation) in self.fails:
+            raise Unavailable("no helper")
+        return Done()
+
+    @property
+    def ended(self) -> list[str]:
+        return [each.vm_id for each in self.asked if isinstance(each, EndJail)]
+
+
+class Prisons:
+    """A place of jails, and a machine that may be started in one."""
+
+    def __init__(self, directory: Path) -> None:
+        self.host = Host()
+        self.marks = directory / "jails"
+        self.place = Jailed(self.host, (directory / "vms",), self.marks)
+        self.out = directory / "jail"
+        self.socket = directory / "vms" / VM_ID / "control.sock"
+        self.socket.parent.mkdir(parents=True)
+        self.machine = Machine(
+            vm_id=VM_ID,
+            vcpu_count=1,
+            memory_mib=128,
+            kernel=directory / "kernel",
+            initramfs=directory / "initramfs",
+            kernel_parameters=(),
+            disks=(),
+            console_log=directory / "console.log",
+            hypervisor_log=directory / "hypervisor.log",
+            control_socket=self.socket,
+            agent_socket=self.socket.with_name("agent.sock"),
+        )
+
+    def lives(self, monkeypatch: pytest.MonkeyPatch, *vm_ids: str) -> None:
+        monkeypatch.setattr(firecracker_jail, "has_jail", lambda vm_id, _: vm_id in vm_ids)
+
+
+@pytest.fixture
+def prisons(tmp_path: Path) -> Prisons:
+    return Prisons(tmp_path)
+
+
+async def test_a_jail_that_could_not_be_made_is_ended(prisons: Prisons) -> None:
+    prisons.host.fails = {LaunchJail}
+    with pytest.raises(Unavailable, match="no helper"):
+        await prisons.place.start(prisons.machine, {}, None)
+    assert prisons.host.ended == [VM_ID]
+    assert not prisons.socket.is_symlink()
+    assert list(prisons.marks.iterdir()) == []
+
+
+async def test_a_jail_that_nobody_waits_for_any_more_is_ended(prisons: Prisons) -> None:
+    prisons.host.launching = asyncio.Event()
+    starting = asyncio.create_task(prisons.place.start(prisons.machine, {}, None))
+    await prisons.host.launching.wait()
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert prisons.host.ended == [VM_ID]
+
+
+async def test_a_jail_is_ended_once(prisons: Prisons) -> None:
+    prisons.marks.mkdir()
+    (prisons.marks / VM_ID).touch()
+    prisons.socket.symlink_to(prisons.out / "api.sock")
+    await prisons.place.quit(prisons.socket)
+    await prisons.place.clear(prisons.socket)
+    assert prisons.host.ended == [VM_ID]
+    assert not prisons.socket.is_symlink()
+
+
+async def test_a_jail_is_ended_though_its_sockets_are_gone(prisons: Prisons) -> None:
+    prisons.marks.mkdir()
+    (prisons.marks / VM_ID).touch()
+    await prisons.place.clear(prisons.socket)
+    assert prisons.host.ended == [VM_ID]
+
+
+async def test_only_a_jail_that_nobody_is_in_may_be_forgotten_without_its_end(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prisons.host.fails = {EndJail}
+    prisons.socket.symlink_to(prisons.out / "api.sock")
+    prisons.lives(monkeypatch, VM_ID)
+    with pytest.raises(Unavailable, match="no helper"):
+        await prisons.place.clear(prisons.socket)
+    assert prisons.socket.is_symlink()
+    prisons.lives(monkeypatch)
+    await prisons.place.clear(prisons.socket)
+    assert not prisons.socket.is_symlink()
+
+
+async def test_jails_of_ours_that_nobody_knows_are_ended_and_no_others(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running, stray, dead, other_home = (f"{number:012x}" for number in range(4))
+    prisons.marks.mkdir()
+    for vm_id in (running, stray, dead):
+        (prisons.marks / vm_id).touch()
+    prisons.lives(monkeypatch, running, stray, other_home)
+    prisons.host.fails = {EndJail}
+    await prisons.place.end_strays({running})
+    assert (prisons.marks / stray).exists()
+    prisons.host.fails = set()
+    await prisons.place.end_strays({running})
+    assert prisons.host.ended == [stray, stray]
+    assert [each.name for each in prisons.marks.iterdir()] == [running]
+
+
+def test_whether_a_has_jail_its_control_group_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jail, "groups_root", lambda: tmp_path)
+    events = tmp_path / "banger-1000" / VM_ID / "cgroup.events"
+    assert not jail.has_jail(VM_ID, 1000)
+    events.parent.mkdir(parents=True)
+    events.write_text("populated 1\nfrozen 0\n")
+    assert jail.has_jail(VM_ID, 1000)
+    events.write_text("populated 0\nfrozen 0\n")
+    assert not jail.has_jail(VM_ID, 1000)

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from banger.base import procfs
-from banger.base.errors import Internal
+from banger.base.errors import Internal, Unavailable
 from banger.base.model import Handles, ProcessId, Vm, VmState
 from banger.base.paths import Paths
 from banger.services.handles import HandleCache
@@ -258,6 +258,15 @@ async def test_what_only_the_privileged_can_clear_is_cleared_however_a_machine_e
     await liveness.end(vm)
     assert hypervisor.cleared == [Path(SOCKET)]
     assert not liveness.vm_alive(vm)
+
+
+async def test_a_machine_that_nobody_can_end_is_not_taken_for_ended(
+    liveness: Liveness, processes: Processes, hypervisor: Hypervisor
+) -> None:
+    vm = started(liveness, processes, hypervisor)
+    hypervisor.unclearable = True
+    with pytest.raises(Unavailable, match="nobody can"):
+        await liveness.end(vm)
 
 
 async def test_a_machine_in_a_jail_that_nobody_can_end_is_not_taken_for_ended(

@@ -287,3 +287,28 @@ async def test_a_vm_that_cannot_be_reconciled_stops_no_other(
     assert "vm not reconciled" in capsys.readouterr().out
     assert following.liveness.vm_alive(second)
     await following.close()
+
+
+async def test_what_may_not_be_found_is_ended_and_what_was_found_is_spared(world: World) -> None:
+    vm, gone = await world.create("a"), await world.create("b")
+    world.processes.end(world.liveness.pid(gone))
+    following = await next_daemon(world)
+    assert following.hypervisor.spared == {vm.id}
+    await following.close()
+
+
+async def test_a_template_that_nobody_can_end_stops_nothing_and_is_found_again(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = world.paths.templates_runtime_dir / "0123456789ab"
+    directory.mkdir(parents=True)
+    stray = world.processes.start("machine", str(directory / "control.sock"))
+    following = await world.restarted()
+    following.hypervisor.unclearable = True
+    await following.reconcile()
+    assert directory.exists()
+    assert "a template's machine stays" in capsys.readouterr().out
+    following.hypervisor.unclearable = False
+    await following.reconcile()
+    assert not directory.exists()
+    assert not world.processes.alive(stray)

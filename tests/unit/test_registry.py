@@ -36,6 +36,7 @@ def select(
             probe_cache=Path("/nowhere"),
             vms_dir=vms_dir,
             runtime_dirs=(),
+            jails_dir=Path("/nowhere/jails"),
             host=host or HelperHost(Path("/nowhere")),
             bridge=bridge_of("banger0", "10.213.0.0/16"),
             tap_pool_size=2,

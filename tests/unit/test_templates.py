@@ -594,3 +594,11 @@ async def test_templates_outlive_the_daemon_but_not_their_image(world: World) ->
 def test_a_vm_says_nothing_of_a_template() -> None:
     """So none can keep one alive, and none is lost with one."""
     assert not [field for field in Vm.__struct_fields__ if "template" in field]
+
+
+async def test_a_template_whose_machine_nobody_can_end_stays_to_be_found(world: World) -> None:
+    world.hypervisor.gate.fail = Unavailable("no helper")
+    world.hypervisor.unclearable = True
+    await create(world)
+    (directory,) = world.paths.templates_runtime_dir.iterdir()
+    assert directory / "control.sock" in world.hypervisor.cleared

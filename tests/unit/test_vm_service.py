@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
+import errno
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from banger.base.model import Vm, VmState
 from banger.base.opid import current_op_id, is_op_id
 from banger.guest import requests
 from banger.services import lifecycle as module
+from banger.services import vm as vm_service
 from banger.services.agents import Agents
 from banger.services.vm import VmService
 from records import a_vm
@@ -235,9 +236,12 @@ async def test_a_vm_that_is_being_created_is_neither_stopped_nor_deleted(world: 
 async def test_files_that_cannot_be_removed_keep_the_record(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(errno.EPERM, "not permitted")
+
     await world.create()
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(vm_service, "remove_hostile_tree", refuse)
         with pytest.raises(Conflict, match="cannot remove"):
             await world.delete("box", force=True)
     await world.delete("box", force=True)

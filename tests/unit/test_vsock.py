@@ -76,3 +76,18 @@ def test_only_a_number_is_accepted(answer: bytes) -> None:
 
 def test_an_acceptance_is_one() -> None:
     assert vsock.is_acceptance(b"OK 1073741824\n")
+
+
+async def test_a_link_of_ours_is_followed_and_one_that_a_machine_has_made_is_not(
+    firecracker: Firecracker,
+) -> None:
+    firecracker.answers = [b"OK 5\n"]
+    ours, theirs = firecracker.path.with_name("ours"), firecracker.path.with_name("theirs")
+    ours.symlink_to(firecracker.path)
+    (await vsock.connect(ours, PORT)).close()
+    ours.unlink()
+    theirs.symlink_to(firecracker.path)
+    ours.symlink_to(theirs)
+    with pytest.raises(OSError, match="non-socket"):
+        await vsock.connect(ours, PORT)
+    assert len(firecracker.said) == 1

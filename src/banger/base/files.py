@@ -8,7 +8,8 @@ import os
 import secrets
 import shutil
 import stat
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -93,6 +94,70 @@ def open_regular(path: Path) -> BinaryIO:
         os.close(descriptor)
         raise PreconditionFailed(f"{path} is not a regular file")
     return os.fdopen(descriptor, "rb")
+
+
+@contextmanager
+def socket_name(path: Path) -> Iterator[str]:
+    """A name by which to connect to the socket at `path`, which may be a link of ours to one.
+
+    What is there is held, and is no link itself: who may write in its directory, a machine that was
+    taken over, has nobody led to another socket. Raises OSError where there is none.
+    """
+    place = path.readlink() if path.is_symlink() else path
+    descriptor = os.open(place, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOTSOCK, os.strerror(errno.ENOTSOCK), str(place))
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
+def remove_hostile_tree(path: Path) -> None:
+    """Remove a directory that a machine may have filled: however deep, whatever the permissions.
+
+    Idempotent. Links are not followed. Nothing goes down: what is deeper is moved up first. Raises
+    OSError when something in it is not ours to remove.
+    """
+    with suppress(FileNotFoundError):
+        with _opened_directory(path) as top:
+            while names := os.listdir(top):  # noqa: PTH208 - no path
+                for name in names:
+                    _remove_level(name, top)
+        path.rmdir()
+
+
+def _remove_level(name: str, top: int) -> None:
+    """Remove one entry of `top`; the directories in it become entries of `top`."""
+    try:
+        os.unlink(name, dir_fd=top)
+    except IsADirectoryError:
+        with _opened_directory(name, top) as directory:
+            for entry in os.listdir(directory):  # noqa: PTH208 - no path
+                try:
+                    os.unlink(entry, dir_fd=directory)
+                except IsADirectoryError:
+                    up = f".{secrets.token_hex(8)}"
+                    with _opened_directory(entry, directory):  # else it cannot be moved
+                        os.rename(entry, up, src_dir_fd=directory, dst_dir_fd=top)
+        os.rmdir(name, dir_fd=top)
+
+
+@contextmanager
+def _opened_directory(name: str | Path, parent: int | None = None) -> Iterator[int]:
+    """A directory, open, and its owner may do anything in it."""
+    flags = os.O_DIRECTORY | os.O_CLOEXEC
+    place = os.open(name, flags | os.O_PATH | os.O_NOFOLLOW, dir_fd=parent)
+    try:
+        by_descriptor = f"/proc/self/fd/{place}"
+        os.chmod(by_descriptor, 0o700)  # noqa: PTH101 - no path
+        directory = os.open(by_descriptor, flags | os.O_RDONLY)
+    finally:
+        os.close(place)
+    try:
+        yield directory
+    finally:
+        os.close(directory)
 
 
 def move_into_place(source: Path, target: Path, mode: int) -> None:

@@ -176,6 +176,11 @@ class Paths:
         return self.runtime_dir / "vms"
 
     @property
+    def jails_dir(self) -> Path:
+        """An empty file for each machine for which a jail was asked, until that has ended."""
+        return self.state_dir / "jails"
+
+    @property
     def templates_dir(self) -> Path:
         return self.state_dir / "templates"
 

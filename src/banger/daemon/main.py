@@ -152,6 +152,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         probe_cache=paths.probe_cache,
         vms_dir=paths.vms_dir,
         runtime_dirs=(paths.vms_runtime_dir, paths.templates_runtime_dir),
+        jails_dir=paths.jails_dir,
         host=host,
         bridge=bridge,
         tap_pool_size=config.tap_pool_size,

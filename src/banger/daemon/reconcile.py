@@ -76,6 +76,8 @@ class Reconciler:
             machines = self._liveness.machines(processes)
             records = await self._store.vms()
             self._check_hypervisor(processes, {vm.id: vm.name for vm in records})
+            # Before a VM is taken for ended: what cannot be found is ended first.
+            await self._hypervisor.end_strays({socket.parent.name for socket in machines})
             log.stage("vms", f"{len(records)} records")
             found = [
                 (vm, alive) for vm in records if (alive := self._alive(vm, machines)) is not None

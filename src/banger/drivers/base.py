@@ -292,6 +292,12 @@ class Hypervisor(Protocol):
         """
         ...
 
+    async def end_strays(self, running: Collection[str]) -> None:
+        """End what an earlier daemon of this home has started and left, where it may not be found
+        by its control socket any more: but for the machines with these ids. What cannot be ended
+        is logged."""
+        ...
+
     async def power_button(self, control_socket: Path) -> None:
         """Press the machine's power button; what the guest makes of it is its own business.
 

@@ -70,6 +70,8 @@ class HypervisorSettings:
     #: Who makes jails, and where the sockets of machines are, each in a directory with its id.
     host: HostOps
     runtime_dirs: tuple[Path, ...]
+    #: Where it is kept, longer than sockets are, for which machines a jail was asked.
+    jails_dir: Path
 
 
 def _qemu(settings: HypervisorSettings) -> Hypervisor:
@@ -78,7 +80,10 @@ def _qemu(settings: HypervisorSettings) -> Hypervisor:
 
 def _firecracker(settings: HypervisorSettings) -> Hypervisor:
     program = os.path.expanduser(settings.firecracker_bin)  # noqa: PTH111 - it may be a name
-    places: list[Place] = [Jailed(settings.host, settings.runtime_dirs), Direct(program)]
+    places: list[Place] = [
+        Jailed(settings.host, settings.runtime_dirs, settings.jails_dir),
+        Direct(program),
+    ]
     if not settings.jailer_enabled:
         places.reverse()
     place, *earlier = places
@@ -120,6 +125,7 @@ async def select(
     probe_cache: Path,
     vms_dir: Path,
     runtime_dirs: tuple[Path, ...],
+    jails_dir: Path,
     host: HostOps,
     bridge: Bridge,
     tap_pool_size: int,
@@ -135,7 +141,7 @@ async def select(
     if accelerator not in (AUTO, *_ACCELERATORS):
         raise _unknown("accelerator", accelerator, _ACCELERATORS)
     settings = HypervisorSettings(
-        accelerator, probe_cache, firecracker_bin, jailer_enabled, host, runtime_dirs
+        accelerator, probe_cache, firecracker_bin, jailer_enabled, host, runtime_dirs, jails_dir
     )
     why_hypervisor = await _hypervisor_choice(hypervisor, settings, storage, network, vms_dir)
     make_hypervisor = _HYPERVISORS[why_hypervisor.name]

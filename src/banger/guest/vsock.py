@@ -11,6 +11,8 @@ import asyncio
 import socket
 from pathlib import Path
 
+from banger.base.files import socket_name
+
 #: The agent's. Below 1024: in the guest, only root could take it.
 AGENT_PORT = 1023
 
@@ -43,7 +45,8 @@ async def connect(path: Path, port: int) -> socket.socket:
 async def _accepted(connection: socket.socket, path: Path, port: int) -> bool:
     """Whether somebody in the guest has accepted it."""
     loop = asyncio.get_running_loop()
-    await loop.sock_connect(connection, str(path))
+    with socket_name(path) as name:
+        await loop.sock_connect(connection, name)
     try:
         await loop.sock_sendall(connection, f"CONNECT {port}\n".encode())
         answer = b""

@@ -143,13 +143,14 @@ class Liveness:
         """End the VM's machine now: its hypervisor is asked, then its process killed. What is left
         of one that has ended by itself goes, too.
 
-        Idempotent. Raises Internal when the kernel does not let the process die.
+        Idempotent. Raises Internal when the kernel does not let the process die, BangerError when
+        nobody can end it now.
         """
         pidfd = self._open_machine(vm)
         try:
             if pidfd >= 0:
                 await self._ask_to_end(vm, pidfd)
-            await self._clear(vm)
+            await self._hypervisor.clear(Path(vm.runtime.api_socket))
             if pidfd >= 0:
                 await self._kill(vm, pidfd)
         finally:
@@ -178,12 +179,6 @@ class Liveness:
                 await procfs.wait_exit(pidfd, _QUIT_TIMEOUT_S)
         except (BangerError, TimeoutError) as error:
             get_logger().info("hypervisor does not quit", vm_id=vm.id, error=str(error))
-
-    async def _clear(self, vm: Vm) -> None:
-        try:
-            await self._hypervisor.clear(Path(vm.runtime.api_socket))
-        except BangerError as error:  # of a machine that has ended nothing is left that runs
-            get_logger().warning("machine not cleared", vm_id=vm.id, error=error.message)
 
     async def _kill(self, vm: Vm, pidfd: int) -> None:
         pid = self._handles.get(vm.id).pid

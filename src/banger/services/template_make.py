@@ -14,8 +14,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from banger.base import procfs
+from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, Internal, Unavailable
 from banger.base.files import reserve_if_reading_takes_room, sync_file
+from banger.base.log import get_logger
 from banger.base.model import Vm
 from banger.base.paths import VmPaths, prepare_private_dir
 from banger.drivers.base import Hypervisor, Machine, MemoryFile, NetworkAttachment, Networks
@@ -68,9 +70,9 @@ async def make_machine(
                 await _boot_and_save(machine, paths, pidfd, hypervisor, progress)
             finally:
                 if pidfd >= 0:
-                    await asyncio.shield(_end(hypervisor, machine.control_socket, pidfd))
+                    await to_its_end(_end(hypervisor, machine.control_socket, pidfd))
     finally:
-        shutil.rmtree(paths.runtime, ignore_errors=True)
+        await to_its_end(_clear(hypervisor, paths))
     progress.stage("sync")
     await asyncio.to_thread(_finish, paths)
 
@@ -125,6 +127,18 @@ async def _end(hypervisor: Hypervisor, control_socket: Path, pidfd: int) -> None
             raise Internal("the process of a template's machine cannot be killed")
     finally:
         os.close(pidfd)
+
+
+async def _clear(hypervisor: Hypervisor, paths: VmPaths) -> None:
+    """Also of a machine whose launch has failed nothing is left: or what it is found by stays."""
+    try:
+        await hypervisor.clear(paths.control_socket)
+    except BangerError as error:
+        get_logger().error(
+            "a template's machine stays", socket=str(paths.control_socket), error=str(error)
+        )
+    else:
+        shutil.rmtree(paths.runtime, ignore_errors=True)
 
 
 def _finish(paths: VmPaths) -> None:

@@ -219,10 +219,16 @@ class TemplateService:
 
         `machines` are those that run, by control socket: one of a template has nobody any more.
         """
-        for control_socket, pid in machines:
-            if control_socket.parent.parent == self._paths.templates_runtime_dir:
-                await self._end_stray(control_socket, pid)
-        shutil.rmtree(self._paths.templates_runtime_dir, ignore_errors=True)
+        runtime_dir = self._paths.templates_runtime_dir
+        pids = {socket.parent: pid for socket, pid in machines}
+        there = set(runtime_dir.iterdir() if runtime_dir.is_dir() else ())
+        for entry in there | {each for each in pids if each.parent == runtime_dir}:
+            try:
+                await self._end_stray(VmPaths(entry, entry).control_socket, pids.get(entry, 0))
+            except (BangerError, OSError) as error:  # by its directory the next daemon finds it
+                get_logger().error("a template's machine stays", path=str(entry), error=str(error))
+            else:
+                shutil.rmtree(entry, ignore_errors=True)
         images = {image.id for image in await self._store.images()}
         for each in await self.all():
             if each.image_id not in images:
@@ -236,11 +242,12 @@ class TemplateService:
         pidfd = procfs.open_pidfd(
             pid, lambda argv: self._hypervisor.control_socket(argv) == control_socket
         )
-        if pidfd >= 0:
-            try:
-                await self._hypervisor.clear(control_socket)
+        try:
+            await self._hypervisor.clear(control_socket)
+            if pidfd >= 0:
                 await procfs.kill(pidfd)
-            finally:
+        finally:
+            if pidfd >= 0:
                 os.close(pidfd)
 
     # Making one.

@@ -17,7 +17,7 @@ import msgspec
 
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, Conflict, NotFound, NotRunning
-from banger.base.files import sync_directory
+from banger.base.files import remove_hostile_tree, sync_directory
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import ImageConfig, Vm, VmState, now
 from banger.base.opid import current_op_id, new_op_id
@@ -386,9 +386,11 @@ class VmService:
         stages.stage("remove_files")
         directory = self._paths.vm(vm.id).directory
         # A thread goes on when its caller is cancelled: not without the lock.
-        await to_its_end(asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True))
-        if directory.exists():
-            raise Conflict(f"cannot remove {directory}", hint="look at who owns the files in it")
+        try:
+            await to_its_end(asyncio.to_thread(remove_hostile_tree, directory))
+        except OSError as error:
+            hint = "look at who owns the files in it"
+            raise Conflict(f"cannot remove {directory}: {error.strerror}", hint=hint) from error
         await self._store.delete_vm(vm.id)
         self._addresses.forget(vm.id)
         self._ring()
@@ -470,7 +472,7 @@ def _remove_but(directory: Path, last: str) -> None:
         return
     for entry in directory.iterdir():
         if entry.is_dir():
-            shutil.rmtree(entry)
+            remove_hostile_tree(entry)
         elif entry.name != last:
             entry.unlink()
     (directory / last).unlink(missing_ok=True)

@@ -10,7 +10,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +196,7 @@ class FirecrackerHypervisor:
         process = await self._place.start(machine, lent, network)
         log = Log(machine.hypervisor_log)
         try:
+            await _listens(machine.control_socket, process.ended)
             async with conversation(machine.control_socket) as client:
                 await _answers(client, process.ended)
                 await self._begin_to_count(client, machine.control_socket)
@@ -302,6 +303,11 @@ class FirecrackerHypervisor:
         """See `Hypervisor.clear`."""
         await self._of(control_socket).clear(control_socket)
 
+    async def end_strays(self, running: Collection[str]) -> None:
+        """See `Hypervisor.end_strays`."""
+        for place in self._places:
+            await place.end_strays(running)
+
     def _of(self, control_socket: Path) -> Place:
         """Where a machine runs."""
         return next((each for each in self._places if each.runs(control_socket)), self._place)
@@ -363,6 +369,16 @@ def parse_version(output: bytes) -> tuple[int, ...]:
     """The release in what ``firecracker --version`` prints; empty when there is none in it."""
     found = re.match(rb"Firecracker v(\d{1,6})\.(\d{1,6})\.(\d{1,6})", output)
     return tuple(map(int, found.groups())) if found else ()
+
+
+async def _listens(control_socket: Path, ended: Ended) -> None:
+    """Return when there is a socket, or none will be."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _LAUNCH_TIMEOUT_S
+    while not (ended.done() or loop.time() > until):
+        if control_socket.exists():  # noqa: ASYNC240 - a look at what is in memory
+            return
+        await asyncio.wait({ended}, timeout=_LOOK_AGAIN_S)
 
 
 async def _answers(client: FirecrackerClient, ended: Ended) -> None:

@@ -6,15 +6,15 @@ httpx takes long to import: it is imported where it is used.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from banger.base.errors import Unavailable
+from banger.base.files import socket_name
 from banger.drivers.hypervisor.firecracker_faults import error_of
 from banger.drivers.hypervisor.firecracker_requests import ANSWER_TIMEOUT_S, InstanceInfo, Request
 
@@ -90,17 +90,25 @@ class FirecrackerClient:
 
 @asynccontextmanager
 async def conversation(socket: Path) -> AsyncIterator[FirecrackerClient]:
-    """One connection, for as long as the context is open, made with the first request."""
+    """One connection, for as long as the context is open, made with the first request.
+
+    Raises Unavailable where no socket is.
+    """
     import httpx
 
     timeout = httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S)  # `_send` has the one of each request
     # Its HTTP server knows the headers that follow, and of what to accept JSON alone.
     headers = {"Accept": "application/json", "Content-Type": "application/json"}
-    async with httpx.AsyncClient(
-        transport=httpx.AsyncHTTPTransport(uds=os.fspath(socket)),
-        base_url="http://localhost",
-        headers=headers,
-        timeout=timeout,
-        trust_env=False,  # a proxy of the user's is none of its business
-    ) as http:
-        yield FirecrackerClient(http, socket)
+    with ExitStack() as held:
+        try:
+            name = held.enter_context(socket_name(socket))
+        except OSError as error:
+            raise Unavailable(f"Firecracker does not answer at {socket}: {error}") from error
+        async with httpx.AsyncClient(
+            transport=httpx.AsyncHTTPTransport(uds=name),
+            base_url="http://localhost",
+            headers=headers,
+            timeout=timeout,
+            trust_env=False,  # a proxy of the user's is none of its business
+        ) as http:
+            yield FirecrackerClient(http, socket)

@@ -8,15 +8,18 @@ the daemon's user outside and to the machine's inside. Outside, sockets are know
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
-import shutil
 import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from banger.base.errors import PreconditionFailed, Unavailable
-from banger.base.jail import API_SOCKET, OUT, TAP, is_vm_id
+from banger.base.cancellation import to_its_end
+from banger.base.errors import BangerError, PreconditionFailed, Unavailable
+from banger.base.files import remove_hostile_tree
+from banger.base.jail import API_SOCKET, OUT, TAP, has_jail, is_vm_id
+from banger.base.log import get_logger
 from banger.drivers.base import Check, Level, Machine, NetworkAttachment
 from banger.drivers.hypervisor.firecracker_place import (
     Lent,
@@ -29,15 +32,19 @@ from banger.drivers.hypervisor.firecracker_place import (
 )
 from banger.hostops.ops import CheckJail, EndJail, HostOps, InJail, LaunchJail
 
+_COPY_BYTES = 1 << 20
+
 
 class Jailed:
     """Implements `Place` with a jail."""
 
-    def __init__(self, host: HostOps, runtime_dirs: Sequence[Path]) -> None:
+    def __init__(self, host: HostOps, runtime_dirs: Sequence[Path], jails_dir: Path) -> None:
         """`host` makes jails. The sockets of a machine are in a directory with its id, in one of
-        `runtime_dirs`."""
+        `runtime_dirs`, which may go while it runs. `jails_dir`, which stays, says which jails are
+        ours: another home's daemon has control groups of the same user."""
         self._host = host
         self._runtime_dirs = tuple(runtime_dirs)
+        self._jails_dir = jails_dir
 
     async def program(self) -> str:
         """See `Place.program`: the privileged side's, which the user's setting does not name."""
@@ -69,24 +76,27 @@ class Jailed:
         """See `Place.start`."""
         with closing_tap(network):
             prepare_links(machine, lent)
-            out = _make_out(machine)
-            # Before there is a jail: by this link it is known that there may be one.
+            out = await _make_out(machine)
+            # Before there is a jail: by these it is known that there may be one.
+            self._make_mark(machine.vm_id)
             machine.control_socket.symlink_to(out / API_SOCKET)
         if network is not None:
             os.close(network.fd)  # with which the tap goes: another interface gets its name
+        launch = LaunchJail(
+            vm_id=machine.vm_id,
+            vcpu_count=machine.vcpu_count,
+            memory_mib=machine.memory_mib,
+            files=tuple(InJail(name=name, read_only=each.read_only) for name, each in lent.items()),
+            bridge=network.tap.partition("-")[0] if network is not None else "",
+            tap=network.tap if network is not None else "",
+        )
         with _opened(machine, lent, out) as descriptors:
-            done = await self._host.perform(
-                LaunchJail(
-                    vm_id=machine.vm_id,
-                    vcpu_count=machine.vcpu_count,
-                    memory_mib=machine.memory_mib,
-                    files=tuple(
-                        InJail(name=name, read_only=each.read_only) for name, each in lent.items()
-                    ),
-                    bridge=network.tap.partition("-")[0] if network is not None else "",
-                    tap=network.tap if network is not None else "",
-                ).with_descriptors(descriptors)
-            )
+            try:
+                done = await self._host.perform(launch.with_descriptors(descriptors))
+            except BaseException:
+                # Whoever was asked may do it, or have done it, though we were not told.
+                await to_its_end(self._try_to_clear(machine.control_socket))
+                raise
         return Started(done.pid, _ended(done.fd))
 
     def has_tap(self, process: Started, network: NetworkAttachment) -> None:
@@ -103,15 +113,65 @@ class Jailed:
         await asyncio.wait({process.ended})
 
     async def quit(self, control_socket: Path) -> None:
-        """See `Place.quit`."""
-        await self._host.perform(EndJail(vm_id=control_socket.parent.name))
+        """See `Place.quit`: nothing is left to be cleared then."""
+        await self.clear(control_socket)
 
     async def clear(self, control_socket: Path) -> None:
         """See `Place.clear`."""
-        if not self.runs(control_socket):
+        vm_id = control_socket.parent.name
+        if not (self.runs(control_socket) or self._mark(vm_id).exists()):
             return
-        await self.quit(control_socket)
-        await asyncio.to_thread(shutil.rmtree, _out_of(control_socket), ignore_errors=True)
+        await self._end_jail(vm_id)
+        if self.runs(control_socket):
+            try:
+                # Two at once would be in each other's way.
+                out = _out_of(control_socket)
+                await to_its_end(asyncio.to_thread(remove_hostile_tree, out))
+            except OSError as error:
+                get_logger().warning("a jail's files stay", vm_id=vm_id, error=str(error))
+        for trace in (control_socket, self._mark(vm_id)):
+            trace.unlink(missing_ok=True)
+
+    async def _try_to_clear(self, control_socket: Path) -> None:
+        try:
+            await self.clear(control_socket)
+        except BangerError as error:
+            vm_id = control_socket.parent.name
+            get_logger().error("jail not ended", vm_id=vm_id, error=error.message)
+
+    async def _end_jail(self, vm_id: str) -> None:
+        """Raises BangerError when nobody can, and there is somebody in it."""
+        try:
+            await self._host.perform(EndJail(vm_id=vm_id))
+        except BangerError as error:
+            if has_jail(vm_id, os.getuid()):
+                raise
+            get_logger().warning("jail not cleared", vm_id=vm_id, error=error.message)
+
+    async def end_strays(self, running: Collection[str]) -> None:
+        """See `Place.end_strays`: a jail is known by its control group, whatever else is gone."""
+        marks = sorted(self._jails_dir.iterdir()) if self._jails_dir.is_dir() else []
+        for mark in marks:
+            if mark.name in running:
+                continue
+            try:
+                if has_jail(mark.name, os.getuid()):
+                    get_logger().warning("a jail that nobody knows", vm_id=mark.name)
+                    await self._end_jail(mark.name)
+                mark.unlink()
+            except (BangerError, OSError) as error:
+                get_logger().error("jail not ended", vm_id=mark.name, error=str(error))
+
+    def _make_mark(self, vm_id: str) -> None:
+        try:
+            self._jails_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._mark(vm_id).touch()
+        except OSError as error:
+            what = f"{self._mark(vm_id)} cannot be made: {error.strerror}"
+            raise Unavailable(what) from error
+
+    def _mark(self, vm_id: str) -> Path:
+        return self._jails_dir / vm_id
 
     def name_of(self, path: Path) -> str:
         """See `Place.name_of`."""
@@ -122,10 +182,12 @@ class Jailed:
         return _out_of(control_socket) / "metrics"
 
     async def collect(self, control_socket: Path, path: Path) -> None:
-        """See `Place.collect`. Raises Unavailable for what no Firecracker makes."""
+        """See `Place.collect`. Raises Unavailable for what no Firecracker makes; nothing is at
+        `path` then."""
         try:
             await asyncio.to_thread(_take, _out_of(control_socket) / path.name, path)
         except OSError as error:
+            await asyncio.to_thread(_remove, path)
             raise Unavailable(f"Firecracker's {path.name} cannot be had: {error}") from error
 
     def control_socket(self, argv: tuple[str, ...]) -> Path | None:
@@ -140,12 +202,15 @@ class Jailed:
         return None
 
 
-def _make_out(machine: Machine) -> Path:
+async def _make_out(machine: Machine) -> Path:
     """An empty directory for what the machine's Firecracker makes, beside its logs: what is moved
     from there stays on its file system."""
     out = machine.console_log.with_name("jail")
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(mode=0o700)
+    try:
+        await asyncio.to_thread(remove_hostile_tree, out)
+        out.mkdir(mode=0o700)
+    except OSError as error:
+        raise Unavailable(f"{out} cannot be made anew: {error.strerror}") from error
     return out
 
 
@@ -199,17 +264,51 @@ def _take(made: Path, path: Path) -> None:
         path.unlink(missing_ok=True)
         path.symlink_to(made)
         return
-    try:
-        made.rename(path)
-    except OSError:  # another file system
-        with suppress(FileNotFoundError):
-            path.unlink()
-        descriptor = os.open(made, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        with os.fdopen(descriptor, "rb") as source, path.open("xb") as copy:
-            shutil.copyfileobj(source, copy)
-        made.unlink()
-    # Now it is out of the jail's reach: a link could lead to any file of ours.
-    status = path.lstat()
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
-        path.unlink()
-        raise OSError(None, "it is not a file of its own")
+    # A pipe would keep us waiting; a link could lead to any file of ours.
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with os.fdopen(os.open(made, flags), "rb") as source:
+        status = os.fstat(source.fileno())
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise OSError(errno.EINVAL, "it is not a file of its own")
+        os.fchmod(source.fileno(), 0o600)
+        try:
+            made.rename(path)
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            path.unlink(missing_ok=True)
+            new = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            with os.fdopen(os.open(path, new, 0o600), "wb") as copy:
+                _copy_data(source.fileno(), copy.fileno(), status.st_size)
+            made.unlink()
+            return
+        # Now it is out of the jail's reach, which may have put another in its place.
+        moved, status = path.lstat(), os.fstat(source.fileno())
+        if (moved.st_dev, moved.st_ino, status.st_nlink) != (status.st_dev, status.st_ino, 1):
+            raise OSError(errno.EINVAL, "it is not a file of its own")
+
+
+def _copy_data(source: int, copy: int, size: int) -> None:
+    """Copy what is no hole: one may say that it is as large as it likes."""
+    os.ftruncate(copy, size)
+    end = 0
+    while end < size:
+        try:
+            start = os.lseek(source, end, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole follows
+                return
+            raise
+        end = min(os.lseek(source, start, os.SEEK_HOLE), size)
+        while start < end:
+            data = os.pread(source, min(end - start, _COPY_BYTES), start)
+            if not data:
+                return  # it was cut meanwhile
+            start += os.pwrite(copy, data, start)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        remove_hostile_tree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ import shutil
 import signal
 import socket
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +105,10 @@ class Place(Protocol):
 
     async def clear(self, control_socket: Path) -> None:
         """See `Hypervisor.clear`."""
+        ...
+
+    async def end_strays(self, running: Collection[str]) -> None:
+        """See `Hypervisor.end_strays`."""
         ...
 
     def name_of(self, path: Path) -> str:
@@ -216,6 +220,9 @@ class Direct:
 
     async def clear(self, control_socket: Path) -> None:
         """See `Place.clear`: nothing is left of a process."""
+
+    async def end_strays(self, running: Collection[str]) -> None:
+        """See `Place.end_strays`: by its command line each is found."""
 
     def name_of(self, path: Path) -> str:
         """See `Place.name_of`: its own."""

@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -293,6 +293,9 @@ class QemuHypervisor:
 
     async def clear(self, control_socket: Path) -> None:
         """See `Hypervisor.clear`: it is the user's own process."""
+
+    async def end_strays(self, running: Collection[str]) -> None:
+        """See `Hypervisor.end_strays`: by its command line each is found."""
 
     async def power_button(self, control_socket: Path) -> None:
         """See `Hypervisor.power_button`: an ACPI event, which systemd's logind listens to."""
