@@ -38,6 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="walk the whole fault matrix, and write docs/reliability.md",
     )
     parser.addoption(
+        "--all-hosts",
+        action="store_true",
+        help="run what takes long on guest hosts, too",
+    )
+    parser.addoption(
         "--drivers",
         metavar="HYPERVISOR+STORAGE",
         default="",

@@ -47,8 +47,9 @@ def mapped(
 
 
 @pytest.fixture
-def small_state(mapped: GuestHost) -> Iterator[GuestHost]:
+def small_state(mapped: GuestHost, request: pytest.FixtureRequest) -> Iterator[GuestHost]:
     """The same, with what the daemon keeps on a file system of 1400 MiB."""
+    _only_at_length(request)
     own = f"systemctl stop bangerd; mv {_STATE} {_STATE}.away; mkdir -m 700 {_STATE}"
     make = "truncate -s 1400M /var/tmp/small; mkfs.ext4 -q -m 0 /var/tmp/small"
     mount = f"mount -o loop /var/tmp/small {_STATE}; cp -a {_STATE}.away/banger.db {_STATE}"
@@ -58,6 +59,17 @@ def small_state(mapped: GuestHost) -> Iterator[GuestHost]:
         f"systemctl stop bangerd; umount {_STATE}; rmdir {_STATE}; mv {_STATE}.away {_STATE};"
         " rm /var/tmp/small; systemctl start bangerd"
     )
+
+
+@pytest.fixture
+def at_length(request: pytest.FixtureRequest) -> None:
+    """Of a test that takes minutes."""
+    _only_at_length(request)
+
+
+def _only_at_length(request: pytest.FixtureRequest) -> None:
+    if not request.config.getoption("--all-hosts"):
+        pytest.skip("takes minutes: run with --all-hosts")
 
 
 def devices(host: GuestHost) -> str:
@@ -179,6 +191,7 @@ def test_what_overflows_is_told_and_what_was_there_is_whole(small_state: GuestHo
     host.alice("banger vm health box; banger vm delete -q -f box")
 
 
+@pytest.mark.usefixtures("at_length")
 @pytest.mark.parametrize(
     "fault",
     ["vm.create:prepare", "vm.create:launch", "vm.create:boot", "template.make:boot"],
@@ -192,6 +205,7 @@ def test_a_daemon_that_is_killed_leaves_nothing_of_what_it_made(
     assert devices(mapped) == _NOTHING
 
 
+@pytest.mark.usefixtures("at_length")
 @pytest.mark.parametrize("fault", ["vm.start:launch", "vm.stop:cleanup", "vm.delete:end"])
 def test_a_daemon_that_is_killed_finds_a_machines_disk_again(mapped: GuestHost, fault: str) -> None:
     mapped.alice(f"banger vm create -q {_SMALL} --name box", timeout_s=_SLOW_S)
