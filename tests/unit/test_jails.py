@@ -271,9 +271,11 @@ def test_a_new_control_group_can_be_killed_and_ends_as_one(tmp_path: Path) -> No
         jails._make_group(group)
     assert "5.14" in refused.value.hint
     assert not group.exists()
-    group.mkdir()
+    group.mkdir(mode=0o700)
+    group.parent.chmod(0o700)  # as the helper's umask has it
     (group / "cgroup.kill").touch()
     jails._make_group(group)
+    assert [each.stat().st_mode & 0o777 for each in (group, group.parent)] == [0o755, 0o755]
     assert (group / "memory.oom.group").read_text() == "1"
     assert not (group / "memory.swap.max").exists()
     (group / "memory.swap.max").write_text("max")

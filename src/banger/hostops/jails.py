@@ -330,6 +330,8 @@ def _make_group(group: Path) -> None:
         raise PreconditionFailed(
             "control groups cannot be killed here", hint=f"boot Linux 5.14 or later; {_WITHOUT}"
         )
+    for directory in (group.parent, group):
+        directory.chmod(0o755)  # whatever the umask says: its owner's daemon looks who is in it
     for directory in (group.parent.parent, group.parent):
         (directory / "cgroup.subtree_control").write_text("+memory")
     (group / "memory.oom.group").write_text("1")
