@@ -109,6 +109,7 @@ def test_killed_after_any_step_it_leaves_nothing_that_is_not_found(mapped: Guest
     assert {each for every in seen.values() for each in every} == {_NOTHING}
 
 
+@pytest.mark.usefixtures("at_length")
 def test_ten_machines_share_an_image_and_nothing_else(mapped: GuestHost) -> None:
     names = [f"box-{number}" for number in range(10)]
     create = f"banger vm create -q {_SMALL} --name"

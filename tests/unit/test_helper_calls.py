@@ -305,6 +305,38 @@ async def test_a_stop_answers_what_has_begun_and_waits_for_nobody_else(short_pat
                 await served.helper
 
 
+class InstalledClient(HelperHost):
+    """Of an installation that is ours."""
+
+    installed = True
+
+
+@pytest.mark.parametrize("stale", [False, True])
+async def test_a_helper_that_is_started_again_is_waited_for(short_path: Path, stale: bool) -> None:
+    """Nothing that was asked for meanwhile fails, nor is it asked for twice."""
+    path = short_path / "s"
+    if stale:  # the socket of one that was killed
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(os.fspath(path))
+    asking = asyncio.create_task(InstalledClient(path).perform(BridgeDown(bridge="banger0")))
+    await asyncio.sleep(0.1)
+    assert not asking.done()
+    path.unlink(missing_ok=True)
+    async with serving(short_path) as served:
+        async with asyncio.timeout(_TIMEOUT_S):
+            await asking
+        assert len(served.host.asked) == 1
+
+
+async def test_a_helper_that_stays_away_is_told_of(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "RESTART_TIMEOUT_S", 0.1)
+    with pytest.raises(Unavailable, match="cannot be reached") as caught:
+        await InstalledClient(short_path / "s").perform(BridgeDown(bridge="banger0"))
+    assert caught.value.hint == "look at it: banger system status"
+
+
 async def test_a_helper_that_is_gone_or_silent_is_unavailable(
     short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,6 +18,9 @@ from banger.hostops.ops import Done, Operation
 _TIMEOUT_S = 120.0
 #: Fewer than the helper takes: there may be another daemon, root's.
 _CALLS_MAX = 8
+#: systemd starts it again after 0.1 s; on a slow host Python takes seconds to get there.
+RESTART_TIMEOUT_S = 10.0
+_LOOK_AGAIN_S = 0.05
 _HINT = "look at it: banger system status"
 
 
@@ -58,7 +61,8 @@ class HelperHost:
     async def perform(self, operation: Operation) -> Done:
         """See `HostOps.perform`. A cancelled caller does not wait: what comes of it is closed."""
         operation.check()
-        if problem := self.problem:
+        problem = self.problem
+        if problem and (self._path.is_socket() or not self.installed):
             raise PermissionDenied(f"{type(operation).__name__}: {problem}", hint=self.hint)
         async with self._calls:
             try:
@@ -73,13 +77,27 @@ class HelperHost:
                     f"the helper at {self._path} cannot be reached: {error.strerror}", hint=_HINT
                 ) from error
 
+    async def _connect(self, connection: socket.socket) -> None:
+        """At once, or refused: it is a Unix socket. An installation's helper that has ended is
+        started again, and makes another socket: that is waited for. Raises OSError."""
+        until = asyncio.get_running_loop().time() + RESTART_TIMEOUT_S
+        while True:
+            try:
+                connection.connect(os.fspath(self._path))
+            except (FileNotFoundError, ConnectionRefusedError):
+                if not self.installed or asyncio.get_running_loop().time() > until:
+                    raise
+            else:
+                return
+            await asyncio.sleep(_LOOK_AGAIN_S)
+
     async def _call(self, operation: Operation) -> Done:
         op_id = current_op_id.get() or new_op_id()
         request, passed = wire.encode_request(operation, op_id)
         flags = socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
         # Its end closes what is on its way to us.
         with socket.socket(socket.AF_UNIX, flags) as connection:
-            connection.connect(os.fspath(self._path))  # at once, or refused: it is a Unix socket
+            await self._connect(connection)
             # One that does not hear us to the end has said why.
             with suppress(BrokenPipeError, ConnectionResetError):
                 await wire.send(connection, request, passed)
