@@ -35,7 +35,7 @@ def network(host: GuestHost) -> Iterator[GuestHost]:
 
 def _greeting(host: GuestHost, address: str) -> str:
     return host.run(
-        "timeout", "5", "bash", "-c", f"exec 3<>/dev/tcp/{address}/7000 && cat <&3", user="alice"
+        "timeout", "20", "bash", "-c", f"exec 3<>/dev/tcp/{address}/7000 && cat <&3", user="alice"
     ).stdout.decode()
 
 
