@@ -24,14 +24,13 @@ STAND_IN = Path(__file__).with_name("stand_in_firecracker.py")
 #: Names the real one where it is not on the PATH.
 REAL_VARIABLE = "BANGER_TEST_FIRECRACKER"
 
-#: Of a test whose daemon takes the stand-in for Firecracker.
-STAND_IN_NEEDS = (
-    pytest.mark.skipif(
-        not DESCRIPTION.exists(), reason=f"Firecracker's description is not at {DESCRIPTION}"
-    ),
-    pytest.mark.skipif(
-        bool(kvm._obstacle(kvm.DEVICE)), reason="needs /dev/kvm, if only to be opened"
-    ),
+#: Of a test with the stand-in, which holds requests to it.
+needs_description = pytest.mark.skipif(
+    not DESCRIPTION.exists(), reason=f"Firecracker's description is not at {DESCRIPTION}"
+)
+#: Of one whose daemon takes the stand-in for Firecracker, too.
+needs_kvm_device = pytest.mark.skipif(
+    bool(kvm._obstacle(kvm.DEVICE)), reason="needs /dev/kvm, if only to be opened"
 )
 
 

@@ -47,9 +47,8 @@ def mapped(
 
 
 @pytest.fixture
-def small_state(mapped: GuestHost, request: pytest.FixtureRequest) -> Iterator[GuestHost]:
+def small_state(mapped: GuestHost, at_length: None) -> Iterator[GuestHost]:
     """The same, with what the daemon keeps on a file system of 1400 MiB."""
-    _only_at_length(request)
     own = f"systemctl stop bangerd; mv {_STATE} {_STATE}.away; mkdir -m 700 {_STATE}"
     make = "truncate -s 1400M /var/tmp/small; mkfs.ext4 -q -m 0 /var/tmp/small"
     mount = f"mount -o loop /var/tmp/small {_STATE}; cp -a {_STATE}.away/banger.db {_STATE}"
@@ -64,10 +63,6 @@ def small_state(mapped: GuestHost, request: pytest.FixtureRequest) -> Iterator[G
 @pytest.fixture
 def at_length(request: pytest.FixtureRequest) -> None:
     """Of a test that takes minutes."""
-    _only_at_length(request)
-
-
-def _only_at_length(request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--all-hosts"):
         pytest.skip("takes minutes: run with --all-hosts")
 

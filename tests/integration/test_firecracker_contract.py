@@ -45,12 +45,10 @@ from banger.drivers.hypervisor.firecracker_requests import (
     Vsock,
     VsockOverride,
 )
-from firecracker_schema import DESCRIPTION, Description
+from firecracker_schema import Description
 from tiny_guest import speaking_guest
 
-pytestmark = pytest.mark.skipif(
-    not DESCRIPTION.exists(), reason=f"Firecracker's description is not at {DESCRIPTION}"
-)
+pytestmark = firecrackers.needs_description
 
 _START_S = 20.0
 START = Action(action_type=ActionType.INSTANCE_START)

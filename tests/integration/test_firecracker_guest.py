@@ -42,14 +42,11 @@ from banger.guest.binary import agent_binary
 from banger.guest.channel import AgentChannel, call
 from banger.guest.requests import Exec, Shutdown
 from banger.images.initramfs import build_initramfs
-from firecracker_schema import DESCRIPTION
 from static_busybox import static_busybox
 
 pytestmark = [
     pytest.mark.guest,
-    pytest.mark.skipif(
-        not DESCRIPTION.exists(), reason=f"Firecracker's description is not at {DESCRIPTION}"
-    ),
+    firecrackers.needs_description,
 ]
 
 VM_ID = "0123456789ab"

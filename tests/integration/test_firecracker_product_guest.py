@@ -8,7 +8,11 @@ import firecrackers
 from homes import Home
 from product import IMAGE, Banger
 
-pytestmark = [pytest.mark.guest, *firecrackers.STAND_IN_NEEDS]
+pytestmark = [
+    pytest.mark.guest,
+    firecrackers.needs_description,
+    firecrackers.needs_kvm_device,
+]
 
 SMALL = (
     *("--image", IMAGE),

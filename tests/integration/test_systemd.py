@@ -86,8 +86,8 @@ def test_systemd_boots_takes_commands_and_powers_off(banger: Banger, systemd_mac
     assert "stopped in order" in banger.ok("vm", "logs", name)
 
 
-@firecrackers.STAND_IN_NEEDS[0]
-@firecrackers.STAND_IN_NEEDS[1]
+@firecrackers.needs_description
+@firecrackers.needs_kvm_device
 def test_on_firecracker_a_poweroff_by_systemd_ends_the_machine(
     machine: str, bare_home: Home
 ) -> None:

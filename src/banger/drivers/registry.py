@@ -171,19 +171,18 @@ async def _hypervisor_choice(
     """
     if setting != AUTO:
         return Choice("hypervisor", setting, "as configured")
-    firecracker = _firecracker(settings)
     problem = ""
     if not settings.host.installed:
         problem = "banger is not installed on this host"
     elif storage == "qcow2" or network == NetworkMode.USER:
         problem = f"{storage if storage == 'qcow2' else network} is configured"
-    elif any(await asyncio.to_thread(lambda: list(vms_dir.glob("*/*.qcow2")))):
+    elif await asyncio.to_thread(lambda: any(vms_dir.glob("*/*.qcow2"))):
         problem = "there are VMs with qcow2 disks"
     elif storage == AUTO and not await ReflinkStorage(vms_dir).makes_clones():
         problem = "its disks would be copies, as their file system makes no clones"
     else:
-        found = (each for each in await firecracker.checks() if each.level is Level.FAIL)
-        problem = next((each.detail for each in found), "")
+        checks = await _firecracker(settings).checks()
+        problem = next((each.detail for each in checks if each.level is Level.FAIL), "")
     if problem:
         return Choice("hypervisor", "qemu", f"auto: not firecracker: {problem}")
     return Choice("hypervisor", "firecracker", "auto: all that it needs is here")

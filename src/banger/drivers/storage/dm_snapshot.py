@@ -322,8 +322,7 @@ class DmSnapshotStorage:
         if space.left_bytes < 2 * cow_file.CHUNK_BYTES and await self._is_lost(vm_id):
             return Room.LOST  # more room would not mend it
         free = _free_bytes(disk.parent)
-        wanted = _good_size(space.used_bytes + _ahead_bytes(free), space.full_bytes)
-        wanted -= space.size_bytes
+        wanted = min(space.used_bytes + _ahead_bytes(free), space.full_bytes) - space.size_bytes
         more = min(wanted, (free - _KEEP_FREE_BYTES) // _STEP_BYTES * _STEP_BYTES)
         last = space.size_bytes + wanted == space.full_bytes
         if (wanted >= _ahead_bytes(free) // 4 or last) and more >= min(_STEP_BYTES, wanted) > 0:
