@@ -55,21 +55,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 #: Folders of tests in the order they are run in: quick tests first, for a slip shows before any
-#: guest boots; then what takes longest, so that workers (`-n`) end at about the same time.
-_ORDER = ("unit", "host", "faults", "integration")
+#: guest boots; then the file that takes longest, so that two workers (`-n 2`) end at about the
+#: same time.
+_ORDER = ("unit", "faults", "integration", "host")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put them in order, and say what one worker does when there are several.
-
-    A file is run by one worker, as its tests share guests; all those on guest hosts are, as these
-    take minutes to make.
-    """
     items.sort(key=lambda item: _ORDER.index(item.path.parent.name))
-    for item in items:
-        folder = item.path.parent.name
-        group = folder if folder == "host" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -97,8 +98,15 @@ class World:
             "links": [_lasting(link) for link in links],
             "routes": self.inside("ip", "route", "show", "table", "all"),
             "forward": self.inside("cat", "/proc/sys/net/ipv4/ip_forward"),
-            "mounts": Path(f"/proc/{self.process.pid}/mounts").read_text(),
+            "mounts": self._mounts(),
         }
+
+    def _mounts(self) -> list[str]:
+        """What the helper sees, without the small file systems and the namespaces of tests that
+        run beside."""
+        mounts = Path(f"/proc/{self.process.pid}/mounts").read_text().splitlines()
+        others = re.compile(r" (/run/netns|/tmp/bt-\w+|/tmp/pytest-of-\w+)/")
+        return [each for each in mounts if str(self.directory) in each or not others.search(each)]
 
     def descriptors(self) -> list[str]:
         """What the helper has open."""
