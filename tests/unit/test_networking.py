@@ -20,8 +20,8 @@ CLOSED = ReachRequest(egress=Egress.NONE)
 
 
 @pytest.fixture
-async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    async with made_world(tmp_path, monkeypatch) as made:
+async def world(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    async with made_world(short_path, monkeypatch) as made:
         yield made
 
 
@@ -150,9 +150,9 @@ async def test_a_network_that_cannot_go_on_stops_no_daemon(world: World) -> None
 
 
 async def test_a_machine_that_waits_for_a_vm_reaches_nothing_until_it_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with made_world(tmp_path, monkeypatch, template_limit=2, standby_limit=1) as world:
+    async with made_world(short_path, monkeypatch, template_limit=2, standby_limit=1) as world:
         first = await world.create("first")
         async with asyncio.timeout(10):
             while world.standbys.count == 0:
