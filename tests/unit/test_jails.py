@@ -291,8 +291,8 @@ async def test_clearing_after_a_failed_launch_does_not_hide_why_it_failed(
     """All steps of it are done, and each that fails is logged."""
     cleared = []
 
-    async def check() -> str:
-        return "/firecracker"
+    async def found() -> jails._Programs:
+        return jails._Programs("/firecracker", "/jailer")
 
     async def end(vm_id: str) -> None:
         cleared.append(vm_id)
@@ -304,7 +304,7 @@ async def test_clearing_after_a_failed_launch_does_not_hide_why_it_failed(
 
     _groups(tmp_path, "cpu memory pids")
     made = jails.Jails(os.getuid(), "firecracker", "jailer")
-    monkeypatch.setattr(made, "check", check)
+    monkeypatch.setattr(made, "_found", found)
     monkeypatch.setattr(made, "end", end)
     monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
     monkeypatch.setattr(jails, "_have_base", lambda: None)
@@ -346,12 +346,12 @@ def test_two_machines_never_share_a_uid(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
     _groups(tmp_path, "cpu memory pids io", "banger-7/0123456789ab", "banger-8/fedcba000000")
     made = jails.Jails(7, "firecracker", "jailer")
-    made._check_free("111111000000")
+    made._check_free(tmp_path, "111111000000")
     with pytest.raises(Conflict, match="already"):
-        made._check_free("0123456789ab")
+        made._check_free(tmp_path, "0123456789ab")
     # Another user's: the uid alone decides.
     with pytest.raises(Conflict, match="has the uid"):
-        made._check_free("fedcba999999")
+        made._check_free(tmp_path, "fedcba999999")
 
 
 def test_without_control_groups_there_is_no_jail(
