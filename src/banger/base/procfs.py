@@ -136,9 +136,11 @@ def hidden_machines() -> list[str]:
     lacks them, as it does those that have ended."""
     uid = os.getuid()
     hidden = {
-        vm_id: {pid for pid in pids if not _stat(pid)} for vm_id, pids in pids_in_jails(uid).items()
+        vm_id: unseen
+        for vm_id, pids in pids_in_jails(uid).items()
+        if (unseen := {pid for pid in pids if not _stat(pid)})
     }
-    still_there = pids_in_jails(uid)  # others have ended meanwhile
+    still_there = pids_in_jails(uid) if hidden else {}  # others have ended meanwhile
     return sorted(vm_id for vm_id, pids in hidden.items() if pids & still_there.get(vm_id, set()))
 
 
