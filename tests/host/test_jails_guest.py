@@ -173,6 +173,33 @@ def test_it_outlives_the_helper_and_a_daemon_that_is_killed(installed: GuestHost
     assert installed.root("pgrep -f ^/firecracker") == pid
 
 
+def test_a_daemon_that_cannot_see_jailed_machines_makes_none_and_ends_none(
+    installed: GuestHost,
+) -> None:
+    pid = installed.root("pgrep -f ^/firecracker")
+    installed.root("mount -o remount,hidepid=2 /proc")
+    try:
+        found = json.loads(installed.alice("banger doctor --json || true"))
+        (check,) = [each for each in found if each["name"] == "jailer"]
+        assert check["level"] == "fail"
+        assert "hidepid" in check["detail"]
+        refused = installed.run("sh", "-c", f"{_RUN} --name more", user="alice")
+        assert refused.returncode == 125
+        assert b"hidepid" in refused.stderr
+        # The daemon that knows it goes on with it, the next one does not start.
+        assert installed.alice("banger vm exec box -- hostname") == "box\n"
+        installed.root("systemctl kill --signal KILL bangerd; systemctl stop bangerd")
+        assert installed.run("systemctl", "start", "bangerd").returncode != 0
+        assert "it cannot be seen how box fares" in installed.root("journalctl -u bangerd")
+        assert installed.root("pgrep -f ^/firecracker") == pid
+    finally:
+        installed.root("mount -o remount,hidepid=0 /proc")
+        installed.root("systemctl stop bangerd; systemctl reset-failed bangerd || true")
+        installed.root("systemctl start bangerd")
+    assert installed.alice("banger vm exec box -- hostname") == "box\n"
+    assert installed.root("pgrep -f ^/firecracker") == pid
+
+
 def test_templates_and_snapshots_are_made_in_jails_and_leave_them(installed: GuestHost) -> None:
     assert installed.alice(f"{_RUN} --name warm; banger vm exec warm -- hostname").endswith(
         "warm\n"

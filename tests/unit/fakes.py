@@ -61,6 +61,8 @@ class Processes:
         self.ticks: dict[int, int] = {}
         self.killed: list[int] = []
         self.immortal: set[int] = set()
+        #: The ids of machines in jails that /proc does not show.
+        self.hidden: list[str] = []
         #: What else happens when a process ends: its sockets close, its network helper ends.
         self.on_end: dict[int, Callable[[], None]] = {}
         self._pidfds: dict[int, tuple[int, int]] = {}
@@ -71,6 +73,7 @@ class Processes:
         patch.setattr(procfs, "usage", self._usage)
         patch.setattr(procfs, "command_line", lambda pid: self.argv.get(pid, ()))
         patch.setattr(procfs, "own_processes", lambda: iter(list(self.argv.items())))
+        patch.setattr(procfs, "hidden_machines", lambda: self.hidden)
         patch.setattr(procfs, "open_pidfd", self._open)
         patch.setattr(procfs, "kill", self._kill)
 

@@ -14,7 +14,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from banger.base import jail
+from banger.base import jail, procfs
 from banger.base.errors import (
     BadRequest,
     Conflict,
@@ -24,14 +24,14 @@ from banger.base.errors import (
 )
 from banger.base.files import remove_hostile_tree
 from banger.base.jail import UID_FIRST, UID_LAST, is_vm_id, jail_uid
-from banger.drivers.base import Machine
+from banger.drivers.base import Level, Machine
 from banger.drivers.hypervisor import firecracker_jail
 from banger.drivers.hypervisor.firecracker_jail import Jailed
 from banger.hostops import jail_files, jail_launcher, jails, links, mappings
 from banger.hostops.client import HelperHost
 from banger.hostops.jail_files import Owner
 from banger.hostops.jail_launcher import JailFile, JailOrder, jail_root, jailer_argv
-from banger.hostops.ops import Done, EndJail, InJail, LaunchJail, Operation
+from banger.hostops.ops import CheckJail, Done, EndJail, InJail, LaunchJail, Operation
 
 VM_ID = "0123456789ab"
 OWNER = Owner(os.getuid(), frozenset({os.getgid()}))
@@ -291,8 +291,8 @@ async def test_clearing_after_a_failed_launch_does_not_hide_why_it_failed(
     """All steps of it are done, and each that fails is logged."""
     cleared = []
 
-    async def check() -> str:
-        return "/firecracker"
+    async def found() -> jails._Programs:
+        return jails._Programs("/firecracker", "/jailer")
 
     async def end(vm_id: str) -> None:
         cleared.append(vm_id)
@@ -304,7 +304,7 @@ async def test_clearing_after_a_failed_launch_does_not_hide_why_it_failed(
 
     _groups(tmp_path, "cpu memory pids")
     made = jails.Jails(os.getuid(), "firecracker", "jailer")
-    monkeypatch.setattr(made, "check", check)
+    monkeypatch.setattr(made, "_found", found)
     monkeypatch.setattr(made, "end", end)
     monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
     monkeypatch.setattr(jails, "_have_base", lambda: None)
@@ -346,12 +346,12 @@ def test_two_machines_never_share_a_uid(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
     _groups(tmp_path, "cpu memory pids io", "banger-7/0123456789ab", "banger-8/fedcba000000")
     made = jails.Jails(7, "firecracker", "jailer")
-    made._check_free("111111000000")
+    made._check_free(tmp_path, "111111000000")
     with pytest.raises(Conflict, match="already"):
-        made._check_free("0123456789ab")
+        made._check_free(tmp_path, "0123456789ab")
     # Another user's: the uid alone decides.
     with pytest.raises(Conflict, match="has the uid"):
-        made._check_free("fedcba999999")
+        made._check_free(tmp_path, "fedcba999999")
 
 
 def test_without_control_groups_there_is_no_jail(
@@ -519,7 +519,8 @@ class Host:
     problem = hint = ""
     installed = True
 
-    def __init__(self) -> None:
+    def __init__(self, firecracker: Path) -> None:
+        self.firecracker = str(firecracker)
         self.asked: list[Operation] = []
         self.fails: set[type[Operation]] = set()
         self.launching: asyncio.Event | None = None
@@ -531,7 +532,7 @@ class Host:
             await asyncio.Event().wait()
         if type(operation) in self.fails:
             raise Unavailable("no helper")
-        return Done()
+        return Done(name=self.firecracker if isinstance(operation, CheckJail) else "")
 
     @property
     def ended(self) -> list[str]:
@@ -542,7 +543,9 @@ class Prisons:
     """A place of jails, and a machine that may be started in one."""
 
     def __init__(self, directory: Path) -> None:
-        self.host = Host()
+        self.firecracker = directory / "firecracker"
+        self.firecracker.write_text("a release")
+        self.host = Host(self.firecracker)
         self.marks = directory / "jails"
         self.place = Jailed(self.host, (directory / "vms",), self.marks)
         self.out = directory / "jail"
@@ -588,6 +591,42 @@ async def test_a_jail_that_nobody_waits_for_any_more_is_ended(prisons: Prisons) 
     with pytest.raises(asyncio.CancelledError):
         await starting
     assert prisons.host.ended == [VM_ID]
+
+
+async def test_where_a_jailed_machine_could_not_be_seen_none_is_started(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = await prisons.place.check()
+    assert (check.name, check.level) == ("jailer", Level.OK)
+    prisons.host.asked.clear()
+    monkeypatch.setattr(procfs, "hides_others", lambda: True)
+    with pytest.raises(PreconditionFailed, match="hidepid") as refused:
+        await prisons.place.start(prisons.machine, {}, None)
+    assert prisons.host.asked == []
+    assert not prisons.marks.exists()
+    check = await prisons.place.check()
+    assert (check.name, check.level) == ("jailer", Level.FAIL)
+    assert (check.detail, check.hint) == (refused.value.message, refused.value.hint)
+    assert "mount -o remount,hidepid=0 /proc" in check.hint
+
+
+async def test_the_helper_is_asked_once_until_the_program_changes_or_all_is_checked(
+    prisons: Prisons,
+) -> None:
+    for _ in range(2):
+        assert await prisons.place.program() == str(prisons.firecracker)
+    assert prisons.host.asked == [CheckJail()]
+    prisons.firecracker.write_text("a later release")
+    for _ in range(2):
+        await prisons.place.program()
+    assert prisons.host.asked == [CheckJail()] * 2
+    await prisons.place.check()
+    assert prisons.host.asked == [CheckJail()] * 3
+    prisons.firecracker.unlink()
+    prisons.host.fails = {CheckJail}
+    for ask in (prisons.place.program, prisons.place.check):
+        with pytest.raises(Unavailable, match="no helper"):
+            await ask()
 
 
 async def test_a_jail_is_ended_once(prisons: Prisons) -> None:

@@ -286,6 +286,22 @@ async def test_a_machine_in_a_jail_that_nobody_can_end_is_not_taken_for_ended(
     assert liveness.vm_alive(vm)
 
 
+async def test_a_machine_that_is_hidden_from_now_on_is_not_taken_for_ended(
+    liveness: Liveness,
+    processes: Processes,
+    hypervisor: Hypervisor,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vm = started(liveness, processes, hypervisor)
+    monkeypatch.setattr(procfs, "start_ticks", lambda pid: 0)
+    monkeypatch.setattr(procfs, "command_line", lambda pid: ())
+    assert not liveness.vm_alive(vm)
+    processes.hidden = ["another", "v"]
+    assert liveness.vm_alive(vm)
+    processes.hidden = ["another"]
+    assert not liveness.vm_alive(vm)
+
+
 def test_a_machine_is_found_again_by_its_control_socket(
     liveness: Liveness, processes: Processes, hypervisor: Hypervisor, paths: Paths
 ) -> None:

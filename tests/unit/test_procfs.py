@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from banger.base import procfs
+from banger.base import jail, procfs
+from banger.base.jail import parent_group
 
 
 def fake_process(root: Path, pid: int, comm: bytes, ticks: int = 4242) -> None:
@@ -106,6 +107,40 @@ def test_processes_of_others_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> 
     uid = os.getuid()
     monkeypatch.setattr(os, "getuid", lambda: uid + 1)
     assert os.getpid() not in {pid for pid, _ in procfs.own_processes()}
+
+
+def test_where_the_first_process_is_not_shown_others_are_hidden(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(procfs, "_PROC", tmp_path)
+    assert procfs.hides_others()
+    fake_process(tmp_path, 1, b"init")
+    assert not procfs.hides_others()
+
+
+def test_machines_are_hidden_whose_jails_have_somebody_who_is_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {"0123456789ab": "7\n8\n", "111111111111": "7\n", "222222222222": "", "other": "9\n"}
+    for name, pids in groups.items():
+        directory = tmp_path / parent_group(os.getuid()) / name
+        directory.mkdir(parents=True)
+        (directory / "cgroup.procs").write_text(pids)
+    (tmp_path / parent_group(os.getuid()) / "333333333333").mkdir()  # it is going
+    monkeypatch.setattr(jail, "groups_root", lambda: tmp_path)
+    monkeypatch.setattr(procfs, "_PROC", tmp_path)
+    fake_process(tmp_path, 7, b"firecracker")
+    assert procfs.hidden_machines() == ["0123456789ab"]
+    fake_process(tmp_path, 8, b"another")
+    assert procfs.hidden_machines() == []
+    monkeypatch.setattr(jail, "groups_root", lambda: None)
+    assert procfs.hidden_machines() == []
+
+
+def test_who_ends_while_it_is_looked_was_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter([{"0123456789ab": {2**22 + 1}}, {"0123456789ab": set()}])
+    monkeypatch.setattr(procfs, "pids_in_jails", lambda _: next(looks))
+    assert procfs.hidden_machines() == []
 
 
 def test_a_pidfd_is_given_for_the_expected_command_line_only() -> None:

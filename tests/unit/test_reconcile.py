@@ -62,6 +62,33 @@ async def test_nothing_is_done_while_another_hypervisor_runs_machines(world: Wor
     await changed.close()
 
 
+async def test_nothing_is_done_while_a_machine_cannot_be_seen(world: World) -> None:
+    """It would be taken for gone, and what is left of it ended."""
+    vm = await world.create()
+    pid, argv = world.liveness.pid(vm), world.processes.argv
+    world.processes.argv = {}
+    following = await world.restarted()
+    world.processes.hidden = ["of another home", vm.id]
+    with pytest.raises(PreconditionFailed, match=r"seen how box fares: .*hidepid") as caught:
+        await following.reconcile()
+    assert "mount -o remount,hidepid=0 /proc" in caught.value.hint
+    assert await following.store.vms() == [vm]
+    assert not following.hypervisor.cleared
+    world.processes.argv, world.processes.hidden = argv, ["of another home"]
+    await following.reconcile()
+    assert following.liveness.pid(vm) == pid
+    await following.close()
+
+
+async def test_it_is_no_record_that_makes_a_hidden_machine_ours(world: World) -> None:
+    """One of a template that is being made has none."""
+    world.paths.jails_dir.mkdir(parents=True)
+    (world.paths.jails_dir / "0123456789ab").touch()
+    world.processes.hidden = ["0123456789ab"]
+    with pytest.raises(PreconditionFailed, match="seen how 0123456789ab fares"):
+        await world.reconcile()
+
+
 async def test_it_can_be_deleted_without_leaving_anything(world: World) -> None:
     await world.create()
     following = await next_daemon(world)

@@ -18,6 +18,16 @@ OUT = "out"
 API_SOCKET = "api.sock"
 TAP = "tap0"
 
+#: What keeps machines from being jailed where processes of other users are hidden, and what to do.
+HIDDEN = (
+    "/proc shows no processes of other users here (hidepid), and each jailed machine is another"
+    " user's: while it runs it would be taken for ended"
+)
+HIDDEN_HINT = (
+    "show them: mount -o remount,hidepid=0 /proc, and so in /etc/fstab, or with gid= of a group"
+    " that you are in (proc(5))"
+)
+
 _VM_ID = re.compile(r"[0-9a-f]{12}")
 _PROC = Path("/proc")
 
@@ -58,6 +68,23 @@ def has_jail(vm_id: str, owner_uid: int) -> bool:
     """Whether somebody is in the jail of a machine of this user's."""
     root = groups_root()
     return root is not None and is_populated(root / parent_group(owner_uid) / vm_id)
+
+
+def pids_in_jails(owner_uid: int) -> dict[str, set[int]]:
+    """Who is in the jails of a user's machines, by their ids, whether or not /proc shows them; 0
+    stands for whoever is in no namespace that we see."""
+    root = groups_root()
+    if root is None:
+        return {}
+    groups = (root / parent_group(owner_uid)).glob("*")
+    return {each.name: _pids(each) for each in groups if is_vm_id(each.name)}
+
+
+def _pids(group: Path) -> set[int]:
+    try:
+        return {int(pid) for pid in (group / "cgroup.procs").read_text().split()}
+    except OSError:  # it has gone
+        return set()
 
 
 def jailed_vm(pid: int, owner_uid: int) -> str:

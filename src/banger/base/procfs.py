@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from banger.base.jail import jailed_vm, may_be_jailed
+from banger.base.jail import jailed_vm, may_be_jailed, pids_in_jails
 
 _PROC = Path("/proc")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -119,6 +119,29 @@ def own_processes() -> Iterator[tuple[int, tuple[str, ...]]]:
                 argv = command_line(pid)
                 if ("--id", vm_id) in itertools.pairwise(argv):
                     yield pid, argv
+
+
+def hides_others() -> bool:
+    """Whether processes of other users cannot be looked at: /proc is mounted with ``hidepid``
+    (proc(5)), or is one that a unit has to itself (``ProtectProc`` of systemd.exec(5)).
+
+    What counts is what this process sees, who may be of the group that is excepted. The first
+    process stands for all others: it is there, root's, and has privileges that we lack.
+    """
+    return not _stat(1)
+
+
+def hidden_machines() -> list[str]:
+    """The ids of machines that run in this user's jails and cannot be looked at: `own_processes`
+    lacks them, as it does those that have ended."""
+    uid = os.getuid()
+    hidden = {
+        vm_id: unseen
+        for vm_id, pids in pids_in_jails(uid).items()
+        if (unseen := {pid for pid in pids if not _stat(pid)})
+    }
+    still_there = pids_in_jails(uid) if hidden else {}  # others have ended meanwhile
+    return sorted(vm_id for vm_id, pids in hidden.items() if pids & still_there.get(vm_id, set()))
 
 
 def open_pidfd(pid: int, is_it: Callable[[tuple[str, ...]], bool]) -> int:

@@ -76,101 +76,12 @@ class Parts:
         self.agents = Agents(drivers.hypervisor.features.agent_vsock_port)
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.networks, self.handles)
+        # Each of these takes what those before it have made.
         self._put_images_together()
-        self.disk_room = DiskRoom(drivers.storage, drivers.hypervisor)
-        self.forwards = Forwards(self.agents, lambda vm: self.vms.in_use(vm))
-        self.publishing = Publishing(self.forwards, self.liveness)
-        self.automatic_ports = AutomaticPorts(
-            self.forwards, self.agents, enabled=config.forward_ports
-        )
-        addresses.asked = self.automatic_ports.look
-        self.networking = Networking(paths, drivers.networks, self.liveness, addresses)
-        self.capabilities = Capabilities(
-            [
-                SystemDisk(paths, drivers.storage, self.liveness, self.disk_room),
-                WorkDisk(paths, drivers.storage, self.images),
-                self.networking,
-                Identity(self.liveness, self.agents),
-                self.publishing,
-                self.automatic_ports,
-            ]
-        )
-        self.templates = TemplateService(
-            paths=paths,
-            config=config,
-            store=store,
-            hypervisor=drivers.hypervisor,
-            networks=drivers.networks,
-            capabilities=self.capabilities,
-            kernels=self.kernels,
-            operations=self.operations,
-        )
-        self.vms = VmService(
-            paths,
-            store,
-            self.handles,
-            self.liveness,
-            self.agents,
-            self.capabilities,
-            self.addresses,
-        )
-        self.standbys = Standbys(
-            paths=paths,
-            hypervisor=drivers.hypervisor,
-            vms=self.vms,
-            liveness=self.liveness,
-            agents=self.agents,
-            templates=self.templates,
-            limit=config.standby_limit,
-        )
-        self.layers = DiskLayers(drivers.hypervisor, drivers.storage, self.vms, self.liveness)
-        self.snapshots = SnapshotService(
-            paths=paths,
-            store=store,
-            hypervisor=drivers.hypervisor,
-            storage=drivers.storage,
-            networks=drivers.networks,
-            capabilities=self.capabilities,
-            images=self.images,
-            kernels=self.kernels,
-            vms=self.vms,
-            liveness=self.liveness,
-            layers=self.layers,
-            agents=self.agents,
-        )
-        self.suspension = Suspension(
-            paths, drivers.hypervisor, self.vms, self.liveness, self.snapshots
-        )
+        self._put_capabilities_together()
+        self._put_machines_together()
         self._put_lives_together()
-        self.image_maker = ImageMaker(
-            paths=paths,
-            operations=self.operations,
-            images=self.images,
-            vms=self.vms,
-            creator=self.creator,
-            lifecycle=self.lifecycle,
-            size_limit_mib=config.image_size_limit,
-        )
-        self.forks = ForkService(self.vms, self.snapshots, self.creator, self.lifecycle)
-        self.health = Health(paths, drivers.hypervisor, self.liveness, self.agents, self.disk_room)
-        self.prune = Prune(self.vms, self.lifecycle, drivers.storage)
-        self.ports = PortService(
-            self.vms, self.lifecycle, self.agents, self.publishing, self.automatic_ports
-        )
-        self.workspaces = WorkspaceService(paths, store, self.vms)
-        self.results = ResultsService(paths)
-        self.ssh = SshService(paths, self.vms, self.agents, config.ssh_key_path)
-        self.fork_runs = ForkRuns(
-            self.vms, self.creator, self.lifecycle, self.forks, self.workspaces, self.results
-        )
-        self.stats = StatsService(
-            vms=self.vms,
-            agents=self.agents,
-            handles=self.handles,
-            hypervisor=drivers.hypervisor,
-            storage=drivers.storage,
-            interval_s=config.stats_poll_interval,
-        )
+        self._put_uses_together()
 
     def _put_images_together(self) -> None:
         self.image_cache = ImageCache(self.paths, self.config.image_cache_limit)
@@ -198,6 +109,78 @@ class Parts:
             self.operations,
             lambda image: self._forget(image),
             size_limit_mib=self.config.image_size_limit,
+        )
+
+    def _put_capabilities_together(self) -> None:
+        self.disk_room = DiskRoom(self.drivers.storage, self.drivers.hypervisor)
+        self.forwards = Forwards(self.agents, lambda vm: self.vms.in_use(vm))
+        self.publishing = Publishing(self.forwards, self.liveness)
+        self.automatic_ports = AutomaticPorts(
+            self.forwards, self.agents, enabled=self.config.forward_ports
+        )
+        self.addresses.asked = self.automatic_ports.look
+        self.networking = Networking(
+            self.paths, self.drivers.networks, self.liveness, self.addresses
+        )
+        self.capabilities = Capabilities(
+            [
+                SystemDisk(self.paths, self.drivers.storage, self.liveness, self.disk_room),
+                WorkDisk(self.paths, self.drivers.storage, self.images),
+                self.networking,
+                Identity(self.liveness, self.agents),
+                self.publishing,
+                self.automatic_ports,
+            ]
+        )
+
+    def _put_machines_together(self) -> None:
+        self.templates = TemplateService(
+            paths=self.paths,
+            config=self.config,
+            store=self.store,
+            hypervisor=self.drivers.hypervisor,
+            networks=self.drivers.networks,
+            capabilities=self.capabilities,
+            kernels=self.kernels,
+            operations=self.operations,
+        )
+        self.vms = VmService(
+            self.paths,
+            self.store,
+            self.handles,
+            self.liveness,
+            self.agents,
+            self.capabilities,
+            self.addresses,
+        )
+        self.standbys = Standbys(
+            paths=self.paths,
+            hypervisor=self.drivers.hypervisor,
+            vms=self.vms,
+            liveness=self.liveness,
+            agents=self.agents,
+            templates=self.templates,
+            limit=self.config.standby_limit,
+        )
+        self.layers = DiskLayers(
+            self.drivers.hypervisor, self.drivers.storage, self.vms, self.liveness
+        )
+        self.snapshots = SnapshotService(
+            paths=self.paths,
+            store=self.store,
+            hypervisor=self.drivers.hypervisor,
+            storage=self.drivers.storage,
+            networks=self.drivers.networks,
+            capabilities=self.capabilities,
+            images=self.images,
+            kernels=self.kernels,
+            vms=self.vms,
+            liveness=self.liveness,
+            layers=self.layers,
+            agents=self.agents,
+        )
+        self.suspension = Suspension(
+            self.paths, self.drivers.hypervisor, self.vms, self.liveness, self.snapshots
         )
 
     def _put_lives_together(self) -> None:
@@ -233,6 +216,39 @@ class Parts:
             starter=starter,
             snapshots=self.snapshots,
             default_network=self.drivers.networks.default,
+        )
+
+    def _put_uses_together(self) -> None:
+        self.image_maker = ImageMaker(
+            paths=self.paths,
+            operations=self.operations,
+            images=self.images,
+            vms=self.vms,
+            creator=self.creator,
+            lifecycle=self.lifecycle,
+            size_limit_mib=self.config.image_size_limit,
+        )
+        self.forks = ForkService(self.vms, self.snapshots, self.creator, self.lifecycle)
+        self.health = Health(
+            self.paths, self.drivers.hypervisor, self.liveness, self.agents, self.disk_room
+        )
+        self.prune = Prune(self.vms, self.lifecycle, self.drivers.storage)
+        self.ports = PortService(
+            self.vms, self.lifecycle, self.agents, self.publishing, self.automatic_ports
+        )
+        self.workspaces = WorkspaceService(self.paths, self.store, self.vms)
+        self.results = ResultsService(self.paths)
+        self.ssh = SshService(self.paths, self.vms, self.agents, self.config.ssh_key_path)
+        self.fork_runs = ForkRuns(
+            self.vms, self.creator, self.lifecycle, self.forks, self.workspaces, self.results
+        )
+        self.stats = StatsService(
+            vms=self.vms,
+            agents=self.agents,
+            handles=self.handles,
+            hypervisor=self.drivers.hypervisor,
+            storage=self.drivers.storage,
+            interval_s=self.config.stats_poll_interval,
         )
 
     async def _forget(self, image: Image) -> None:

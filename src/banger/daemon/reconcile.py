@@ -14,6 +14,7 @@ from pathlib import Path
 
 from banger.base import procfs
 from banger.base.errors import BangerError, PreconditionFailed
+from banger.base.jail import HIDDEN, HIDDEN_HINT
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
@@ -69,13 +70,16 @@ class Reconciler:
     async def run(self) -> None:
         """One pass over /proc, then each VM. A VM that cannot be reconciled stops nothing.
 
-        Raises PreconditionFailed, with nothing done, while another hypervisor runs any.
+        Raises PreconditionFailed, with nothing done, while another hypervisor runs any, and while
+        any cannot be seen.
         """
         with OperationLog("reconcile") as log:
+            records = await self._store.vms()
+            names = {vm.id: vm.name for vm in records}
+            self._check_sight(names)
             processes = list(procfs.own_processes())
             machines = self._liveness.machines(processes)
-            records = await self._store.vms()
-            self._check_hypervisor(processes, {vm.id: vm.name for vm in records})
+            self._check_hypervisor(processes, names)
             # Before a VM is taken for ended: what cannot be found is ended first.
             await self._hypervisor.end_strays({socket.parent.name for socket in machines})
             log.stage("vms", f"{len(records)} records")
@@ -113,6 +117,22 @@ class Reconciler:
             await devices.sweep(running, bases)
         except (BangerError, OSError) as error:
             get_logger().error("devices stay", error=str(error))
+
+    def _check_sight(self, names: Mapping[str, str]) -> None:
+        """Machines that cannot be seen would be taken for gone, and ended as what is left of them.
+
+        Those of another home's daemon, which the user's jails have, too, are its own affair.
+        """
+        ours = [
+            names.get(vm_id, vm_id)
+            for vm_id in procfs.hidden_machines()
+            if vm_id in names or (self._paths.jails_dir / vm_id).exists()
+        ]
+        if ours:
+            raise PreconditionFailed(
+                f"it cannot be seen how {', '.join(sorted(ours))} fares: {HIDDEN}",
+                hint=HIDDEN_HINT,
+            )
 
     def _check_hypervisor(
         self, processes: Sequence[tuple[int, tuple[str, ...]]], names: Mapping[str, str]

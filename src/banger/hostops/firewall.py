@@ -38,10 +38,14 @@ def tables(bridge: Bridge, resolver_port: int, owner_uid: int) -> str:
 
     One transaction: in place of the rules that are there come these, and no packet passes between.
     """
-    name, gateway = bridge.name, bridge.gateway
+    name = bridge.name
     anew = "".join(f"table {family} {name}\nflush table {family} {name}\n" for family in FAMILIES)
+    return anew + _of_bridge(name) + _of_host(bridge, resolver_port, owner_uid)
+
+
+def _of_bridge(name: str) -> str:
     return f"""\
-{anew}table bridge {name} {{
+table bridge {name} {{
     set sociable {{
         type ifname
     }}
@@ -66,6 +70,12 @@ def tables(bridge: Bridge, resolver_port: int, owner_uid: int) -> str:
         iifname "{name}-*" drop
     }}
 }}
+"""
+
+
+def _of_host(bridge: Bridge, resolver_port: int, owner_uid: int) -> str:
+    name, gateway = bridge.name, bridge.gateway
+    return f"""\
 table inet {name} {{
     set sociable {{
         type ipv4_addr

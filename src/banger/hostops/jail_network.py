@@ -10,21 +10,15 @@ import fcntl
 import os
 import socket
 import struct
-from pathlib import Path
 
 from banger.base.jail import TAP
+from banger.hostops import ipv6, tun
 
 #: The jail's end of the pair of interfaces whose other end is in the host, and what joins it to
 #: the tap.
 UPLINK = "uplink0"
 _BRIDGE = "bridge0"
 
-_TUN = "/dev/net/tun"
-# linux/if_tun.h
-_TUNSETIFF = 0x400454CA
-_TUNSETPERSIST = 0x400454CB
-_TUNSETOWNER = 0x400454CC
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
 # linux/sockios.h
 _SIOCGIFFLAGS = 0x8913
 _SIOCSIFFLAGS = 0x8914
@@ -43,16 +37,13 @@ _NLMSGHDR = struct.Struct("=IHHII")
 _NLMSGERR = struct.Struct("=16xi")
 _IFINFOMSG_BYTES = 16
 _ATTRIBUTE = struct.Struct("=HH")
-_IPV6 = Path("/proc/sys/net/ipv6/conf")
 
 
 def furnish(uid: int, *, has_interface: bool) -> None:
     """In the network namespace that the process is in: `TAP`, which the user `uid` may open, joined
     to `UPLINK`; or nothing. Raises OSError."""
     for each in ("all", "default"):
-        setting = _IPV6 / each / "disable_ipv6"
-        if setting.exists():  # a kernel without IPv6 has none
-            setting.write_text("1")
+        ipv6.turn_off(each)
     if not has_interface:
         return
     _make_tap(uid)
@@ -89,14 +80,12 @@ def _attribute(kind: int, value: bytes) -> bytes:
 
 def _make_tap(uid: int) -> None:
     """It stays when it is closed here, and goes with its namespace."""
-    descriptor = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
+    tap = tun.open_tap(TAP)
     try:
-        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-        fcntl.ioctl(descriptor, _TUNSETIFF, _IFREQ_FLAGS.pack(TAP.encode(), flags))
-        fcntl.ioctl(descriptor, _TUNSETOWNER, uid)
-        fcntl.ioctl(descriptor, _TUNSETPERSIST, 1)
+        tun.set_owner(tap, uid)
+        tun.set_lasting(tap, lasting=True)
     finally:
-        os.close(descriptor)
+        os.close(tap)
 
 
 def _index(control: socket.socket, name: str) -> int:

@@ -21,6 +21,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -49,44 +50,56 @@ _TASKS = 16
 _PERIOD_US = 100_000
 
 
+class _Programs(NamedTuple):
+    """Their paths, links resolved."""
+
+    firecracker: str
+    jailer: str
+
+
 class Jails:
     """Those of one user, and the programs that they are made with."""
 
     def __init__(self, owner_uid: int, firecracker: str, jailer: str) -> None:
         """The programs are names to be found on the PATH of this process, or paths."""
         self._owner_uid = owner_uid
-        self._programs = (firecracker, jailer)
+        self._names = (firecracker, jailer)
         #: By paths, inodes, sizes and times: that they are one release.
         self._known: set[tuple[object, ...]] = set()
 
     async def check(self) -> str:
         """The path of the Firecracker that runs in jails. Raises PreconditionFailed where none can
         be made, with what to do."""
-        firecracker, jailer = map(_trusted, self._programs)
-        key = (*_identity(firecracker), *_identity(jailer))
-        if key not in self._known:
-            await _check_release(firecracker, jailer)
-            self._known.add(key)
+        programs = await self._found()
         _groups()
-        return firecracker
+        return programs.firecracker
+
+    async def _found(self) -> _Programs:
+        """Raises PreconditionFailed for what is not there, or not to be run."""
+        programs = _Programs(*map(_trusted, self._names))
+        key = tuple(map(_identity, programs))
+        if key not in self._known:
+            await _check_release(programs)
+            self._known.add(key)
+        return programs
 
     async def launch(self, operation: LaunchJail) -> Done:
         """Make a jail and start Firecracker in it: its pid, and a pidfd.
 
         Raises Conflict where the machine, or another with its uid, has one that lives.
         """
-        firecracker = await self.check()
+        programs, root = await self._found(), _groups()
         owner = await asyncio.to_thread(jail_files.owner_of, self._owner_uid)
         jail_files.check(operation, owner)
-        self._check_free(operation.vm_id)
+        self._check_free(root, operation.vm_id)
         await asyncio.to_thread(_check_nobodys, operation.vm_id)
-        await asyncio.to_thread(_sweep, self._owner_uid)
+        await asyncio.to_thread(_sweep, root, self._owner_uid)
         await asyncio.to_thread(_have_base)
-        group = _groups() / parent_group(self._owner_uid) / operation.vm_id
+        group = root / parent_group(self._owner_uid) / operation.vm_id
         async with _network(operation, self._owner_uid) as network:
             try:
                 await asyncio.to_thread(_make_group, group)
-                return await self._launched(operation, firecracker, group, network)
+                return await self._launched(operation, programs, group, network)
             except BaseException:
                 await asyncio.shield(self._clear(operation))
                 raise
@@ -103,15 +116,15 @@ class Jails:
                 )
 
     async def _launched(
-        self, operation: LaunchJail, firecracker: str, group: Path, network: int
+        self, operation: LaunchJail, programs: _Programs, group: Path, network: int
     ) -> Done:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             order = JailOrder(
                 vm_id=operation.vm_id,
                 uid=jail_uid(operation.vm_id),
-                firecracker=firecracker,
-                jailer=_trusted(self._programs[1]),
+                firecracker=programs.firecracker,
+                jailer=programs.jailer,
                 group=str(group),
                 parent_group=parent_group(self._owner_uid),
                 limits=limits(operation.vcpu_count, operation.memory_mib),
@@ -148,8 +161,8 @@ class Jails:
             group = root / parent_group(self._owner_uid) / vm_id
             await asyncio.to_thread(_end_group, group)
 
-    def _check_free(self, vm_id: str) -> None:
-        for group in _groups().glob("banger-*/*"):
+    def _check_free(self, root: Path, vm_id: str) -> None:
+        for group in root.glob("banger-*/*"):
             alike = group.is_dir() and group.name[:6] == vm_id[:6]
             if alike and is_populated(group):
                 own = group.name == vm_id and group.parent.name == parent_group(self._owner_uid)
@@ -163,8 +176,9 @@ class Jails:
 
 async def end_all(owner_uid: int) -> None:
     """End all jails of a user: for the end of an installation."""
-    for group in _groups_of(owner_uid):
-        await asyncio.to_thread(_end_group, group)
+    if (root := groups_root()) is not None:
+        for group in _groups_of(root, owner_uid):
+            await asyncio.to_thread(_end_group, group)
 
 
 def limits(vcpu_count: int, memory_mib: int) -> tuple[str, ...]:
@@ -207,10 +221,10 @@ def _identity(path: str) -> tuple[object, ...]:
     return path, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-async def _check_release(firecracker: str, jailer: str) -> None:
+async def _check_release(programs: _Programs) -> None:
     """Raise PreconditionFailed for two of different releases: they rely on each other."""
     said = []
-    for path, name in ((firecracker, rb"Firecracker"), (jailer, rb"Jailer")):
+    for path, name in zip(programs, (rb"Firecracker", rb"Jailer"), strict=True):
         done = await proc.run(
             [path, "--version"],
             timeout_s=_VERSION_TIMEOUT_S,
@@ -223,7 +237,7 @@ async def _check_release(firecracker: str, jailer: str) -> None:
         said.append(found[1].decode())
     if said[0] != said[1]:
         raise PreconditionFailed(
-            f"{firecracker} is v{said[0]} and {jailer} is v{said[1]}",
+            f"{programs.firecracker} is v{said[0]} and {programs.jailer} is v{said[1]}",
             hint="install both of one release",
         )
 
@@ -302,17 +316,14 @@ def _groups() -> Path:
     return root
 
 
-def _groups_of(owner_uid: int) -> list[Path]:
-    root = groups_root()
-    if root is None:
-        return []
+def _groups_of(root: Path, owner_uid: int) -> list[Path]:
     return [each for each in (root / parent_group(owner_uid)).glob("*") if each.is_dir()]
 
 
-def _sweep(owner_uid: int) -> None:
+def _sweep(root: Path, owner_uid: int) -> None:
     """Remove what is left of jails whose machines have ended by themselves, and that nobody has
     cleared. A new one is empty, too."""
-    for group in _groups_of(owner_uid):
+    for group in _groups_of(root, owner_uid):
         with suppress(OSError):  # somebody is in it, or it has gone
             if time.time() - group.stat().st_mtime > _NEW_S:
                 group.rmdir()

@@ -1,4 +1,4 @@
-"""Bridges and taps, by netlink and /dev/net/tun. All of it blocks for milliseconds.
+"""Bridges and taps, by netlink; taps are made by `tun`. All of it blocks for milliseconds.
 
 What is ours is told by two things that must agree: a name of banger's shape, and the bridge's
 alias. That says whose it is, by uid and daemon: root's own banger and a user's, and those of a user
@@ -8,11 +8,9 @@ gives back: whether this host forwarded packets before.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import secrets
-import struct
 import threading
 from ipaddress import IPv4Network
 from pathlib import Path
@@ -22,18 +20,9 @@ from pyroute2 import IPRoute
 
 from banger.base.bridge import is_bridge_name
 from banger.base.errors import Conflict, PreconditionFailed
-from banger.hostops import jail_kernel, jail_network
+from banger.hostops import ipv6, jail_kernel, jail_network, tun
 from banger.hostops.ops import BRIDGE_MAC, Bridge
 
-_TUN = Path("/dev/net/tun")
-# linux/if_tun.h
-_TUNSETIFF = 0x400454CA
-_IFF_TAP = 0x0002
-_IFF_NO_PI = 0x1000
-_IFF_VNET_HDR = 0x4000
-#: Only a new one: a name that is taken is an error.
-_IFF_TUN_EXCL = 0x8000
-_IFREQ = struct.Struct("16sH22x")
 _AF_INET = 2
 
 _ALIAS = "banger"
@@ -82,7 +71,7 @@ def bring_up(bridge: Bridge, owner_uid: int) -> None:
                 alias = f"{_of(owner_uid, bridge.instance)} {note}"
                 netlink.link("set", index=index, IFLA_IFALIAS=alias)
             # Guests have no IPv6: this host should not offer them any by it.
-            _no_ipv6(bridge.name)
+            ipv6.turn_off(bridge.name)
             _have_address(netlink, index, bridge)
             netlink.link("set", index=index, state="up")
             _FORWARD.write_text("1")
@@ -124,7 +113,7 @@ def bring_up_names() -> None:
     with IPRoute() as netlink:
         if not _find(netlink, NAMES, "dummy"):
             netlink.link("add", ifname=NAMES, kind="dummy", address=_NAMES_MAC)
-        _no_ipv6(NAMES)
+        ipv6.turn_off(NAMES)
         index = _index(netlink, NAMES)
         netlink.link("set", index=index, IFLA_IFALIAS=_ALIAS, state="up")
         if not list(netlink.get_addr(family=_AF_INET, index=index)):
@@ -139,26 +128,22 @@ def take_down_names() -> None:
 
 
 def open_tap(bridge: str, owner_uid: int) -> tuple[str, int]:
-    """A new tap on a bridge that is up: name and descriptor, with which it goes.
-
-    It passes what a virtio device leaves to the host to do (checksums, segments).
-    """
+    """A new tap on a bridge that is up: name and descriptor, with which it goes."""
     with IPRoute() as netlink:
         master = _find_bridge(netlink, bridge, owner_uid)
         if not master:
             raise PreconditionFailed(f"there is no bridge {bridge}")
         name = f"{bridge}-{secrets.token_hex(3)}"
         try:
-            fd = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+            fd = tun.open_tap(name, new=True)
         except OSError as error:
+            if error.filename != tun.DEVICE:
+                raise
             raise PreconditionFailed(
-                f"{_TUN}: {error.strerror}", hint="load its module: modprobe tun"
+                f"{tun.DEVICE}: {error.strerror}", hint="load its module: modprobe tun"
             ) from error
         try:
-            flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR | _IFF_TUN_EXCL
-            request = _IFREQ.pack(name.encode(), flags)
-            fcntl.ioctl(fd, _TUNSETIFF, request)
-            _no_ipv6(name)
+            ipv6.turn_off(name)
             netlink.link("set", index=_index(netlink, name), master=master, state="up")
         except BaseException:
             os.close(fd)
@@ -201,7 +186,7 @@ def add_uplink(bridge: str, name: str, owner_uid: int, namespace: int) -> None:
         other_end = {"ifname": jail_network.UPLINK, "net_ns_fd": namespace}
         netlink.link("add", ifname=name, kind="veth", peer=other_end)
         try:
-            _no_ipv6(name)
+            ipv6.turn_off(name)
             netlink.link("set", index=_index(netlink, name), master=master, state="up")
         except BaseException:
             netlink.link("del", index=_index(netlink, name))
@@ -214,12 +199,6 @@ def remove_uplink(name: str) -> None:
         link = _link(netlink, name)
         if link is not None and _kind(link) == "veth":
             netlink.link("del", index=link["index"])
-
-
-def _no_ipv6(name: str) -> None:
-    path = Path("/proc/sys/net/ipv6/conf", name, "disable_ipv6")
-    if path.exists():  # a kernel without IPv6 has none
-        path.write_text("1")
 
 
 def _remove(netlink: IPRoute, name: str) -> None:

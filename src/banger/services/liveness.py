@@ -40,7 +40,8 @@ class Liveness:
         return (
             handles.pid > 0
             and handles.boot_id == self._boot_id
-            and procfs.start_ticks(handles.pid) == handles.pid_start_ticks
+            # Of one that is hidden from us since it was recorded we read nothing.
+            and procfs.start_ticks(handles.pid) in (handles.pid_start_ticks, 0)
             and self._is_machine(vm)(procfs.command_line(handles.pid))
         )
 
@@ -201,4 +202,10 @@ class Liveness:
 
     def _is_machine(self, vm: Vm) -> Callable[[tuple[str, ...]], bool]:
         socket = Path(vm.runtime.api_socket)
-        return lambda argv: self._hypervisor.control_socket(argv) == socket
+
+        def is_it(argv: tuple[str, ...]) -> bool:
+            if not argv:  # it has ended, or is hidden: then its jail says that it lives
+                return vm.id in procfs.hidden_machines()
+            return self._hypervisor.control_socket(argv) == socket
+
+        return is_it

@@ -108,6 +108,7 @@ class FirecrackerHypervisor:
         """Firecracker itself and its release, KVM, and where its processes run."""
         name = "hypervisor firecracker"
         try:
+            jail = await self._place.check()
             path, version = await self._known()
         except BangerError as error:
             return [Check(name, Level.FAIL, error.message, error.hint)]
@@ -119,7 +120,7 @@ class FirecrackerHypervisor:
             Check("accelerator", Level.OK, f"kvm: {answer.detail}")
             if answer.usable
             else Check("accelerator", Level.FAIL, answer.detail, without),
-            self._place.check(),
+            jail,
         ]
 
     async def _known(self) -> tuple[str, tuple[int, ...]]:

@@ -31,92 +31,92 @@ _COLD_HINT = "start the VM without its memory: banger vm start --cold"
 _KILL_HINT = "end it: banger vm kill"
 
 
-def _known() -> tuple[_Known, ...]:
-    """The first that fits counts: what is closer to the cause comes before what tells of it."""
-    refused, missing = FirecrackerRefused, PreconditionFailed
-    return (
-        _Known(
-            "not supported after starting the microVM",
-            refused,
-            "its machine runs already",
-            _KILL_HINT,
-        ),
-        _Known(
-            "not supported before starting the microVM",
-            refused,
-            "its machine has not been started",
-            _KILL_HINT,
-        ),
-        _Known("Error creating KVM object", missing, "there is no usable KVM", _KVM_HINT),
-        _Known("Kvm error:", missing, "KVM does not do what it needs", _KVM_HINT),
-        _Known(
-            "snapshot not allowed after configuring",
-            refused,
-            "a state cannot be loaded into a machine that was configured",
-            "",
-        ),
-        _Known("Invalid data version", refused, "the state is another release's", _COLD_HINT),
-        _Known("CRC64 validation failed", refused, "the saved state is damaged", _COLD_HINT),
-        _Known(
-            "the tap device", Unavailable, "it cannot open the machine's tap", "see: banger doctor"
-        ),
-        _Known("No space left on device", Unavailable, "the disk is full", "make room on it"),
-        _Known(
-            "The kernel file cannot be opened",
-            missing,
-            "it cannot open the kernel",
-            "see: banger kernel list",
-        ),
-        _Known("The initrd file cannot be opened", missing, "it cannot open the initramfs", ""),
-        _Known(
-            "the virtio block device",
-            Unavailable,
-            "it cannot use a disk",
-            "see that the file is there, and whose it is",
-        ),
-        _Known(
-            "Cannot initialize the metrics system",
-            Unavailable,
-            "it cannot count into a file",
-            "see that the directory of its sockets is there, and whose it is",
-        ),
-        _Known(
-            "Amount of pages requested is too large",
-            missing,
-            "the machine cannot have this balloon",
-            "",
-        ),
-        _Known("Permission denied", PermissionDenied, "it may not open a file", "see whose it is"),
-        _Known(
-            "Failed to get snapshot state from file",
-            refused,
-            "the saved state cannot be read",
-            _COLD_HINT,
-        ),
-        _Known(
-            "Failed to restore from snapshot",
-            refused,
-            "the machine cannot go on from its saved state",
-            _COLD_HINT,
-        ),
-        _Known(
-            "The memory size (MiB) is",
-            missing,
-            "the machine cannot have that much memory",
-            "change it: banger vm set --memory",
-        ),
-        _Known(
-            "The number of vCPUs must be",
-            missing,
-            "the machine cannot have that many vCPUs: from 1 to 32",
-            "change it: banger vm set --vcpu",
-        ),
-    )
+#: The first that fits counts: what is closer to the cause comes before what tells of it.
+_KNOWN = (
+    _Known(
+        "not supported after starting the microVM",
+        FirecrackerRefused,
+        "its machine runs already",
+        _KILL_HINT,
+    ),
+    _Known(
+        "not supported before starting the microVM",
+        FirecrackerRefused,
+        "its machine has not been started",
+        _KILL_HINT,
+    ),
+    _Known("Error creating KVM object", PreconditionFailed, "there is no usable KVM", _KVM_HINT),
+    _Known("Kvm error:", PreconditionFailed, "KVM does not do what it needs", _KVM_HINT),
+    _Known(
+        "snapshot not allowed after configuring",
+        FirecrackerRefused,
+        "a state cannot be loaded into a machine that was configured",
+        "",
+    ),
+    _Known(
+        "Invalid data version", FirecrackerRefused, "the state is another release's", _COLD_HINT
+    ),
+    _Known("CRC64 validation failed", FirecrackerRefused, "the saved state is damaged", _COLD_HINT),
+    _Known("the tap device", Unavailable, "it cannot open the machine's tap", "see: banger doctor"),
+    _Known("No space left on device", Unavailable, "the disk is full", "make room on it"),
+    _Known(
+        "The kernel file cannot be opened",
+        PreconditionFailed,
+        "it cannot open the kernel",
+        "see: banger kernel list",
+    ),
+    _Known(
+        "The initrd file cannot be opened", PreconditionFailed, "it cannot open the initramfs", ""
+    ),
+    _Known(
+        "the virtio block device",
+        Unavailable,
+        "it cannot use a disk",
+        "see that the file is there, and whose it is",
+    ),
+    _Known(
+        "Cannot initialize the metrics system",
+        Unavailable,
+        "it cannot count into a file",
+        "see that the directory of its sockets is there, and whose it is",
+    ),
+    _Known(
+        "Amount of pages requested is too large",
+        PreconditionFailed,
+        "the machine cannot have this balloon",
+        "",
+    ),
+    _Known("Permission denied", PermissionDenied, "it may not open a file", "see whose it is"),
+    _Known(
+        "Failed to get snapshot state from file",
+        FirecrackerRefused,
+        "the saved state cannot be read",
+        _COLD_HINT,
+    ),
+    _Known(
+        "Failed to restore from snapshot",
+        FirecrackerRefused,
+        "the machine cannot go on from its saved state",
+        _COLD_HINT,
+    ),
+    _Known(
+        "The memory size (MiB) is",
+        PreconditionFailed,
+        "the machine cannot have that much memory",
+        "change it: banger vm set --memory",
+    ),
+    _Known(
+        "The number of vCPUs must be",
+        PreconditionFailed,
+        "the machine cannot have that many vCPUs: from 1 to 32",
+        "change it: banger vm set --vcpu",
+    ),
+)
 
 
 def error_of(what: str, fault: str) -> BangerError:
     """The error for a request (`what`: its method and path) that was answered with this fault."""
-    for known in _known():
+    for known in _KNOWN:
         if known.says in fault:
             message = f"Firecracker refuses {what}: {known.meaning}: {fault}"
             if known.error is FirecrackerRefused:

@@ -15,10 +15,19 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from banger.base import procfs
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
 from banger.base.files import remove_hostile_tree
-from banger.base.jail import API_SOCKET, OUT, TAP, has_jail, is_vm_id
+from banger.base.jail import (
+    API_SOCKET,
+    HIDDEN,
+    HIDDEN_HINT,
+    OUT,
+    TAP,
+    has_jail,
+    is_vm_id,
+)
 from banger.base.log import get_logger
 from banger.drivers.base import Check, Level, Machine, NetworkAttachment
 from banger.drivers.hypervisor.firecracker_place import (
@@ -33,6 +42,7 @@ from banger.drivers.hypervisor.firecracker_place import (
 from banger.hostops.ops import CheckJail, EndJail, HostOps, InJail, LaunchJail
 
 _COPY_BYTES = 1 << 20
+_WITHOUT = "to do without a jail: jailer_enabled = false"
 
 
 class Jailed:
@@ -45,9 +55,20 @@ class Jailed:
         self._host = host
         self._runtime_dirs = tuple(runtime_dirs)
         self._jails_dir = jails_dir
+        #: The Firecracker that the privileged side has found, and which file that was.
+        self._found: tuple[str, tuple[int, ...]] | None = None
 
     async def program(self) -> str:
-        """See `Place.program`: the privileged side's, which the user's setting does not name."""
+        """See `Place.program`: the privileged side's, which the user's setting does not name.
+
+        It is remembered until the file there is another, and `check` asks anew. Nothing but the
+        shape of machines depends on it: who makes a jail looks himself at all that it takes.
+        """
+        if self._found is not None and _identity(self._found[0]) == self._found[1]:
+            return self._found[0]
+        return await self._ask()
+
+    async def _ask(self) -> str:
         if self._host.problem:
             raise PreconditionFailed(
                 f"nobody can put Firecracker into a jail: {self._host.problem}",
@@ -55,10 +76,14 @@ class Jailed:
             )
         path = (await self._host.perform(CheckJail())).name
         check_name(path)
+        self._found = path, _identity(path)
         return path
 
-    def check(self) -> Check:
-        """That there is a jail."""
+    async def check(self) -> Check:
+        """See `Place.check`: that there is a jail, and that we can see who is in it."""
+        await self._ask()
+        if procfs.hides_others():
+            return Check("jailer", Level.FAIL, HIDDEN, f"{HIDDEN_HINT}; {_WITHOUT}")
         detail = "each machine has a uid, root directory, network and limits of its own"
         return Check("jailer", Level.OK, detail)
 
@@ -75,6 +100,8 @@ class Jailed:
     ) -> Started:
         """See `Place.start`."""
         with closing_tap(network):
+            if procfs.hides_others():
+                raise PreconditionFailed(HIDDEN, hint=f"{HIDDEN_HINT}; {_WITHOUT}")
             prepare_links(machine, lent)
             out = await _make_out(machine)
             # Before there is a jail: by these it is known that there may be one.
@@ -200,6 +227,15 @@ class Jailed:
             if (directory / vm_id).is_dir():
                 return directory / vm_id / "control.sock"
         return None
+
+
+def _identity(path: str) -> tuple[int, ...]:
+    """Which file a program is; of none, nothing."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - pathlib is no faster here
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 async def _make_out(machine: Machine) -> Path:

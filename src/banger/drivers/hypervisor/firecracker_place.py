@@ -64,8 +64,10 @@ class Place(Protocol):
         what else keeps it from being started."""
         ...
 
-    def check(self) -> Check:
-        """What keeps who breaks out of a machine from the rest of the host."""
+    async def check(self) -> Check:
+        """What keeps who breaks out of a machine from the rest of the host, looked at anew.
+
+        Raises what `program` does."""
         ...
 
     def runs(self, control_socket: Path) -> bool:
@@ -147,8 +149,8 @@ class Direct:
         check_name(path)
         return path
 
-    def check(self) -> Check:
-        """That there is no jail."""
+    async def check(self) -> Check:
+        """See `Place.check`: that there is no jail."""
         detail = "Firecracker runs as the daemon's own user, without its jailer"
         hint = "who breaks out of a machine is that user: set jailer_enabled = true"
         return Check("jailer", Level.WARN, detail, hint)

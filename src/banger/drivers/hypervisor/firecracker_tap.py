@@ -10,21 +10,15 @@ process has, a copy of which the kernel gives to who may trace that process (pid
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import os
-import struct
 from pathlib import Path
 
 from banger.base.errors import Unavailable
 from banger.base.log import get_logger
+from banger.hostops import tun
 
-_TUNSETIFF = 0x400454CA
-_IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x0002, 0x1000, 0x4000
-_TUNSETPERSIST = 0x400454CB
-_TUNSETOWNER = 0x400454CC
 #: The same on all architectures.
 _SYS_PIDFD_GETFD = 438
-_TUN = "/dev/net/tun"
 _LINKS = Path("/sys/class/net")
 
 
@@ -32,8 +26,8 @@ def lend(tap: int, name: str) -> None:
     """Have a process be able to open the tap `name`, of which `tap` is our descriptor. That is
     closed in any case. Raises Unavailable when it cannot be."""
     try:
-        fcntl.ioctl(tap, _TUNSETOWNER, os.getuid())
-        fcntl.ioctl(tap, _TUNSETPERSIST, 1)
+        tun.set_owner(tap, os.getuid())
+        tun.set_lasting(tap, lasting=True)
     except OSError as error:
         raise Unavailable(f"the tap {name} cannot be handed over: {error.strerror}") from error
     finally:
@@ -53,34 +47,23 @@ def take_back(name: str) -> None:
     if not (_LINKS / name).exists():
         return
     try:
-        _make_transient(_opened(name))
+        _make_transient(tun.open_tap(name))
     except OSError as error:  # it goes with its bridge
         get_logger().error("a tap stays behind", tap=name, error=error.strerror)
 
 
 def _make_transient(descriptor: int) -> None:
     try:
-        fcntl.ioctl(descriptor, _TUNSETPERSIST, 0)
+        tun.set_lasting(descriptor, lasting=False)
     finally:
         os.close(descriptor)
-
-
-def _opened(name: str) -> int:
-    descriptor = os.open(_TUN, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        flags = _IFF_TAP | _IFF_NO_PI | _IFF_VNET_HDR
-        fcntl.ioctl(descriptor, _TUNSETIFF, struct.pack("16sH22x", name.encode(), flags))
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _taken(pid: int, name: str) -> int:
     """A copy of the descriptor that the process has of a tap."""
     for entry in Path(f"/proc/{pid}/fd").iterdir():
         try:
-            if os.readlink(entry) == _TUN and _tap_of(pid, entry.name) == name:  # noqa: PTH115
+            if os.readlink(entry) == tun.DEVICE and _tap_of(pid, entry.name) == name:  # noqa: PTH115
                 return _copy_of(pid, int(entry.name))
         except FileNotFoundError:  # closed meanwhile
             continue
