@@ -77,7 +77,7 @@ class Parts:
         self.handles = HandleCache(paths)
         self.liveness = Liveness(drivers.hypervisor, drivers.networks, self.handles)
         self._put_images_together()
-        self.disk_room = DiskRoom(drivers.storage, drivers.hypervisor)
+        self.disk_room = DiskRoom(drivers.devices, drivers.hypervisor)
         self.forwards = Forwards(self.agents, lambda vm: self.vms.in_use(vm))
         self.publishing = Publishing(self.forwards, self.liveness)
         self.automatic_ports = AutomaticPorts(
@@ -87,7 +87,7 @@ class Parts:
         self.networking = Networking(paths, drivers.networks, self.liveness, addresses)
         self.capabilities = Capabilities(
             [
-                SystemDisk(paths, drivers.storage, self.liveness, self.disk_room),
+                SystemDisk(paths, drivers.storage, drivers.devices, self.liveness, self.disk_room),
                 WorkDisk(paths, drivers.storage, self.images),
                 self.networking,
                 Identity(self.liveness, self.agents),
@@ -104,6 +104,7 @@ class Parts:
             capabilities=self.capabilities,
             kernels=self.kernels,
             operations=self.operations,
+            room=self.disk_room,
         )
         self.vms = VmService(
             paths,
@@ -121,6 +122,7 @@ class Parts:
             liveness=self.liveness,
             agents=self.agents,
             templates=self.templates,
+            room=self.disk_room,
             limit=config.standby_limit,
         )
         self.layers = DiskLayers(drivers.hypervisor, drivers.storage, self.vms, self.liveness)
@@ -137,9 +139,10 @@ class Parts:
             liveness=self.liveness,
             layers=self.layers,
             agents=self.agents,
+            room=self.disk_room,
         )
         self.suspension = Suspension(
-            paths, drivers.hypervisor, self.vms, self.liveness, self.snapshots
+            paths, drivers.hypervisor, self.vms, self.liveness, self.snapshots, self.disk_room
         )
         self._put_lives_together()
         self.image_maker = ImageMaker(
@@ -222,6 +225,7 @@ class Parts:
             liveness=self.liveness,
             agents=self.agents,
             suspension=self.suspension,
+            room=self.disk_room,
         )
         self.creator = VmCreator(
             paths=self.paths,
@@ -254,7 +258,8 @@ class Parts:
             kernels=self.kernels,
             templates=self.templates,
             hypervisor=self.drivers.hypervisor,
-            storage=self.drivers.storage,
+            devices=self.drivers.devices,
+            disk_room=self.disk_room,
             others=self.drivers.others,
             layers=self.layers,
             snapshots=self.snapshots,
