@@ -177,7 +177,7 @@ def test_a_machine_is_looked_after_when_another_storage_is_configured(mapped: Gu
     try:
         assert in_guest(mapped, "box", "cat /kept") == "kept\n"
         assert devices(mapped).count("/system.cow\n") == 1
-        refused = mapped.run("banger", "vm", "suspend", "box", user="alice")
+        refused = mapped.run("banger", "vm", "stop", "--suspend", "box", user="alice")
         assert refused.returncode != 0
         mapped.alice("banger vm stop -q box", timeout_s=_SLOW_S)
         assert devices(mapped) == _NOTHING
