@@ -480,9 +480,9 @@ async def test_a_file_swapped_after_it_was_opened_is_still_the_one_that_was(
         # It is not refused, and looked at no more where it was.
         assert (await mapped(world, under.fileno(), opened.fileno())) != "permission_denied"
         # As root the path could be opened; root's file is still not the owner's.
-        with mine.open("r+b") as file:
-            for pair in ((under, file), (file, opened)):
-                refused = await mapped(world, *(each.fileno() for each in pair))
+        with mine.open("r+b") as roots:
+            for pair in ((under, roots), (roots, opened)):
+                refused = await mapped(world, pair[0].fileno(), pair[1].fileno())
                 assert refused == "permission_denied"
     assert secret.read_bytes() == b"s" * 4096
     assert loops_of(world) == []
