@@ -12,12 +12,17 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import os
+import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
 from banger.base.errors import BadRequest, Conflict
 from banger.hostops import loops, mappings
 from banger.hostops.ops import MapSnapshot
+
+#: Others make one, or take one away, which is done in milliseconds, but for what is busy.
+_LOCK_TIMEOUT_S = 30.0
+_LOOK_AGAIN_S = 0.01
 
 
 async def make(operation: MapSnapshot, owner_uid: int) -> str:
@@ -79,10 +84,26 @@ async def sweep(instance: str, keep: Collection[str], owner_uid: int) -> None:
 @asynccontextmanager
 async def _alone() -> AsyncIterator[None]:
     """Nobody else makes any of it, or takes it away, until the block ends: flock(2) of the device
-    that all who make loop devices open."""
+    that all who make loop devices open. Raises Conflict where somebody keeps it."""
     control = loops.open_control()
     try:
-        await asyncio.to_thread(fcntl.flock, control, fcntl.LOCK_EX)
+        await _lock(control)
         yield
     finally:
         os.close(control)
+
+
+async def _lock(control: int) -> None:
+    """flock(2) cannot be awaited, and a thread that waits in it cannot be stopped."""
+    until = time.monotonic() + _LOCK_TIMEOUT_S
+    while True:
+        try:
+            fcntl.flock(control, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise Conflict(
+                    "another banger makes devices, or takes them away", hint="try again"
+                ) from None
+        else:
+            return
+        await asyncio.sleep(_LOOK_AGAIN_S)
