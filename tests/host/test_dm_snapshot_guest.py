@@ -50,7 +50,7 @@ def mapped(
 def small_state(mapped: GuestHost, at_length: None) -> Iterator[GuestHost]:
     """The same, with what the daemon keeps on a file system of 1400 MiB."""
     own = f"systemctl stop bangerd; mv {_STATE} {_STATE}.away; mkdir -m 700 {_STATE}"
-    make = "truncate -s 1400M /var/tmp/small; mkfs.ext4 -q -m 0 /var/tmp/small"
+    make = "fallocate -l 1400M /var/tmp/small; mkfs.ext4 -q -m 0 /var/tmp/small"
     mount = f"mount -o loop /var/tmp/small {_STATE}; cp -a {_STATE}.away/banger.db {_STATE}"
     mapped.root(f"{own}; {make}; {mount}; chown -R alice: {_STATE}; systemctl start bangerd")
     yield mapped
