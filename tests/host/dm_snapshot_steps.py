@@ -9,26 +9,27 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from banger.base.model import DiskDevices
 from banger.drivers.storage.dm_snapshot import DmSnapshotStorage
+from banger.hostops import loops, mappings
 from banger.hostops.local import LocalHost
-from banger.hostops.ops import Done, Operation
 
 ID = "0123456789ab"
 HOME = Path("/var/tmp/steps")
 DISK = HOME / "vms" / ID / "system.cow"
 BASE = HOME / "base"
-RECORD = HOME / "record"
 _MIB = 1 << 20
 
+T = TypeVar("T")
 
-class Steps(LocalHost):
-    """Kills this process after so many steps: operations, and records of them."""
+
+class Steps:
+    """Kills this process after so many of them: what the kernel is asked, and what is recorded."""
 
     def __init__(self, left: int) -> None:
-        super().__init__()
         self.left = left
 
     def step(self) -> None:
@@ -36,27 +37,41 @@ class Steps(LocalHost):
         if not self.left:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    async def perform(self, operation: Operation) -> Done:
-        done = await super().perform(operation)
-        self.step()
-        return done
+    def after(self, function: Callable[..., T]) -> Callable[..., T]:
+        """The same, and a step."""
+
+        def stepping(*arguments: object, **more: object) -> T:
+            result = function(*arguments, **more)
+            self.step()
+            return result
+
+        return stepping
+
+    def take_part(self) -> None:
+        """In all that a privileged operation consists of."""
+        loops.attach = self.after(loops.attach)
+        loops.resize = self.after(loops.resize)
+        loops.detach_unused = self.after(loops.detach_unused)
+        dmsetup = mappings._dmsetup
+
+        async def stepping(*words: str) -> str:
+            said = await dmsetup(*words)
+            self.step()
+            return said
+
+        mappings._dmsetup = stepping
 
 
-async def act(verb: str, steps: int) -> None:
-    host = Steps(steps)
-    storage = DmSnapshotStorage(HOME / "vms", host)
-
-    def record(devices: DiskDevices) -> None:
-        RECORD.write_text(devices.base)
-        host.step()
-
-    recorded = DiskDevices(base=RECORD.read_text() if RECORD.exists() else "")
+async def act(verb: str, count: int) -> None:
+    steps = Steps(count)
+    steps.take_part()
+    storage = DmSnapshotStorage(HOME / "vms", LocalHost(), "89abcdef")
     if verb == "open":
-        await storage.open(ID, BASE, DISK, record)
+        await storage.open(ID, BASE, DISK, lambda _: steps.step())
     elif verb == "close":
-        await storage.close(ID, DISK, recorded)
+        await storage.close(ID, DISK)
     else:
-        await storage.sweep([], [BASE])
+        await storage.sweep([])
 
 
 def killed(verb: str, steps: int = 0) -> bool:

@@ -17,10 +17,8 @@ from banger.base.errors import BangerError
 from banger.base.jail import jail_uid
 from banger.hostops.local import LocalHost
 from banger.hostops.ops import (
-    AttachLoop,
     BridgeDown,
     BridgeUp,
-    DetachLoop,
     Done,
     EndJail,
     InJail,
@@ -161,31 +159,21 @@ async def a_jail(directory: Path) -> None:
 
 async def mapped(directory: Path) -> Path:
     """The device of the machine's own mapping; another machine's is refused."""
-    devices = []
-    for name, size in (("base", 4 << 20), ("changes", 4 << 20)):
+    for name in ("base", "changes"):
         path = directory / name
         with path.open("wb") as file:
-            file.truncate(size)
+            file.truncate(4 << 20)
         os.chown(path, OWNER, OWNER)
-        flags = os.O_RDWR if name == "changes" else os.O_RDONLY
-        fd = os.open(path, flags)
-        done = await host.perform(AttachLoop(file=fd, writable=name == "changes"))
-        os.close(fd)
-        devices.append(done.name)
-    made = await host.perform(MapSnapshot(vm_id=ID, base=devices[0], changes=devices[1]))
-    seen["loops"] = devices
+    with open(directory / "base", "rb") as base, open(directory / "changes", "rb+") as changes:
+        made = await host.perform(
+            MapSnapshot(vm_id=ID, instance="89abcdef", base=base.fileno(), changes=changes.fileno())
+        )
     device = Path("/dev/mapper", made.name)
     until = time.monotonic() + 20
     while not device.exists() and time.monotonic() < until:
         time.sleep(0.05)
     await refused("another's mapping", operation(directory, vm_id="ffffff000000", device=device))
     return device
-
-
-async def unmap() -> None:
-    await host.perform(UnmapSnapshot(vm_id=ID))
-    for each in seen["loops"]:
-        await host.perform(DetachLoop(device=each))
 
 
 async def killed(directory: Path) -> None:
@@ -262,7 +250,7 @@ async def main() -> None:
     directory = Path("/home/alice/jail")
     make_files(directory)
     await a_jail(directory)
-    await unmap()
+    await host.perform(UnmapSnapshot(vm_id=ID))
     await killed(directory)
     await refusals(directory)
     await host.perform(BridgeDown(bridge="banger7"))

@@ -50,7 +50,7 @@ def mapped(
 def small_state(mapped: GuestHost, at_length: None) -> Iterator[GuestHost]:
     """The same, with what the daemon keeps on a file system of 1400 MiB."""
     own = f"systemctl stop bangerd; mv {_STATE} {_STATE}.away; mkdir -m 700 {_STATE}"
-    make = "truncate -s 1400M /var/tmp/small; mkfs.ext4 -q -m 0 /var/tmp/small"
+    make = "fallocate -l 1400M /var/tmp/small; mkfs.ext4 -q -m 0 /var/tmp/small"
     mount = f"mount -o loop /var/tmp/small {_STATE}; cp -a {_STATE}.away/banger.db {_STATE}"
     mapped.root(f"{own}; {make}; {mount}; chown -R alice: {_STATE}; systemctl start bangerd")
     yield mapped
@@ -94,10 +94,11 @@ def test_killed_after_any_step_it_leaves_nothing_that_is_not_found(mapped: Guest
     seen = json.loads(mapped.root(f"{python} /root/steps.py", timeout_s=_SLOW_S))
     # What was changed was written over each time: one chunk, its area and the header.
     assert seen.pop("bytes of changes") == 3 * 4096
-    # Four operations and four records to open; three operations to close; and once to the end.
+    # Nine steps to open: two records, what is left of another looked for and taken away, three of
+    # loop devices, two of the mapping. Three to close. And once to the end.
     assert {what: len(each) for what, each in seen.items()} == {
-        "opening, closed": 9,
-        "opening, swept": 9,
+        "opening, closed": 10,
+        "opening, swept": 10,
         "closing, closed": 4,
         "closing, swept": 4,
     }
@@ -148,6 +149,48 @@ def test_copies_of_a_machine_that_runs_have_what_it_wrote(mapped: GuestHost) -> 
     assert devices(mapped) == _NOTHING
 
 
+def test_the_host_reads_nothing_that_a_guest_has_written(mapped: GuestHost) -> None:
+    mapped.alice(f"banger vm create -q {_SMALL} --name box", timeout_s=_SLOW_S)
+    mapping = mapped.root("ls /dev/mapper | grep banger-").strip()
+    device = mapped.root(f"basename $(realpath /dev/mapper/{mapping})").strip()
+    loops = mapped.root(f"ls /sys/block/{device}/slaves").split()
+    base, changes = sorted(
+        loops, key=lambda each: mapped.root(f"cat /sys/block/{each}/ro") != "1\n"
+    )
+    for each in (device, base, changes):  # as whenever somebody closes it who may write it
+        mapped.root(f"udevadm trigger --action=change --settle /sys/block/{each}")
+    known = {
+        each: mapped.root(f"udevadm info --query=property --name={each}")
+        for each in (device, base, changes)
+    }
+    assert "ID_FS_TYPE=ext4" in known[base]  # udev does read what it is not told to leave alone
+    assert "ID_FS" not in known[device] + known[changes]
+    assert "DM_UDEV_DISABLE_OTHER_RULES_FLAG=1" in known[device]
+    assert mapped.root(f"stat -c '%U %a' /dev/{device}") == "alice 600\n"
+    mapped.alice("banger vm delete -q -f box")
+
+
+def test_a_machine_is_looked_after_when_another_storage_is_configured(mapped: GuestHost) -> None:
+    mapped.alice(f"banger vm create -q {_SMALL} --name box", timeout_s=_SLOW_S)
+    in_guest(mapped, "box", "echo kept >/kept; sync")
+    mapped.root(f"sed -i '1s/dm_snapshot/qcow2/' {_SETTINGS}; systemctl restart bangerd")
+    try:
+        assert in_guest(mapped, "box", "cat /kept") == "kept\n"
+        assert devices(mapped).count("/system.cow\n") == 1
+        refused = mapped.run("banger", "vm", "stop", "--suspend", "box", user="alice")
+        assert refused.returncode != 0
+        mapped.alice("banger vm stop -q box", timeout_s=_SLOW_S)
+        assert devices(mapped) == _NOTHING
+        refused = mapped.run("banger", "vm", "start", "box", user="alice")
+        assert b"was not made by qcow2 storage" in refused.stderr
+    finally:
+        mapped.root(f"sed -i '1s/qcow2/dm_snapshot/' {_SETTINGS}; systemctl restart bangerd")
+    mapped.alice("banger vm start -q box", timeout_s=_SLOW_S)
+    assert in_guest(mapped, "box", "cat /kept") == "kept\n"
+    mapped.alice("banger vm delete -q -f box")
+    assert devices(mapped) == _NOTHING
+
+
 def test_a_machine_that_finds_no_room_is_held_and_runs_on(small_state: GuestHost) -> None:
     host = small_state
     host.alice(f"banger vm create -q {_SMALL} --name box", timeout_s=_SLOW_S)
@@ -155,9 +198,11 @@ def test_a_machine_that_finds_no_room_is_held_and_runs_on(small_state: GuestHost
     write = "tr '\\0' x </dev/zero | dd of=/much iflag=fullblock bs=1M count=250 conv=fsync"
     in_guest(host, "box", f"({write}; md5sum /much; echo done >/done) >/log 2>&1 &")
     await_line(host, "vm held: the disk is full")
-    health = host.run("banger", "vm", "health", "box", user="alice")
-    assert health.returncode == 1
-    assert "held: the host" in health.stdout.decode()
+    for _ in range(2):
+        health = host.run("banger", "vm", "health", "box", user="alice")
+        assert health.returncode == 1
+        assert "held: the host" in health.stdout.decode()
+        host.root("systemctl restart bangerd")  # which looks for room before it lets any run on
     assert "good" in host.root("dmsetup status | grep -q Invalid || echo good")
     host.root(f"rm {_STATE}/ballast")
     await_line(host, "vm runs on: the disk has room")
@@ -226,3 +271,16 @@ def with_fault(host: GuestHost, fault: str, command: str) -> None:
     failed = host.run("sh", "-c", command, user="alice", timeout_s=_SLOW_S)
     assert failed.returncode != 0, failed
     host.root(f"rm -r {unit}; systemctl daemon-reload; systemctl restart bangerd")
+
+
+def test_uninstalling_takes_away_what_is_left(mapped: GuestHost) -> None:
+    """Of a machine that ended while there was no daemon."""
+    mapped.alice(f"banger vm create -q {_SMALL} --name box", timeout_s=_SLOW_S)
+    mapped.root("systemctl stop bangerd; pkill -KILL qemu-system; while pgrep qemu-system; do sleep"
+        " 0.1; done")  # fmt: skip
+    assert "/system.cow\n" in devices(mapped)
+    mapped.root("banger system uninstall", timeout_s=_SLOW_S)
+    assert devices(mapped) == _NOTHING
+    assert mapped.run("test", "-e", "/etc/udev/rules.d/12-banger.rules").returncode == 1
+    # Hers again, as far as it can be without anybody who makes devices.
+    mapped.alice("banger vm delete -q -f box; banger daemon stop")

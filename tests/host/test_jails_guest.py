@@ -238,6 +238,33 @@ def test_without_jails_it_is_said_and_done(installed: GuestHost) -> None:
     )
 
 
+def test_a_jailed_machine_has_a_device_for_its_disk(installed: GuestHost) -> None:
+    """A snapshot of device-mapper's, whose node the jail has for itself."""
+    settings = "/home/alice/.config/banger/config.toml"
+    installed.load("loop", "dm_snapshot")
+    installed.root(
+        f"chown alice /srv/rootfs.ext4; sed -i '1i storage = \"dm_snapshot\"' {settings};"
+        " systemctl restart bangerd"
+    )
+    there = "dmsetup ls; losetup --all --noheadings --output BACK-FILE"
+    installed.alice(f"{_RUN} --name mapped --cold")
+    jailed = _jailed(installed)
+    assert len(jailed) == 1
+    assert f"banger-{Path(jailed[0]).name}" in installed.root(there)
+    in_it = "banger vm exec -i mapped -- sh -euc"
+    installed.alice(f"{in_it} 'head -c 20M /dev/urandom >/much; md5sum /much >/sum; sync'")
+    installed.alice("banger vm stop -q mapped")
+    assert (installed.root(there), _jailed(installed)) == ("No devices found\n", [])
+    installed.alice("banger vm start -q mapped")
+    assert installed.alice(f"{in_it} 'md5sum -c /sum'") == "/much: OK\n"
+    installed.alice("banger vm snapshot -q mapped kept; banger vm fork -q mapped --count 1")
+    fork = "banger vm exec mapped-fork-1 -- md5sum -c /sum"
+    assert installed.alice(fork) == "/much: OK\n"
+    installed.alice("banger vm delete -q --force mapped mapped-fork-1; banger snapshot delete kept")
+    assert (installed.root(there), _jailed(installed)) == ("No devices found\n", [])
+    installed.root(f"sed -i 1d {settings}; systemctl restart bangerd")
+
+
 def test_uninstalling_ends_what_is_in_jails(installed: GuestHost) -> None:
     installed.alice("banger vm start -q box")
     assert len(_jailed(installed)) == 1

@@ -121,6 +121,7 @@ def test_nothing_is_left_of_it_but_what_is_the_users(bare: GuestHost) -> None:
     assert {line.split()[0] for line in during if "banger" in line} >= {
         *("/etc/banger", "/etc/banger/install.toml", "/run/banger", "/run/bangerd"),
         *("/etc/systemd/system/banger-helper.service", "/etc/systemd/system/bangerd.service"),
+        "/etc/udev/rules.d/12-banger.rules",
     }
     assert bare.alice("banger vm run -q --rm --memory 256M --vcpu 1 -- echo ran") == "ran\n"
     said = bare.root("banger system uninstall").splitlines()

@@ -31,20 +31,22 @@ from banger.hostops.ops import (
     ALLOWED_TOTAL_MAX,
     GUESTS_MAX,
     AnyOperation,
-    AttachLoop,
     Bridge,
     BridgeDown,
     BridgeUp,
     Guest,
     InJail,
+    MapSnapshot,
     OpenTap,
     SetGuests,
+    UnmapSnapshot,
 )
 from helper_world import JUNK, OWNER_UID, World, helper_world
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="run the tests as root for the helper")
 
 OP_ID = "op-0123456789ab"
+_MAP = {"vm_id": "0123456789ab", "instance": "89abcdef"}
 _LENGTH = struct.Struct(">I")
 _MANY = settings(
     max_examples=150,
@@ -164,8 +166,13 @@ def test_any_bytes_are_refused(world: World, sent: bytes, framed: bool) -> None:
         ({"operation": {"op": "bridge_down", "bridge": "banger1\n"}}, "bad_request"),
         ({"operation": {"op": "bridge_down", "bridge": ["banger1"]}}, "bad_request"),
         ({"operation": {"op": "bridge_down", "bridge": "y" * 1_000_000}}, "bad_request"),
-        ({"operation": {"op": "attach_loop", "file": 0, "writable": True}}, "bad_request"),
-        ({"operation": {"op": "attach_loop", "file": 3}}, "bad_request"),
+        ({"operation": {"op": "map_snapshot", **_MAP, "base": 0, "changes": 1}}, "bad_request"),
+        ({"operation": {"op": "map_snapshot", **_MAP, "path": "/etc/shadow"}}, "bad_request"),
+        ({"operation": {"op": "map_snapshot", **_MAP, "instance": ""}}, "bad_request"),
+        ({"operation": {"op": "sweep_snapshots", "instance": "*"}}, "bad_request"),
+        ({"operation": {"op": "sweep_snapshots", "keep": ["x"]}}, "bad_request"),
+        ({"operation": {"op": "sweep_snapshots", "keep": ["0" * 12] * 4097}}, "bad_request"),
+        ({"operation": {"op": "unmap_snapshot", "vm_id": "0123456789ab\n"}}, "bad_request"),
         ({"operation": {"op": "end_jail", "vm_id": "../../system.slice"}}, "bad_request"),
         ({"operation": {"op": "end_jail", "vm_id": "0123456789ab", "pid": 1}}, "bad_request"),
         (
@@ -233,12 +240,11 @@ _VALID: dict[str, dict[str, Any]] = {
     },
     "route_names": {"server": "127.0.0.1", "port": 5353},
     "unroute_names": {},
-    "attach_loop": {"file": -1, "writable": False},
-    "detach_loop": {"device": "loop999"},
-    "map_snapshot": {"vm_id": "0123456789ab", "base": "loop998", "changes": "loop999"},
-    "resize_loop": {"device": "loop999"},
-    "unmap_snapshot": {"vm_id": "0123456789ab"},
+    "map_snapshot": {**_MAP, "base": -1, "changes": -1},
+    "grow_snapshot": {"vm_id": "0123456789ab"},
     "look_at_snapshot": {"vm_id": "0123456789ab"},
+    "unmap_snapshot": {"vm_id": "0123456789ab"},
+    "sweep_snapshots": {"instance": "89abcdef", "keep": ["0123456789ab"]},
     "check_jail": {},
     "launch_jail": {
         "vm_id": "0123456789ab",
@@ -420,9 +426,7 @@ def send_with(connection: socket.socket, data: bytes, descriptors: list[int]) ->
     ("operation", "count"),
     [
         ({"op": "bridge_down", "bridge": "banger1"}, 1),
-        ({"op": "attach_loop", "file": -1}, 0),
-        ({"op": "attach_loop", "file": -1}, 2),
-        ({"op": "attach_loop", "file": -1}, 200),
+        *(({"op": "map_snapshot", **_MAP}, count) for count in (0, 1, 3, 200)),
         *(({"op": "launch_jail", **_VALID["launch_jail"]}, count) for count in (0, 3, 5, 16, 17)),
     ],
 )
@@ -445,7 +449,7 @@ def test_a_jail_is_made_of_nothing_but_the_owners_own(world: World, tmp_path: Pa
 
 
 def test_a_descriptor_with_every_byte_is_refused_and_closed(world: World) -> None:
-    data = request({"op": "attach_loop", "file": -1})
+    data = request({"op": "map_snapshot", **_MAP})
     with untouched(world, refusals=1), open("/dev/null") as null, connected(world) as connection:
         with suppress(BrokenPipeError):  # it has heard enough
             for byte in _LENGTH.pack(len(data)) + data:
@@ -466,25 +470,34 @@ async def test_a_file_swapped_after_it_was_opened_is_still_the_one_that_was(
     """The path may lead anywhere by then: the helper has none."""
     secret = world.directory / "secret"
     secret.write_bytes(b"s" * 4096)
-    mine = world.directory / "mine"
-    mine.write_bytes(b"m" * 4096)
-    os.chown(mine, OWNER_UID, OWNER_UID)
-    descriptor = os.open(mine, os.O_RDWR)
-    mine.unlink()
-    mine.symlink_to(secret)
+    mine, base = world.directory / "mine", world.directory / "base"
+    for file in (mine, base):
+        file.write_bytes(b"m" * 4096)
+        os.chown(file, OWNER_UID, OWNER_UID)
+    with mine.open("r+b") as opened, base.open("rb") as under:
+        mine.unlink()
+        mine.symlink_to(secret)
+        # It is not refused, and looked at no more where it was.
+        assert (await mapped(world, under.fileno(), opened.fileno())) != "permission_denied"
+        # As root the path could be opened; root's file is still not the owner's.
+        with mine.open("r+b") as roots:
+            for pair in ((under, roots), (roots, opened)):
+                refused = await mapped(world, pair[0].fileno(), pair[1].fileno())
+                assert refused == "permission_denied"
+    assert secret.read_bytes() == b"s" * 4096
+    assert loops_of(world) == []
+
+
+async def mapped(world: World, base: int, changes: int) -> str:
+    """What mapping them is refused with; it is taken back."""
     host = HelperHost(world.socket)
     try:
-        done = await host.perform(AttachLoop(file=descriptor, writable=True))
-        try:
-            assert Path(f"/dev/{done.name}").read_bytes()[:4096] == b"m" * 4096
-        finally:
-            answer(world, {"op": "detach_loop", "device": done.name})
+        await host.perform(MapSnapshot(**_MAP, base=base, changes=changes))
+    except BangerError as error:
+        return error.code
     finally:
-        os.close(descriptor)
-    assert secret.read_bytes() == b"s" * 4096
-    # As root the path could be opened; root's file is still not the owner's.
-    with open(mine, "r+b") as file, pytest.raises(BangerError, match="belongs to uid 0"):
-        await host.perform(AttachLoop(file=file.fileno(), writable=True))
+        await host.perform(UnmapSnapshot(vm_id=_MAP["vm_id"]))
+    return ""
 
 
 # --- how many, how slow ---

@@ -506,13 +506,17 @@ class DiskDevicesMade:
 
     def __init__(self) -> None:
         self.opened: dict[str, tuple[Path, Path]] = {}
-        self.closed: list[tuple[str, DiskDevices]] = []
-        self.swept: list[tuple[set[str], set[Path]]] = []
+        self.closed: list[str] = []
+        self.swept: list[set[str]] = []
         #: What `tend` says of each machine, and of which it was asked.
         self.rooms: dict[str, Room] = {}
         self.tended: list[str] = []
+        self.tend_gate = Gate()
         self.open_gate = Gate()
         self.close_gate = Gate()
+
+    def serves(self, disk: Path) -> bool:
+        return disk.suffix == ".qcow2"
 
     def node(self, vm_id: str) -> Path:
         return Path("/dev/mapper") / vm_id
@@ -526,16 +530,18 @@ class DiskDevicesMade:
         await self.open_gate.passed()
         record(DiskDevices(base=str(base), base_loop="loop0", changes_loop="loop1", mapping="m"))
 
-    async def close(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
+    async def close(self, vm_id: str, disk: Path) -> None:
+        assert self.serves(disk)
         await self.close_gate.passed()
-        self.closed.append((vm_id, devices))
+        self.closed.append(vm_id)
         self.opened.pop(vm_id, None)
 
-    async def sweep(self, vm_ids: Collection[str], bases: Collection[Path]) -> None:
-        self.swept.append((set(vm_ids), set(bases)))
+    async def sweep(self, vm_ids: Collection[str]) -> None:
+        self.swept.append(set(vm_ids))
 
     async def tend(self, vm_id: str, disk: Path) -> Room:
         self.tended.append(vm_id)
+        await self.tend_gate.passed()
         return self.rooms.get(vm_id, Room.AMPLE)
 
 

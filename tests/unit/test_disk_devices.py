@@ -3,42 +3,56 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from banger.base.errors import PreconditionFailed, Unavailable
+from banger.base.errors import Conflict, PreconditionFailed, Unavailable
 from banger.base.model import DiskDevices, Vm, VmState
 from banger.drivers.base import Level, MachineStatus, Room
 from banger.services import disk_room
 from banger.services.disk_room import DiskRoom
+from banger.services.operations import Progress
 from fakes import DiskDevicesMade
-from test_snapshots import suspend
+from test_snapshots import cancellable, snapshot, suspend
 from world import World, made_world
 
 
 @pytest.fixture
 async def world(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    async with made_world(short_path, monkeypatch, layered=False, template_limit=2) as made:
-        with_devices(made)
+    monkeypatch.setattr(disk_room, "_INTERVAL_S", 0.0)
+    async with made_world(
+        short_path, monkeypatch, layered=False, template_limit=2, devices=DiskDevicesMade()
+    ) as made:
         yield made
 
 
-def with_devices(world: World) -> DiskDevicesMade:
-    """Have its storage make devices."""
-    made = world.storage.devices = DiskDevicesMade()
-    world.disk_room._devices = made
-    return made
-
-
 def devices(world: World) -> DiskDevicesMade:
-    assert world.storage.devices is not None
-    return world.storage.devices
+    assert world.devices is not None
+    return world.devices
 
 
 def base_of(world: World) -> str:
     return str(world.paths.image_dir("id-base") / "rootfs.ext4")
+
+
+def socket_of(vm: Vm) -> Path:
+    return Path(vm.runtime.api_socket)
+
+
+def is_paused(world: World, vm: Vm) -> bool:
+    return world.hypervisor.statuses.get(socket_of(vm)) is MachineStatus.PAUSED
+
+
+async def until_tended(world: World, vm: Vm, times: int = 3) -> None:
+    """So often from now on, and what came of it is done but for the last."""
+    tended = devices(world).tended
+    before = tended.count(vm.id)
+    async with asyncio.timeout(20):
+        while tended.count(vm.id) < before + times:
+            await asyncio.sleep(0)
 
 
 async def test_a_machine_has_its_device_from_before_its_launch_until_it_has_ended(
@@ -51,13 +65,12 @@ async def test_a_machine_has_its_device_from_before_its_launch_until_it_has_ende
     assert (system.path, system.is_device) == (Path("/dev/mapper") / vm.id, True)
     handles = world.handles.load(vm.id)  # what the next daemon reads
     assert handles.pid > 0
-    recorded = DiskDevices(
+    assert handles.disk == DiskDevices(
         base=base_of(world), base_loop="loop0", changes_loop="loop1", mapping="m"
     )
-    assert handles.disk == recorded
     await world.stop("box")
     assert devices(world).opened == {}
-    assert devices(world).closed[-1] == (vm.id, recorded)
+    assert devices(world).closed[-1] == vm.id
     await world.start("box")
     assert list(devices(world).opened) == [vm.id]
     await suspend(world)
@@ -68,8 +81,7 @@ async def test_a_machine_has_its_device_from_before_its_launch_until_it_has_ende
 async def test_a_template_has_one_while_it_is_made(world: World) -> None:
     vm = await world.create()
     (template,) = await world.store.templates()
-    closed = [vm_id for vm_id, made in devices(world).closed if made.base == base_of(world)]
-    assert template.id in closed
+    assert template.id in devices(world).closed
     assert list(devices(world).opened) == [vm.id]
     assert not (world.paths.vm(template.id).directory).exists()
 
@@ -82,7 +94,7 @@ async def test_what_cannot_be_opened_fails_the_start_and_is_closed(world: World)
         await world.start("box")
     assert (await world.vms.show("box")).runtime.state is VmState.STOPPED
     assert devices(world).opened == {}
-    assert devices(world).closed[-1] == (vm.id, DiskDevices(base=base_of(world)))
+    assert devices(world).closed[-1] == vm.id
 
 
 async def test_what_cannot_be_closed_is_closed_by_the_next_start(world: World) -> None:
@@ -92,8 +104,9 @@ async def test_what_cannot_be_closed_is_closed_by_the_next_start(world: World) -
         await world.stop("box")
     assert world.handles.get(vm.id).disk.mapping == "m"
     devices(world).close_gate.fail = None
+    closed = devices(world).closed.count(vm.id)
     await world.start("box")
-    assert "m" in [made.mapping for _, made in devices(world).closed]
+    assert devices(world).closed.count(vm.id) > closed
 
 
 async def test_the_next_daemon_looks_after_what_runs_and_sweeps_the_rest(world: World) -> None:
@@ -101,27 +114,42 @@ async def test_the_next_daemon_looks_after_what_runs_and_sweeps_the_rest(world: 
     await world.create("other")
     await world.stop("other")
     following = await world.restarted()
-    made = with_devices(following)
     await following.reconcile()
-    assert made.swept == [({vm.id}, {Path(base_of(world))})]
+    assert devices(following).swept == [{vm.id}]
     async with following.disk_room.running():
-        await until_tended(made, vm)
-    assert set(made.tended) == {vm.id}
+        devices(following).tended.clear()
+        await until_tended(following, vm)
+    assert set(devices(following).tended) == {vm.id}
     await following.close()
 
 
-async def until_tended(made: DiskDevicesMade, vm: Vm) -> None:
-    async with asyncio.timeout(20):
-        while made.tended[-2:] != [vm.id] * 2:
-            await asyncio.sleep(0)
-
-
-async def test_a_machine_without_room_is_held_until_there_is_some(
-    world: World, monkeypatch: pytest.MonkeyPatch
+async def test_a_machine_of_a_storage_that_is_configured_no_more_is_looked_after_all_the_same(
+    world: World,
 ) -> None:
-    monkeypatch.setattr(disk_room, "_INTERVAL_S", 0.0)
     vm = await world.create()
-    socket = Path(vm.runtime.api_socket)
+    gone = await world.create("gone")
+    following = await world.restarted()
+    world.processes.end(world.hypervisor.pids[socket_of(gone)])
+    following.storage.devices, following.storage.suffix = None, ".raw"
+    await following.reconcile()
+    assert list(devices(following).opened) == [vm.id]
+    assert devices(following).swept == [{vm.id}]
+    async with following.disk_room.running():
+        await until_tended(following, vm)
+        with pytest.raises(PreconditionFailed, match="not made by fake storage"):
+            await suspend(following)
+        with pytest.raises(PreconditionFailed, match="not made by fake storage"):
+            await snapshot(following)
+        await following.stop("box")
+    assert devices(following).opened == {}
+    with pytest.raises(PreconditionFailed, match="not made by fake storage"):
+        await following.start("box")
+    await following.delete("box")
+    await following.close()
+
+
+async def test_a_machine_without_room_is_held_until_there_is_some(world: World) -> None:
+    vm = await world.create()
     made = devices(world)
 
     async def health() -> tuple[bool, dict[str, str]]:
@@ -130,25 +158,21 @@ async def test_a_machine_without_room_is_held_until_there_is_some(
             each.name: each.detail for each in found.checks if each.level is Level.FAIL
         }
 
-    async def next_look() -> None:
-        made.tended.clear()
-        await until_tended(made, vm)
-
     async with world.disk_room.running():
         made.rooms[vm.id] = Room.TIGHT
-        await next_look()
+        await until_tended(world, vm)
         assert await health() == (True, {})
         made.rooms[vm.id] = Room.SHORT
-        await next_look()
+        await until_tended(world, vm)
         assert await health() == (False, {"machine": "held: the host's disk is full"})
-        await world.hypervisor.resume(socket)  # a snapshot has let it run on
-        await next_look()
+        await world.hypervisor.resume(socket_of(vm))  # somebody has let it run on
+        await until_tended(world, vm)
         made.rooms[vm.id] = Room.TIGHT  # some, and not enough
-        await next_look()
-        assert world.hypervisor.statuses[socket] is MachineStatus.PAUSED
+        await until_tended(world, vm)
+        assert is_paused(world, vm)
         made.rooms[vm.id] = Room.AMPLE
-        await next_look()
-        assert socket not in world.hypervisor.statuses
+        await until_tended(world, vm)
+        assert not is_paused(world, vm)
         assert await health() == (True, {})
         made.rooms[vm.id] = Room.LOST
         async with asyncio.timeout(20):
@@ -165,12 +189,240 @@ async def test_a_machine_without_room_is_held_until_there_is_some(
     assert world.disk_room.room(vm.id) is Room.AMPLE
 
 
+async def test_one_that_is_lost_while_it_is_held_is_let_go(world: World) -> None:
+    """Its guest hears of it; no room that there may be would mend it."""
+    vm = await world.create()
+    async with world.disk_room.running():
+        devices(world).rooms[vm.id] = Room.SHORT
+        await until_tended(world, vm)
+        assert is_paused(world, vm)
+        devices(world).rooms[vm.id] = Room.LOST
+        async with asyncio.timeout(20):
+            while is_paused(world, vm):
+                await asyncio.sleep(0)
+    assert not world.disk_room.is_held(vm.id)
+
+
+async def test_one_that_takes_long_makes_no_other_wait(world: World) -> None:
+    slow, quick = await world.create("slow"), await world.create("quick")
+    stuck = asyncio.Event()
+    tend = devices(world).tend
+
+    async def tended(vm_id: str, disk: Path) -> Room:
+        if vm_id == slow.id:
+            await stuck.wait()
+        return await tend(vm_id, disk)
+
+    devices(world).tend = tended  # type: ignore[method-assign]
+    async with world.disk_room.running():
+        await until_tended(world, quick)
+        stuck.set()
+        await until_tended(world, slow)
+
+
+@pytest.mark.parametrize("room", [Room.SHORT, Room.TIGHT])
+async def test_the_next_daemon_lets_nothing_run_on_before_there_is_room(
+    world: World, room: Room
+) -> None:
+    vm = await world.create()
+    devices(world).rooms[vm.id] = Room.SHORT
+    async with world.disk_room.running():
+        await until_tended(world, vm)
+    following = await world.restarted()
+    devices(following).rooms[vm.id] = room
+    async with following.disk_room.running():
+        await following.reconcile()
+        await until_tended(following, vm)
+        assert is_paused(following, vm)
+        assert following.disk_room.is_held(vm.id)
+        devices(following).rooms[vm.id] = Room.AMPLE
+        await until_tended(following, vm)
+        assert not is_paused(following, vm)
+    await following.close()
+
+
+async def test_the_next_daemon_holds_one_that_it_cannot_look_after_until_it_can(
+    world: World,
+) -> None:
+    vm = await world.create()
+    await world.hypervisor.pause(socket_of(vm))
+    following = await world.restarted()
+    devices(following).tend_gate.fail = Unavailable("the helper is gone")
+    async with following.disk_room.running():
+        await following.reconcile()
+        await until_tended(following, vm)
+        assert is_paused(following, vm)
+        devices(following).tend_gate.fail = None
+        await until_tended(following, vm)
+        assert not is_paused(following, vm)
+    await following.close()
+
+
+async def test_the_next_daemon_lets_run_on_what_was_paused_for_another_reason(
+    world: World,
+) -> None:
+    vm = await world.create()
+    await world.hypervisor.pause(socket_of(vm))
+    following = await world.restarted()
+    await following.reconcile()
+    assert not is_paused(following, vm)
+    assert not following.disk_room.is_held(vm.id)
+    await following.close()
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda world, progress: world.snapshots.take("box", "snap", progress),
+        lambda world, progress: world.suspension.suspend("box", progress),
+    ],
+    ids=["snapshot", "suspend"],
+)
+async def test_whoever_copies_a_machine_has_it_to_himself(
+    world: World, act: Callable[[World, Progress], Awaitable[object]]
+) -> None:
+    """It was held, and has been let run on by somebody; now there is room again."""
+    vm = await world.create()
+    async with world.disk_room.running():
+        devices(world).rooms[vm.id] = Room.SHORT
+        await until_tended(world, vm)
+        watched = world.disk_room._watched[vm.id]
+        devices(world).rooms[vm.id] = Room.TIGHT
+        await world.hypervisor.resume(socket_of(vm))
+        world.hypervisor.capture_gate.block = True
+
+        async def work(progress: Progress) -> None:
+            await act(world, progress)
+
+        acting = asyncio.ensure_future(cancellable(world, work))
+        await world.hypervisor.capture_gate.reached.wait()
+        for room in (Room.AMPLE, Room.SHORT):
+            devices(world).rooms[vm.id] = room
+            await until_tended(world, vm)  # its room is kept all the while
+            assert is_paused(world, vm)
+            assert watched.held
+        devices(world).rooms[vm.id] = Room.AMPLE
+        acting.cancel()
+        with suppress(asyncio.CancelledError):
+            await acting
+        await until_tended(world, vm)
+        assert not is_paused(world, vm)
+        assert not world.disk_room.is_held(vm.id)
+
+
+async def test_what_is_under_way_is_waited_for_by_who_wants_it_left_alone(world: World) -> None:
+    vm = await world.create()
+    world.hypervisor.pause_gate.block = True
+    async with world.disk_room.running():
+        devices(world).rooms[vm.id] = Room.SHORT
+        await world.hypervisor.pause_gate.reached.wait()
+        waiting = [
+            asyncio.ensure_future(each)
+            for each in (alone(world.disk_room, vm), world.disk_room.forget(vm.id))
+        ]
+        await asyncio.sleep(0.01)
+        assert not any(each.done() for each in waiting)
+        for each in waiting:
+            each.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def alone(room: DiskRoom, vm: Vm) -> None:
+    async with room.left_alone(vm.id):
+        pass
+
+
+async def test_one_that_powers_off_is_not_held(world: World) -> None:
+    """What it has yet to write may fit."""
+    vm = await world.create()
+    seen: list[bool] = []
+
+    def shut_down() -> None:
+        devices(world).rooms[vm.id] = Room.SHORT
+
+        async def look() -> None:
+            await until_tended(world, vm)
+            seen.append(is_paused(world, vm))
+            world.processes.end(world.hypervisor.pids[socket_of(vm)])
+
+        looking.append(asyncio.ensure_future(look()))
+
+    looking: list[asyncio.Future[None]] = []
+    world.agent.on_shutdown = shut_down
+    async with world.disk_room.running():
+        await world.stop("box")
+        await asyncio.gather(*looking)
+    assert seen == [False]
+
+
+async def test_a_template_is_not_made_of_a_machine_without_room(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine of a VM that is made from it has its own disk, and may find some."""
+    made = devices(world)
+    rooms = iter([Room.SHORT, Room.LOST])
+    of: dict[str, Room] = {}
+    tend = made.tend
+
+    async def tended(vm_id: str, disk: Path) -> Room:
+        await tend(vm_id, disk)
+        return of.setdefault(vm_id, Room.AMPLE) if "templates" not in disk.parts else short
+
+    monkeypatch.setattr(made, "tend", tended)
+    for name in ("a", "b"):
+        short = next(rooms)
+        async with world.disk_room.running():
+            vm = await world.create(name)
+        assert vm.runtime.state is VmState.RUNNING
+        assert await world.store.templates() == []
+        world.templates._refused.clear()
+
+
+async def test_a_standby_is_not_kept_where_there_is_no_room(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_room, "_INTERVAL_S", 0.0)
+    made = DiskDevicesMade()
+    async with made_world(
+        short_path,
+        monkeypatch,
+        layered=False,
+        template_limit=1,
+        standby_limit=1,
+        devices=made,
+    ) as world:
+        vm = await world.create()
+        monkeypatch.setattr(made, "tend", lambda vm_id, _: short_of(vm_id, but=vm.id))
+        keeper = world.standbys._keeper
+        assert keeper is not None
+        async with world.disk_room.running():
+            await asyncio.wait_for(asyncio.gather(keeper), 60)
+        assert world.standbys.count == 0
+        assert list(made.opened) == [vm.id]
+
+
+async def short_of(vm_id: str, *, but: str) -> Room:
+    await asyncio.sleep(0)
+    return Room.AMPLE if vm_id == but else Room.SHORT
+
+
+async def test_what_is_busy_keeps_its_files(world: World) -> None:
+    await world.create()
+    devices(world).close_gate.fail = Conflict("in use")
+    with pytest.raises(Conflict):
+        await world.delete("box", force=True)
+    assert world.files()
+    devices(world).close_gate.fail = None
+    await world.delete("box", force=True)
+    await world.assert_nothing_left()
+
+
 async def test_without_devices_nothing_is_looked_after(
     short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with made_world(short_path, monkeypatch) as world:
         before = asyncio.all_tasks()
-        room = DiskRoom(world.storage, world.hypervisor)
+        room = DiskRoom(None, world.hypervisor)
         async with room.running():
             room.watch(await world.create())
             assert not room.is_held("box")

@@ -6,7 +6,7 @@ import asyncio
 import os
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,37 +15,40 @@ from banger.base import proc, procfs
 from banger.base.errors import Conflict, PreconditionFailed
 from banger.base.model import DiskDevices
 from banger.drivers.base import Level, Room
-from banger.drivers.storage import block_devices, cow_file, dm_snapshot
-from banger.drivers.storage.block_devices import Loop, Mapping
+from banger.drivers.storage import cow_file, dm_snapshot
 from banger.drivers.storage.dm_snapshot import DmSnapshotStorage
+from banger.hostops import block_devices
+from banger.hostops.block_devices import Mapping
 from banger.hostops.ops import (
-    AttachLoop,
-    DetachLoop,
     Done,
+    GrowSnapshot,
     LookAtSnapshot,
     MapSnapshot,
     Operation,
-    ResizeLoop,
     SnapshotState,
+    SweepSnapshots,
     UnmapSnapshot,
 )
 from test_cow_file import written
 
 ID, OTHER = "0123456789ab", "ba9876543210"
+INSTANCE = "89abcdef"
 MIB = 1 << 20
 GIB = 1 << 30
 
 
 class Host:
-    """Implements `HostOps`; `sizes` are those that loop devices have."""
+    """Implements `HostOps`: `loops` are those of files, by path and whether they can be written;
+    `sizes` are those that loop devices have."""
 
     problem = hint = ""
     installed = True
 
     def __init__(self) -> None:
-        self.loops: dict[str, Loop] = {}
+        self.loops: dict[tuple[Path, bool], str] = {}
         self.sizes: dict[str, int] = {}
-        self.mapped: dict[str, MapSnapshot] = {}
+        #: By machine: the devices of base and changes, and whose it is.
+        self.mapped: dict[str, tuple[str, str, str]] = {}
         self.state = SnapshotState.GOOD
         self.busy = 0
         self.done: list[Operation] = []
@@ -55,58 +58,67 @@ class Host:
         await asyncio.sleep(0)
         self.done.append(operation)
         match operation:
-            case AttachLoop(file=file, writable=writable):
-                return Done(name=self._attached(file, writable=writable))
-            case DetachLoop(device=device):
-                assert not self._holders(device)
-                self.loops.pop(device, None)
-            case ResizeLoop(device=device):
-                self.sizes[device] = self.loops[device].file.stat().st_size
-                assert self.sizes[device] % 512 == 0
-            case MapSnapshot(vm_id=vm_id):
-                self.mapped[vm_id] = operation
+            case MapSnapshot(vm_id=vm_id, instance=instance, base=base, changes=changes):
+                under = self._attached(base, writable=False)
+                over = self._attached(changes, writable=True)
+                self.mapped[vm_id] = (under, over, instance)
                 return Done(name=f"banger-{vm_id}")
+            case GrowSnapshot(vm_id=vm_id):
+                self._resize(self.mapped[vm_id][1])
             case UnmapSnapshot(vm_id=vm_id):
                 if self.busy:
                     self.busy -= 1
                     raise Conflict("in use")
                 self.mapped.pop(vm_id, None)
+                self._detach_unused()
+            case SweepSnapshots(instance=instance, keep=keep):
+                for vm_id, (_, _, of) in list(self.mapped.items()):
+                    if of == instance and vm_id not in keep:
+                        del self.mapped[vm_id]
+                self._detach_unused()
             case LookAtSnapshot():
                 return Done(name=self.state)
+            case _:
+                raise AssertionError(operation)
         return Done()
 
     def _attached(self, file: int, *, writable: bool) -> str:
         path = Path(f"/proc/self/fd/{file}").readlink()
-        assert path.stat().st_size % 512 == 0
-        for loop in self.loops.values():
-            if (loop.file, loop.read_only) == (path, not writable):
-                return loop.name
-        name = f"loop{len(self.loops)}"
-        self.loops[name] = Loop(name, path, not writable, ())
-        self.sizes[name] = path.stat().st_size
+        name = self.loops.setdefault((path, writable), f"loop{len(self.sizes)}")
+        self._resize(name)
         return name
 
-    def _holders(self, device: str) -> tuple[str, ...]:
-        return tuple(
-            f"dm-{number}"
-            for number, each in enumerate(self.mapped.values())
-            if device in (each.base, each.changes)
-        )
+    def _resize(self, name: str) -> None:
+        (path,) = (path for (path, _), each in self.loops.items() if each == name)
+        self.sizes[name] = path.stat().st_size
+        assert self.sizes[name] % 512 == 0
 
-    def all_loops(self) -> list[Loop]:
-        return [replace(each, holders=self._holders(each.name)) for each in self.loops.values()]
+    def _detach_unused(self) -> None:
+        used = {name for base, changes, _ in self.mapped.values() for name in (base, changes)}
+        self.loops = {file: name for file, name in self.loops.items() if name in used}
+
+    def is_read_only(self, name: str) -> bool:
+        return any(name == each and not writable for (_, writable), each in self.loops.items())
 
     def all_mappings(self) -> list[Mapping]:
         return [
             Mapping(
-                device=f"dm-{number}",
                 name=f"banger-{vm_id}",
-                uuid=f"BANGER-{os.getuid()}-{vm_id}",
-                size_bytes=self.sizes[each.base],
-                loops=(each.base, each.changes),
+                uuid=f"BANGER-{os.getuid()}-{instance}-{vm_id}",
+                size_bytes=self.sizes[base],
+                devices=(base, changes),
             )
-            for number, (vm_id, each) in enumerate(self.mapped.items())
+            for vm_id, (base, changes, instance) in self.mapped.items()
         ]
+
+    def files(self) -> list[Path]:
+        """Those that have a loop device."""
+        return [path for path, _ in self.loops]
+
+    @property
+    def changes(self) -> str:
+        """The device of the changes of the first machine."""
+        return self.mapped[ID][1]
 
 
 @dataclass(frozen=True)
@@ -126,10 +138,6 @@ class World:
         disk = await self.disk(vm_id)
         await self.storage.open(vm_id, self.base, disk, lambda _: None)
         return disk
-
-    @property
-    def made(self) -> DiskDevices:
-        return DiskDevices(base=str(self.base))
 
 
 async def copy(argv: Sequence[str], **_: object) -> None:
@@ -151,70 +159,56 @@ def free(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: Callable[[int], None]) -> World:
     host = Host()
-    monkeypatch.setattr(block_devices, "loops", lambda *_: host.all_loops())
     monkeypatch.setattr(block_devices, "size_bytes", host.sizes.__getitem__)
     monkeypatch.setattr(block_devices, "mappings", host.all_mappings)
-    monkeypatch.setattr(
-        block_devices, "loops_of", lambda file: [x for x in host.all_loops() if x.file == file]
-    )
+    monkeypatch.setattr(block_devices, "is_read_only", host.is_read_only)
     monkeypatch.setattr(procfs, "dirty_bytes", lambda: 0)
     monkeypatch.setattr(dm_snapshot, "_TRY_AGAIN_S", 0.0)
     monkeypatch.setattr(proc, "run", copy)
     base = tmp_path / "rootfs.ext4"
     base.touch()
     os.truncate(base, 64 * MIB)
-    return World(
-        host, DmSnapshotStorage(tmp_path / "state/vms", host), base, tmp_path / "state/vms"
-    )
+    directory = tmp_path / "state/vms"
+    return World(host, DmSnapshotStorage(directory, host, INSTANCE), base, directory)
 
 
-async def test_each_step_is_recorded_before_the_next_begins(world: World) -> None:
+async def test_it_is_recorded_that_it_is_made_before_it_is(world: World) -> None:
     disk, seen = await world.disk(), []
 
     def record(devices: DiskDevices) -> None:
         seen.append((len(world.host.done), devices))
 
     await world.storage.open(ID, world.base, disk, record)
-    whole = DiskDevices(
-        base=str(world.base), base_loop="loop0", changes_loop="loop1", mapping=f"banger-{ID}"
-    )
     assert seen == [
-        (0, world.made),
-        (1, replace_of(whole, changes_loop="", mapping="")),
-        (2, replace_of(whole, mapping="")),
-        (4, whole),
-    ]
-    kinds = [AttachLoop, AttachLoop, ResizeLoop, MapSnapshot]
-    assert [type(each) for each in world.host.done] == kinds
+        (0, DiskDevices(base=str(world.base))),
+        (2, DiskDevices(base=str(world.base), base_loop="loop0", changes_loop="loop1",
+            mapping=f"banger-{ID}")),
+    ]  # fmt: skip
+    assert [type(each) for each in world.host.done] == [UnmapSnapshot, MapSnapshot]
     assert world.storage.node(ID) == Path(f"/dev/mapper/banger-{ID}")
-
-
-def replace_of(devices: DiskDevices, **fields: str) -> DiskDevices:
-    known = {name: getattr(devices, name) for name in devices.__struct_fields__}
-    return DiskDevices(**(known | fields))
 
 
 async def test_machines_of_one_image_share_its_device_to_the_last(world: World) -> None:
     disks = {vm_id: await world.opened(vm_id) for vm_id in (ID, OTHER)}
     assert len(world.host.loops) == 3
-    assert world.host.mapped[ID].base == world.host.mapped[OTHER].base
-    await world.storage.close(ID, disks[ID], world.made)
-    assert [each.file for each in world.host.loops.values()] == [world.base, disks[OTHER]]
+    assert world.host.mapped[ID][0] == world.host.mapped[OTHER][0]
+    await world.storage.close(ID, disks[ID])
+    assert world.host.files() == [world.base, disks[OTHER]]
     for _ in range(2):
-        await world.storage.close(OTHER, disks[OTHER], world.made)
+        await world.storage.close(OTHER, disks[OTHER])
     assert world.host.loops == {}
 
 
 async def test_what_is_busy_for_a_moment_is_waited_for(world: World) -> None:
     disk = await world.opened()
     world.host.busy = 3
-    await world.storage.close(ID, disk, world.made)
+    await world.storage.close(ID, disk)
     assert (world.host.mapped, world.host.loops) == ({}, {})
     await world.storage.open(ID, world.base, disk, lambda _: None)
     world.host.busy = 1000
     size = disk.stat().st_size
     with pytest.raises(Conflict):
-        await world.storage.close(ID, disk, world.made)
+        await world.storage.close(ID, disk)
     # What may still be written to is not cut.
     assert disk.stat().st_size == size
 
@@ -231,32 +225,46 @@ async def test_what_an_earlier_run_has_left_is_taken_away_before_its_file_is_cut
     world.host.busy = 0
     world.host.done.clear()
     await world.storage.open(ID, world.base, disk, lambda _: None)
-    assert [type(each) for each in world.host.done] == [
-        *(UnmapSnapshot, DetachLoop, DetachLoop),
-        *(AttachLoop, AttachLoop, ResizeLoop, MapSnapshot),
-    ]
+    assert [type(each) for each in world.host.done] == [UnmapSnapshot, MapSnapshot]
 
 
 async def test_what_nobody_recorded_is_swept_and_what_runs_stays(world: World) -> None:
     await world.opened(ID)
     kept = await world.opened(OTHER)
-    await world.storage.sweep({OTHER}, [world.base])
+    await world.storage.sweep({OTHER})
     assert list(world.host.mapped) == [OTHER]
-    assert {each.file for each in world.host.loops.values()} == {world.base, kept}
+    assert world.host.files() == [world.base, kept]
     world.host.mapped.clear()
-    await world.storage.sweep((), [world.base])
+    await world.storage.sweep(())
     assert world.host.loops == {}
 
 
-async def test_what_is_anothers_is_not_swept(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_is_another_daemons_is_not_swept(world: World) -> None:
     await world.opened(ID)
-    elsewhere = DmSnapshotStorage(world.base.parent / "elsewhere/vms", world.host)
-    await elsewhere.sweep((), [world.base])
+    elsewhere = DmSnapshotStorage(world.directory, world.host, "01234567")
+    await elsewhere.sweep(())
     assert list(world.host.mapped) == [ID]
-    theirs = [replace(each, uuid="LVM-1") for each in world.host.all_mappings()]
-    monkeypatch.setattr(block_devices, "mappings", lambda: theirs)
-    await world.storage.sweep((), [world.base])
-    assert list(world.host.mapped) == [ID]
+
+
+async def test_without_anybody_who_makes_devices_there_are_none_to_take_away(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = await world.disk()
+    monkeypatch.setattr(world.host, "problem", "there is no helper", raising=False)
+    for installed in (False, True):
+        monkeypatch.setattr(world.host, "installed", installed, raising=False)
+        world.host.done.clear()
+        await world.storage.close(ID, disk)
+        await world.storage.sweep(())
+        assert [type(each) for each in world.host.done] == [
+            UnmapSnapshot,
+            SweepSnapshots,
+        ] * installed
+    # What is there all the same is not forgotten.
+    monkeypatch.setattr(world.host, "installed", False, raising=False)
+    await world.storage.open(ID, world.base, disk, lambda _: None)
+    await world.storage.close(ID, disk)
+    assert world.host.mapped == {}
 
 
 async def test_its_room_is_there_while_it_runs_and_is_given_back(world: World) -> None:
@@ -264,7 +272,7 @@ async def test_its_room_is_there_while_it_runs_and_is_given_back(world: World) -
     assert disk.stat().st_blocks * 512 >= 64 * MIB  # all that it could ever need
     assert disk.stat().st_size == cow_file.full_bytes(64 * MIB)
     written(disk, 10, ahead=1000)
-    await world.storage.close(ID, disk, world.made)
+    await world.storage.close(ID, disk)
     assert disk.stat().st_size == 12 * 4096
 
 
@@ -274,7 +282,7 @@ async def test_without_room_it_does_not_begin(world: World, free: Callable[[int]
     disk = await world.disk()
     with pytest.raises(PreconditionFailed, match="no room for what the machine changes"):
         await world.storage.open(ID, world.base, disk, lambda _: None)
-    assert (world.host.done, disk.stat().st_size) == ([], 0)
+    assert (world.host.loops, disk.stat().st_size) == ({}, 0)
 
 
 async def test_room_is_made_before_it_is_needed_and_told_when_there_is_none(
@@ -283,8 +291,8 @@ async def test_room_is_made_before_it_is_needed_and_told_when_there_is_none(
     os.truncate(world.base, 8 * GIB)
     free(2 * GIB + 4097)
     disk = await world.opened()
-    changes = world.host.mapped[ID].changes
-    assert world.host.sizes[changes] == 128 * MIB
+    changes = world.host.changes
+    assert world.host.sizes[changes] == 256 * MIB + 4096  # an area would begin there
 
     def use(used_mib: int) -> None:
         size = disk.stat().st_size // 4096
@@ -292,17 +300,17 @@ async def test_room_is_made_before_it_is_needed_and_told_when_there_is_none(
         written(disk, used_mib * 256 - areas, ahead=0)
         os.truncate(disk, size * 4096)
 
-    use(20)
+    use(40)
     assert await world.storage.tend(ID, disk) is Room.AMPLE
-    assert world.host.sizes[changes] == 128 * MIB  # steps are not that small
-    use(60)
+    assert world.host.sizes[changes] == 256 * MIB + 4096  # steps are not that small
+    use(100)
     assert await world.storage.tend(ID, disk) is Room.AMPLE
     assert world.host.sizes[changes] == disk.stat().st_size
-    assert 187 * MIB < disk.stat().st_size < 189 * MIB
+    assert 355 * MIB < disk.stat().st_size < 357 * MIB
     free(64 * MIB)
-    use(110)
+    use(270)
     assert await world.storage.tend(ID, disk) is Room.TIGHT
-    use(150)
+    use(310)
     assert await world.storage.tend(ID, disk) is Room.SHORT
     free(2 * GIB)
     assert await world.storage.tend(ID, disk) is Room.AMPLE
@@ -354,7 +362,7 @@ async def test_what_overflowed_is_lost_and_can_be_opened_again(
     world.host.state = SnapshotState.OVERFLOWED
     # Room that there is now would not mend it.
     assert await world.storage.tend(ID, disk) is Room.LOST
-    await world.storage.close(ID, disk, world.made)
+    await world.storage.close(ID, disk)
     free(2 * GIB)
     await world.storage.open(ID, world.base, disk, lambda _: None)
     assert await world.storage.tend(ID, disk) is Room.AMPLE
@@ -365,7 +373,7 @@ async def test_changes_that_the_kernel_has_given_up_are_never_used(world: World)
     written(disk, 10, valid=0)
     with pytest.raises(PreconditionFailed, match="given it up"):
         await world.storage.open(ID, world.base, disk, lambda _: None)
-    assert world.host.done == []
+    assert world.host.loops == {}
 
 
 async def test_a_copy_has_the_changes_and_a_life_of_its_own(world: World, tmp_path: Path) -> None:
@@ -425,32 +433,23 @@ async def test_what_is_missing_is_told(world: World, monkeypatch: pytest.MonkeyP
     assert "dmsetup" in check.detail
 
 
-def test_sysfs_says_who_has_which_file(tmp_path: Path) -> None:
-    def put(name: str, content: str) -> None:
-        path = tmp_path / "sys" / name
+def test_sysfs_says_what_is_made_of_what(tmp_path: Path) -> None:
+    def put(name: str, content: str = "") -> None:
+        path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
 
-    file = tmp_path / "a b (c)"
-    put("loop0/loop/backing_file", f"{file}\n")
     put("loop0/ro", "1\n")
-    put("loop1/loop/backing_file", "/gone.cow (deleted)\n")
     put("loop1/ro", "0\n")
-    put("loop2/ro", "0\n")
-    for name in ("loop0", "loop1"):
-        (tmp_path / "sys" / name / "holders").mkdir()
-    put("loop1/holders/dm-0", "")
-    put("dm-0/dm/uuid", f"BANGER-0-{ID}\n")
+    put("loop1/holders/dm-0")
+    put("dm-0/dm/uuid", f"BANGER-0-{INSTANCE}-{ID}\n")
     put("dm-0/dm/name", f"banger-{ID}\n")
     put("dm-0/size", "16\n")
-    put("dm-0/slaves/loop1", "")
-    assert block_devices.loops(tmp_path / "sys") == [
-        Loop("loop0", file, True, ()),
-        Loop("loop1", Path("/gone.cow"), False, ("dm-0",)),
-    ]
-    assert block_devices.loops_of(file, tmp_path / "sys") == [Loop("loop0", file, True, ())]
-    assert block_devices.mappings(tmp_path / "sys") == [
-        Mapping("dm-0", f"banger-{ID}", f"BANGER-0-{ID}", 8192, ("loop1",))
+    put("dm-0/slaves/loop1")
+    assert [block_devices.is_read_only(f"loop{n}", tmp_path) for n in (0, 1)] == [True, False]
+    assert block_devices.users("loop1", tmp_path) == ["dm-0"]
+    assert block_devices.mappings(tmp_path) == [
+        Mapping(f"banger-{ID}", f"BANGER-0-{INSTANCE}-{ID}", 8192, ("loop1",))
     ]
 
 
@@ -469,7 +468,7 @@ def test_no_size_ends_where_the_kernels_next_area_would_begin() -> None:
 async def test_a_nearly_full_file_gets_the_last_of_its_room(world: World) -> None:
     """However little that is, for else its machine would be held for ever."""
     disk = await world.opened()
-    (changes,) = block_devices.writable(tuple(world.host.loops))
+    changes = world.host.changes
     full = cow_file.full_bytes(64 * MIB)
     os.truncate(disk, full - MIB)
     world.host.sizes[changes] = full - MIB
@@ -480,7 +479,7 @@ async def test_a_nearly_full_file_gets_the_last_of_its_room(world: World) -> Non
 
 async def test_a_device_that_was_not_told_of_its_files_size_is_told(world: World) -> None:
     disk = await world.opened()
-    (changes,) = block_devices.writable(tuple(world.host.loops))
+    changes = world.host.changes
     size = world.host.sizes[changes]
     world.host.sizes[changes] = size - 40 * MIB
     written(disk, 100)

@@ -21,14 +21,13 @@ from banger.hostops import wire
 from banger.hostops.ops import (
     DESCRIPTORS_MAX,
     AllowResolved,
-    AttachLoop,
     Bridge,
     BridgeDown,
     BridgeUp,
     CheckJail,
-    DetachLoop,
     Done,
     EndJail,
+    GrowSnapshot,
     Guest,
     InJail,
     LaunchJail,
@@ -36,9 +35,9 @@ from banger.hostops.ops import (
     MapSnapshot,
     OpenTap,
     Operation,
-    ResizeLoop,
     RouteNames,
     SetGuests,
+    SweepSnapshots,
     UnmapSnapshot,
     UnrouteNames,
 )
@@ -56,12 +55,11 @@ OPERATIONS: list[Operation] = [
     AllowResolved(bridge=BRIDGE, guest="172.30.0.2", addresses=("192.0.2.1",)),
     RouteNames(server="127.0.0.1", port=53),
     UnrouteNames(),
-    DetachLoop(device="loop0"),
-    MapSnapshot(vm_id="0123456789ab", base="loop0", changes="loop1"),
-    UnmapSnapshot(vm_id="0123456789ab"),
-    ResizeLoop(device="loop0"),
+    MapSnapshot(vm_id="0123456789ab", instance="89abcdef", base=7, changes=8),
+    GrowSnapshot(vm_id="0123456789ab"),
     LookAtSnapshot(vm_id="0123456789ab"),
-    AttachLoop(file=7, writable=True),
+    UnmapSnapshot(vm_id="0123456789ab"),
+    SweepSnapshots(instance="89abcdef", keep=("0123456789ab",)),
     CheckJail(),
     LaunchJail(
         vm_id="0123456789ab",
@@ -97,14 +95,17 @@ def test_an_operation_arrives_as_it_was_sent(operation: Operation) -> None:
 
 
 def test_the_number_of_a_descriptor_is_never_believed() -> None:
-    data, descriptors = wire.encode_request(AttachLoop(file=777), OP_ID)
-    assert b"777" not in data
-    assert descriptors == (777,)
-    request = wire.Request(
-        version=1, op_id=OP_ID, operation=msgspec.Raw(b'{"op":"attach_loop","file":0}')
+    vm_id, instance = "0123456789ab", "89abcdef"
+    mapping = MapSnapshot(vm_id=vm_id, instance=instance, base=777, changes=778)
+    data, descriptors = wire.encode_request(mapping, OP_ID)
+    assert b"77" not in data
+    assert descriptors == (777, 778)
+    raw = f'{{"op":"map_snapshot","vm_id":"{vm_id}","instance":"{instance}","base":0}}'
+    request = wire.Request(version=1, op_id=OP_ID, operation=msgspec.Raw(raw.encode()))
+    assert wire.decode_operation(request, (9, 10)) == MapSnapshot(
+        vm_id=vm_id, instance=instance, base=9, changes=10
     )
-    assert wire.decode_operation(request, (9,)) == AttachLoop(file=9)
-    for descriptors in ((), (9, 10)):
+    for descriptors in ((), (9,), (9, 10, 11)):
         with pytest.raises(BadRequest, match="descriptors"):
             wire.decode_operation(request, descriptors)
 

@@ -323,9 +323,10 @@ async def test_the_mapping_of_a_jailed_machine_stays(
 
     async def dmsetup(*words: str) -> str:
         done.append(words[0])
-        return f"{mappings.mapping_name(VM_ID)}/{mappings.mapping_uuid(VM_ID, 7)}\n"
+        return f"{mappings.mapping_name(VM_ID)}/{mappings.mapping_uuid(VM_ID, '89abcdef', 7)}\n"
 
     monkeypatch.setattr(mappings, "_dmsetup", dmsetup)
+    monkeypatch.setattr(mappings, "_DRIVER", tmp_path)
     monkeypatch.setattr(jail, "groups_root", lambda: tmp_path)
     _groups(tmp_path, "", f"banger-7/{VM_ID}")
     with pytest.raises(Conflict, match="in a jail"):

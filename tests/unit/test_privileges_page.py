@@ -35,7 +35,7 @@ def test_every_operation_of_the_module_is_in_the_set() -> None:
         for kind in vars(ops).values()
         if isinstance(kind, type)
         and issubclass(kind, ops.Operation)
-        and kind not in (ops.Operation, ops.WithFiles, ops.WithFile)
+        and kind not in (ops.Operation, ops.WithFiles)
     }
     assert kinds == set(get_args(ops.AnyOperation))
     assert all(issubclass(kind, msgspec.Struct) for kind in kinds)

@@ -17,8 +17,9 @@ from banger.base.errors import NotFound, PreconditionFailed
 from banger.base.install import Installation
 from banger.base.notify import take_notifier
 from banger.base.paths import SYSTEM_RUNTIME_DIR, Paths
+from banger.hostops.mappings import mapping_uuid
 from banger.rpc.client import _announces
-from banger.system import systemd
+from banger.system import install, systemd, udev
 from banger.system.install import install_text
 from banger.system.units import DAEMON, HELPER, Owner, quoted, unit_texts
 
@@ -89,6 +90,66 @@ def test_what_is_written_of_an_installation_is_what_is_read(
         owner=owner, owner_uid=7, version="1.2", python=python, created=tuple(created)
     )
     assert msgspec.toml.decode(install_text(found), type=Installation) == found
+
+
+@pytest.fixture
+def of_system(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Below which it is installed: there is an udev."""
+    for directory in ("units", "rules"):
+        (tmp_path / directory).mkdir()
+    monkeypatch.setattr(install, "INSTALL_FILE", tmp_path / "banger/install.toml")
+    monkeypatch.setattr(install, "UNIT_DIR", tmp_path / "units")
+    monkeypatch.setattr(install, "RULES_FILE", tmp_path / "rules/12-banger.rules")
+    return tmp_path
+
+
+def files(directory: Path) -> list[str]:
+    return sorted(str(each.relative_to(directory)) for each in directory.rglob("*"))
+
+
+def read_installation(directory: Path) -> Installation:
+    return msgspec.toml.decode((directory / "banger/install.toml").read_text(), type=Installation)
+
+
+def test_what_was_made_goes_and_nothing_else(of_system: Path) -> None:
+    before = files(of_system)
+    install._write_files(_ANN, "/opt/python", None)
+    there = ["rules/12-banger.rules", *(f"units/{name}" for name in sorted((HELPER, DAEMON)))]
+    assert set(files(of_system)) - set(before) == {"banger", "banger/install.toml", *there}
+    install._remove_files(read_installation(of_system))
+    assert files(of_system) == before
+
+
+def test_an_upgrade_takes_away_later_what_it_has_added(of_system: Path) -> None:
+    before = files(of_system)
+    install._write_files(_ANN, "/opt/python", None)
+    found = read_installation(of_system)
+    earlier = msgspec.structs.replace(
+        found, created=tuple(each for each in found.created if "rules" not in each)
+    )
+    (of_system / "rules/12-banger.rules").unlink()
+    install._write_files(_ANN, "/opt/python", earlier)
+    install._remove_files(read_installation(of_system))
+    assert files(of_system) == before
+
+
+def test_a_host_without_udev_gets_no_rules_for_it(of_system: Path) -> None:
+    (of_system / "rules").rmdir()
+    install._write_files(_ANN, "/opt/python", None)
+    assert not (of_system / "rules").exists()
+    install._remove_files(read_installation(of_system))
+
+
+def test_the_rules_come_before_those_that_read_devices() -> None:
+    assert udev.RULES_FILE.name < "13-dm-disk.rules" < "60-persistent-storage-dm.rules"
+    assert udev.RULES_FILE.name > "10-dm.rules"
+    lines = udev.RULES.replace("\\\n", "").splitlines()
+    (mapping,) = (line for line in lines if "dm/uuid" in line)
+    assert mapping_uuid("0123456789ab", "89abcdef", 7).startswith("BANGER-")
+    assert 'ATTR{dm/uuid}=="BANGER-*"' in mapping
+    for line in lines:
+        if line.startswith("KERNEL"):
+            assert line.endswith('OPTIONS:="nowatch"')
 
 
 def test_the_state_of_a_unit_is_read_and_one_that_is_not_there_is_inactive() -> None:

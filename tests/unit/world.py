@@ -27,7 +27,7 @@ from banger.services.operations import Progress
 from banger.services.vm_spec import ChangeRequest, CreateRequest
 from banger.services.vm_start import Drivers
 from banger.store.store import Store
-from fakes import Agent, Hypervisor, Network, Processes, Storage
+from fakes import Agent, DiskDevicesMade, Hypervisor, Network, Processes, Storage
 from records import a_kernel, an_image
 from test_ext4_check import _image as make_ext4
 from test_kernel_extract import make_elf
@@ -47,13 +47,16 @@ class World(Parts):
         standby_limit: int = 0,
         forward_ports: bool = False,
         layered: bool = True,
+        devices: DiskDevicesMade | None = None,
         earlier: Hypervisor | None = None,
     ) -> None:
-        """`earlier` is the hypervisor that was configured before this one."""
+        """`earlier` is the hypervisor that was configured before this one; `devices` are those of
+        system disks, if these are some."""
         self.processes = processes
         self.agent = agent
         self.hypervisor = Hypervisor(processes, agent)
         self.storage = self.hypervisor.storage = Storage(layered=layered)
+        self.storage.devices = self.devices = devices
         self.network = Network(processes)
         super().__init__(
             paths,
@@ -68,6 +71,7 @@ class World(Parts):
                 self.storage,
                 Networks(NetworkMode.USER, {NetworkMode.USER: self.network}),
                 (earlier,) if earlier is not None else (),
+                devices,
             ),
             Addresses({}),
             store,
@@ -117,6 +121,7 @@ class World(Parts):
             standby_limit=self.config.standby_limit,
             forward_ports=self.config.forward_ports,
             layered=self.storage.layered,
+            devices=self.devices,
         )
         following.hypervisor.pids = self.hypervisor.pids
         following.hypervisor.tops = self.hypervisor.tops
@@ -208,6 +213,7 @@ async def made_world(
     standby_limit: int = 0,
     forward_ports: bool = False,
     layered: bool = True,
+    devices: DiskDevicesMade | None = None,
 ) -> AsyncIterator[World]:
     """A world below `root`, with an image called ``base`` and its kernel.
 
@@ -234,6 +240,7 @@ async def made_world(
         standby_limit=standby_limit,
         forward_ports=forward_ports,
         layered=layered,
+        devices=devices,
     )
     try:
         yield world

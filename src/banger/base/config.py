@@ -186,8 +186,8 @@ SETTINGS: tuple[Setting, ...] = (
             "what QEMU runs vCPUs with; auto takes kvm when a vCPU really runs"),
     Setting("storage", _choice("auto", "qcow2", "reflink", "dm_snapshot"), "auto",
             "how disks share an image: qcow2 (layers), reflink (raw files, clones where the file"
-            " system makes them), or dm_snapshot (device-mapper, by whoever has root; experimental,"
-            " auto never takes it); VMs keep what they were made with"),
+            " system makes them), or dm_snapshot (device-mapper, by whoever has root; auto never"
+            " takes it); VMs keep what they were made with"),
     Setting("network", _choice("auto", "bridge", "user"), "auto",
             "how VMs reach the network that do not say; auto takes bridge where banger's helper is"
             " installed"),

@@ -164,6 +164,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         storage=selection.storage,
         networks=selection.networks,
         others=selection.other_hypervisors,
+        devices=selection.devices,
     )
     store = await Store.open(paths.database)
     try:
@@ -171,18 +172,19 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         names = registry.name_server(config.dns_address, addresses, reverse)
         routing = NameRouting(host, names)
         try:
-            await parts.reconcile()
-            await names.open()
-            await routing.open()
-            services = _services(parts, selection, names, routing, stopping)
-            server = Server(paths.daemon_socket, Dispatch(services))
-            async with parts.stats.polling(), parts.disk_room.running():
-                try:
-                    async with parts.maintenance().running():
-                        yield server
-                finally:
-                    # Together: a session's end may wait for the lock of an operation.
-                    await asyncio.gather(server.stop(), parts.operations.close())
+            async with parts.disk_room.running():
+                await parts.reconcile()
+                await names.open()
+                await routing.open()
+                services = _services(parts, selection, names, routing, stopping)
+                server = Server(paths.daemon_socket, Dispatch(services))
+                async with parts.stats.polling():
+                    try:
+                        async with parts.maintenance().running():
+                            yield server
+                    finally:
+                        # Together: a session's end may wait for the lock of an operation.
+                        await asyncio.gather(server.stop(), parts.operations.close())
         finally:
             await routing.close()
             await names.close()

@@ -112,7 +112,7 @@ class Parts:
         )
 
     def _put_capabilities_together(self) -> None:
-        self.disk_room = DiskRoom(self.drivers.storage, self.drivers.hypervisor)
+        self.disk_room = DiskRoom(self.drivers.devices, self.drivers.hypervisor)
         self.forwards = Forwards(self.agents, lambda vm: self.vms.in_use(vm))
         self.publishing = Publishing(self.forwards, self.liveness)
         self.automatic_ports = AutomaticPorts(
@@ -124,7 +124,13 @@ class Parts:
         )
         self.capabilities = Capabilities(
             [
-                SystemDisk(self.paths, self.drivers.storage, self.liveness, self.disk_room),
+                SystemDisk(
+                    self.paths,
+                    self.drivers.storage,
+                    self.drivers.devices,
+                    self.liveness,
+                    self.disk_room,
+                ),
                 WorkDisk(self.paths, self.drivers.storage, self.images),
                 self.networking,
                 Identity(self.liveness, self.agents),
@@ -143,6 +149,7 @@ class Parts:
             capabilities=self.capabilities,
             kernels=self.kernels,
             operations=self.operations,
+            room=self.disk_room,
         )
         self.vms = VmService(
             self.paths,
@@ -160,6 +167,7 @@ class Parts:
             liveness=self.liveness,
             agents=self.agents,
             templates=self.templates,
+            room=self.disk_room,
             limit=self.config.standby_limit,
         )
         self.layers = DiskLayers(
@@ -178,9 +186,15 @@ class Parts:
             liveness=self.liveness,
             layers=self.layers,
             agents=self.agents,
+            room=self.disk_room,
         )
         self.suspension = Suspension(
-            self.paths, self.drivers.hypervisor, self.vms, self.liveness, self.snapshots
+            self.paths,
+            self.drivers.hypervisor,
+            self.vms,
+            self.liveness,
+            self.snapshots,
+            self.disk_room,
         )
 
     def _put_lives_together(self) -> None:
@@ -205,6 +219,7 @@ class Parts:
             liveness=self.liveness,
             agents=self.agents,
             suspension=self.suspension,
+            room=self.disk_room,
         )
         self.creator = VmCreator(
             paths=self.paths,
@@ -270,7 +285,8 @@ class Parts:
             kernels=self.kernels,
             templates=self.templates,
             hypervisor=self.drivers.hypervisor,
-            storage=self.drivers.storage,
+            devices=self.drivers.devices,
+            disk_room=self.disk_room,
             others=self.drivers.others,
             layers=self.layers,
             snapshots=self.snapshots,

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from banger.base import procfs
 from banger.base.errors import BangerError, PreconditionFailed
-from banger.base.jail import HIDDEN, HIDDEN_HINT
+from banger.base.jail import HIDDEN, HIDDEN_HINT, is_vm_id
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
-from banger.drivers.base import Hypervisor, MachineStatus, Storage
+from banger.drivers.base import DiskDeviceMaker, Hypervisor, MachineStatus
 from banger.services.capabilities import Capabilities
+from banger.services.disk_room import DiskRoom
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.layers import DiskLayers
@@ -47,7 +48,8 @@ class Reconciler:
         kernels: KernelService,
         templates: TemplateService,
         hypervisor: Hypervisor,
-        storage: Storage,
+        devices: DiskDeviceMaker | None,
+        disk_room: DiskRoom,
         others: Sequence[Hypervisor],
         layers: DiskLayers,
         snapshots: SnapshotService,
@@ -62,7 +64,8 @@ class Reconciler:
         self._kernels = kernels
         self._templates = templates
         self._hypervisor = hypervisor
-        self._storage = storage
+        self._devices = devices
+        self._disk_room = disk_room
         self._others = others
         self._layers = layers
         self._snapshots = snapshots
@@ -90,6 +93,10 @@ class Reconciler:
             await self._networking.resume_all(
                 [vm for vm, alive in found if alive and vm.runtime.state is VmState.RUNNING]
             )
+            # Before any runs on that is held for want of room.
+            await self._disk_room.adopt(
+                [vm for vm, alive in found if alive and vm.runtime.state is VmState.RUNNING]
+            )
             for vm, alive in found:
                 try:
                     await self._reconcile(vm, log, alive=alive)
@@ -108,13 +115,14 @@ class Reconciler:
 
     async def _sweep_disks(self) -> None:
         """Devices of machines that are gone, of which no record tells any more: of templates that
-        were being made, of standbys."""
-        if (devices := self._storage.devices) is None:
+        were being made, of standbys. Whichever storage is configured: it may have been another."""
+        if self._devices is None:
             return
+        machines = self._liveness.machines(procfs.own_processes())
         running = {vm.id for vm in await self._store.vms() if self._liveness.vm_alive(vm)}
-        bases = [Path(image.rootfs_path) for image in await self._store.images()]
+        running |= {id_ for socket in machines if is_vm_id(id_ := socket.parent.name)}
         try:
-            await devices.sweep(running, bases)
+            await self._devices.sweep(running)
         except (BangerError, OSError) as error:
             get_logger().error("devices stay", error=str(error))
 
@@ -205,13 +213,15 @@ class Reconciler:
                 get_logger().exception("standby stays", path=str(entry))
 
     async def _let_run_on(self, vm: Vm) -> None:
-        """Whatever was being made of it: it is not paused, and its record says where its disks
-        are."""
+        """Whatever was being made of it: it is not paused, unless its disk has no room, and its
+        record says where its disks are."""
         socket = Path(vm.runtime.api_socket)
         try:
-            if await self._hypervisor.status(socket) is MachineStatus.PAUSED:
-                get_logger().warning("vm was paused", **vm_attributes(vm))
-                await self._hypervisor.resume(socket)
+            async with self._disk_room.left_alone(vm.id):
+                paused = await self._hypervisor.status(socket) is MachineStatus.PAUSED
+                if paused and not self._disk_room.is_held(vm.id):
+                    get_logger().warning("vm was paused", **vm_attributes(vm))
+                    await self._hypervisor.resume(socket)
             self._vms.drop_memory(vm)
             await self._layers.settle(vm)
         except (BangerError, OSError) as error:

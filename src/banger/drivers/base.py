@@ -412,8 +412,13 @@ class Room(StrEnum):
 class DiskDeviceMaker(Protocol):
     """What a storage can do besides whose system disks are devices while a machine runs.
 
-    `disk` is the file that such a disk has at all times.
+    `disk` is the file that such a disk has at all times. All but `open` is done for machines of
+    this storage whichever one is configured.
     """
+
+    def serves(self, disk: Path) -> bool:
+        """Whether a disk is one of these, by the name of its file."""
+        ...
 
     def node(self, vm_id: str) -> Path:
         """Where the device of a machine is."""
@@ -422,20 +427,20 @@ class DiskDeviceMaker(Protocol):
     async def open(
         self, vm_id: str, base: Path, disk: Path, record: Callable[[DiskDevices], None]
     ) -> None:
-        """Make the device of a disk over `base`. `record` hears of each step, before and after.
+        """Make the device of a disk over `base`. `record` hears of it, before and after.
 
         Raises PreconditionFailed where it cannot be, other errors of whoever makes it; then
         `close` takes away what there is.
         """
         ...
 
-    async def close(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
-        """Take away what `open` has made, of which that much was recorded, when no machine has it
-        open. Idempotent. Raises Conflict for what somebody else keeps busy."""
+    async def close(self, vm_id: str, disk: Path) -> None:
+        """Take away what `open` has made, when no machine has it open. Idempotent. Raises Conflict
+        for what somebody else keeps busy."""
         ...
 
-    async def sweep(self, vm_ids: Collection[str], bases: Collection[Path]) -> None:
-        """Take away what was made for machines that are none of these, over any of these bases."""
+    async def sweep(self, vm_ids: Collection[str]) -> None:
+        """Take away what was made for machines that are none of these."""
         ...
 
     async def tend(self, vm_id: str, disk: Path) -> Room:

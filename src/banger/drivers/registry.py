@@ -16,7 +16,16 @@ from typing import TypeVar
 
 from banger.base.errors import BadRequest
 from banger.base.model import NetworkMode
-from banger.drivers.base import Hypervisor, Level, NameServer, Network, Networks, Storage, VmNames
+from banger.drivers.base import (
+    DiskDeviceMaker,
+    Hypervisor,
+    Level,
+    NameServer,
+    Network,
+    Networks,
+    Storage,
+    VmNames,
+)
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_jail import Jailed
@@ -53,6 +62,8 @@ class Selection:
     #: All others that there are.
     other_hypervisors: tuple[Hypervisor, ...]
     storage: Storage
+    #: What makes devices of disks: for VMs of another storage than this, too.
+    devices: DiskDeviceMaker
     networks: Networks
     choices: tuple[Choice, ...]
 
@@ -96,10 +107,10 @@ _HYPERVISORS: Mapping[str, Callable[[HypervisorSettings], Hypervisor]] = {
     "firecracker": _firecracker,
 }
 _ACCELERATORS = tuple(accelerator.value for accelerator in Accelerator)
-_STORAGES: Mapping[str, Callable[[Path, HostOps], Storage]] = {
+_STORAGES: Mapping[str, Callable[[DmSnapshotStorage, Path], Storage]] = {
     "qcow2": lambda _, __: Qcow2Storage(),
-    "reflink": lambda vms_dir, _: ReflinkStorage(vms_dir),
-    "dm_snapshot": DmSnapshotStorage,
+    "reflink": lambda _, vms_dir: ReflinkStorage(vms_dir),
+    "dm_snapshot": lambda with_devices, _: with_devices,
 }
 _NETWORKS = (NetworkMode.BRIDGE, NetworkMode.USER)
 
@@ -146,7 +157,8 @@ async def select(
     why_hypervisor = await _hypervisor_choice(hypervisor, settings, storage, network, vms_dir)
     make_hypervisor = _HYPERVISORS[why_hypervisor.name]
     chosen = make_hypervisor(settings)
-    disks, why_storage = _storage_choice(storage, chosen, vms_dir, host)
+    with_devices = DmSnapshotStorage(vms_dir, host, bridge.instance)
+    disks, why_storage = _storage_choice(storage, chosen, vms_dir, with_devices)
     networks: dict[NetworkMode, Network] = {
         NetworkMode.BRIDGE: BridgeNetwork(host, bridge, names, pool_size=tap_pool_size),
         NetworkMode.USER: PasstNetwork(bridge.network),
@@ -157,6 +169,7 @@ async def select(
         hypervisor=chosen,
         other_hypervisors=tuple(make(settings) for make in others),
         storage=disks,
+        devices=with_devices,
         networks=Networks(default=NetworkMode(why_network.name), by_mode=networks),
         choices=(why_hypervisor, why_storage, why_network),
     )
@@ -189,12 +202,12 @@ async def _hypervisor_choice(
 
 
 def _storage_choice(
-    setting: str, hypervisor: Hypervisor, vms_dir: Path, host: HostOps
+    setting: str, hypervisor: Hypervisor, vms_dir: Path, with_devices: DmSnapshotStorage
 ) -> tuple[Storage, Choice]:
     """What makes disks that the hypervisor can use."""
     make, why = _pick("storage", setting, _STORAGES)
     formats = hypervisor.features.disk_formats
-    disks = make(vms_dir, host)
+    disks = make(with_devices, vms_dir)
     if disks.format in formats:
         return disks, why
     if setting != AUTO:
@@ -202,7 +215,7 @@ def _storage_choice(
             f"{hypervisor.name} cannot use {disks.format} disks, which {disks.name} storage makes",
             hint='set storage = "auto"',
         )
-    made = (make(vms_dir, host) for make in _STORAGES.values())
+    made = (make(with_devices, vms_dir) for make in _STORAGES.values())
     disks = next(each for each in made if each.format in formats)
     return disks, Choice("storage", disks.name, f"auto: {hypervisor.name} needs raw disks")
 

@@ -48,7 +48,7 @@ from banger.base.notify import take_notifier
 from banger.base.opid import current_op_id, new_op_id
 from banger.hostops import wire
 from banger.hostops.local import LocalHost
-from banger.hostops.ops import BridgeDown, HostOps, UnrouteNames
+from banger.hostops.ops import BridgeDown, HostOps, SweepSnapshots, UnrouteNames
 
 #: For a whole request, and for whoever asked to take the reply.
 TRANSFER_TIMEOUT_S = 10.0
@@ -291,8 +291,11 @@ async def _take_down(installation: Installation) -> None:
     # In a thread, as `local` does it: pyroute2 runs an event loop of its own.
     for name in await asyncio.to_thread(links.bridges, installation.owner_uid):
         await host.perform(BridgeDown(bridge=name))
-    with suppress(Conflict):  # somebody else's link has that name
-        await host.perform(UnrouteNames())
+    for operation in (UnrouteNames(), SweepSnapshots()):
+        try:
+            await host.perform(operation)
+        except Conflict as error:  # a link of somebody else's, a disk that somebody looks at
+            log.get_logger().warning("left as it is", error=error.message)
 
 
 async def _serve(listener: socket.socket, installation: Installation) -> None:

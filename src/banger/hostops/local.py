@@ -1,12 +1,12 @@
 """Privileged operations, performed by this process: root, in the daemon or in the helper.
 
-One at a time: they read what is there and change it.
+One at a time: they read what is there and change it. (But for those that keep machines going,
+which wait for no other.)
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -14,25 +14,24 @@ from typing import TYPE_CHECKING
 from banger.base import proc
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
-from banger.hostops import firewall, loops, mappings, resolved
+from banger.hostops import firewall, mappings, resolved, snapshots
 from banger.hostops.ops import (
     AllowResolved,
-    AttachLoop,
     Bridge,
     BridgeDown,
     BridgeUp,
     CheckJail,
-    DetachLoop,
     Done,
     EndJail,
+    GrowSnapshot,
     LaunchJail,
     LookAtSnapshot,
     MapSnapshot,
     OpenTap,
     Operation,
-    ResizeLoop,
     RouteNames,
     SetGuests,
+    SweepSnapshots,
     UnmapSnapshot,
     UnrouteNames,
 )
@@ -42,6 +41,8 @@ if TYPE_CHECKING:
 
 NFT = "nft"
 _NFT_TIMEOUT_S = 20.0
+#: A machine whose changes find no room loses them while another is put into its jail.
+_URGENT = (GrowSnapshot, LookAtSnapshot)
 
 
 class LocalHost:
@@ -70,6 +71,8 @@ class LocalHost:
     async def perform(self, operation: Operation) -> Done:
         """See `HostOps.perform`. Once begun it is done, or fails, whoever cancels it."""
         operation.check()
+        if isinstance(operation, _URGENT):
+            return await self._to_its_end(operation)
         async with self._one_at_a_time:
             return await self._to_its_end(operation)
 
@@ -137,19 +140,16 @@ async def _perform(operation: Operation, owner_uid: int) -> Done:
         case UnrouteNames():
             # What resolved was told of the link goes with it.
             await asyncio.to_thread(_links().take_down_names)
-        case AttachLoop(file=file, writable=writable):
-            attach = functools.partial(loops.attach, file, owner_uid, writable=writable)
-            return Done(name=await asyncio.to_thread(attach))
-        case DetachLoop(device=device):
-            await asyncio.to_thread(loops.detach, device, owner_uid)
-        case ResizeLoop(device=device):
-            await asyncio.to_thread(loops.resize, device, owner_uid)
-        case MapSnapshot(vm_id=vm_id, base=base, changes=changes):
-            return Done(name=await mappings.create(vm_id, base, changes, owner_uid))
-        case UnmapSnapshot(vm_id=vm_id):
-            await mappings.remove(vm_id, owner_uid)
+        case MapSnapshot():
+            return Done(name=await snapshots.make(operation, owner_uid))
+        case GrowSnapshot(vm_id=vm_id):
+            await asyncio.to_thread(snapshots.grow, vm_id, owner_uid)
         case LookAtSnapshot(vm_id=vm_id):
             return Done(name=await mappings.state(vm_id, owner_uid))
+        case UnmapSnapshot(vm_id=vm_id):
+            await snapshots.take_away(vm_id, owner_uid)
+        case SweepSnapshots(instance=instance, keep=keep):
+            await snapshots.sweep(instance, keep, owner_uid)
         case _:
             raise AssertionError(f"no way to perform {type(operation).__name__}")
     return Done()

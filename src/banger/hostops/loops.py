@@ -1,7 +1,7 @@
 """Loop devices by the kernel's own interface (linux/loop.h). All of it blocks for milliseconds.
 
 What is ours is told by the name that a device was given for its file, which has whose it is; the
-file is named by nobody: it comes open.
+file is named by nobody: it comes open. No device is named by a caller, either.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from banger.base.errors import BadRequest, Conflict, PermissionDenied, PreconditionFailed
+from banger.hostops import block_devices
 
 _CONTROL = Path("/dev/loop-control")
-_BLOCK = Path("/sys/block")
 _DEV = Path("/dev")
 _LOOP_CTL_GET_FREE = 0x4C82
 _LOOP_CONFIGURE = 0x4C0A
@@ -47,6 +47,22 @@ class _Status:
     is_going: bool = False
 
 
+def open_control() -> int:
+    """The descriptor by which the kernel is asked for devices, the caller's to close. Raises
+    PreconditionFailed where there is none."""
+    try:
+        return os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        raise PreconditionFailed(
+            f"{_CONTROL}: {error.strerror}", hint="load its module: modprobe loop"
+        ) from error
+
+
+def there_may_be_any() -> bool:
+    """Whether the kernel has loop devices at all."""
+    return _CONTROL.exists()
+
+
 def attach(file: int, owner_uid: int, *, writable: bool) -> str:
     """The name of a device of ours for this file. One that has it already is that.
 
@@ -56,58 +72,47 @@ def attach(file: int, owner_uid: int, *, writable: bool) -> str:
     _check_file(file, owner_uid, writable=writable)
     status = os.fstat(file)
     wanted = _Status((status.st_dev, status.st_ino), writable, _mark(owner_uid))
-    for path in _BLOCK.glob("loop*/loop/backing_file"):
-        name = path.parent.parent.name
+    for name in _with_files():
         with suppress(OSError), _opened(name) as device:
             if _status(device) == wanted:
                 return name
     return _attach_new(file, wanted)
 
 
-def detach(name: str, owner_uid: int) -> None:
-    """Raises Conflict for one that is not ours or in use. Idempotent."""
-    try:
-        with _opened(name) as device:
-            _check_ours(name, _status(device), owner_uid)
-            if holders := _holders(name):
-                raise Conflict(f"{name} is in use by {', '.join(holders)}")
-            # Whoever else has it open keeps it until he closes it.
-            fcntl.ioctl(device, _LOOP_CLR_FD)
-    except OSError as error:
-        if error.errno not in (errno.ENXIO, errno.ENOENT):  # without a file; not there at all
-            raise
+def detach_unused(owner_uid: int) -> None:
+    """Detach all devices of ours that nothing is made of. Idempotent."""
+    for name in _with_files():
+        with suppress(OSError), _opened(name) as device:  # it may go meanwhile
+            if _status(device).mark == _mark(owner_uid) and not block_devices.users(name):
+                # Whoever else has it open keeps it until he closes it.
+                fcntl.ioctl(device, _LOOP_CLR_FD)
 
 
 def resize(name: str, owner_uid: int) -> None:
     """Have it be as large as its file. Raises Conflict for one that is not ours. Idempotent."""
     try:
         with _opened(name) as device:
-            _check_ours(name, _status(device), owner_uid)
+            if _status(device).mark != _mark(owner_uid):
+                raise Conflict(f"{name} is not banger's")
             fcntl.ioctl(device, _LOOP_SET_CAPACITY)
     except OSError as error:
         raise Conflict(f"{name}: {error.strerror}") from error
 
 
-def check_ours(name: str, owner_uid: int, *, writable: bool) -> None:
-    """Raise Conflict unless it is a device of ours with a file, which may be written if wanted."""
-    try:
-        with _opened(name) as device:
-            status = _status(device)
-    except OSError as error:
-        raise Conflict(f"{name}: {error.strerror}") from error
-    _check_ours(name, status, owner_uid)
-    if writable and not status.writable:
-        raise Conflict(f"{name} cannot be written")
-
-
 def sectors(name: str) -> int:
     """Its size, in sectors of 512 bytes."""
-    return int((_BLOCK / name / "size").read_text())
+    return block_devices.size_bytes(name) // _SECTOR
 
 
 def number(name: str) -> str:
     """``major:minor``."""
-    return (_BLOCK / name / "dev").read_text().strip()
+    return (block_devices.SYS_BLOCK / name / "dev").read_text().strip()
+
+
+def _with_files() -> list[str]:
+    """The names of all devices that have a file, anybody's."""
+    found = block_devices.SYS_BLOCK.glob("loop*/loop/backing_file")
+    return [path.parent.parent.name for path in found]
 
 
 def _attach_new(file: int, wanted: _Status) -> str:
@@ -141,11 +146,6 @@ def _check_file(file: int, owner_uid: int, *, writable: bool) -> None:
         raise BadRequest(f"a file of {status.st_size} bytes is not whole sectors")
 
 
-def _check_ours(name: str, status: _Status, owner_uid: int) -> None:
-    if status.mark != _mark(owner_uid):
-        raise Conflict(f"{name} is not banger's")
-
-
 def _mark(owner_uid: int) -> bytes:
     return f"banger-{owner_uid}".encode()
 
@@ -166,17 +166,8 @@ def _kernels_device(encoded: int) -> int:
     return os.makedev(encoded >> 8 & 0xFFF, encoded & 0xFF | encoded >> 12 & 0xFFF00)
 
 
-def _holders(name: str) -> list[str]:
-    return sorted(each.name for each in (_BLOCK / name / "holders").iterdir())
-
-
 def _free() -> int:
-    try:
-        control = os.open(_CONTROL, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise PreconditionFailed(
-            f"{_CONTROL}: {error.strerror}", hint="load its module: modprobe loop"
-        ) from error
+    control = open_control()
     try:
         return fcntl.ioctl(control, _LOOP_CTL_GET_FREE)
     finally:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from banger.base import proc
 from banger.base.errors import Conflict, PermissionDenied, PreconditionFailed
 from banger.base.jail import has_jail
-from banger.hostops import loops
+from banger.hostops import block_devices, loops
 from banger.hostops.ops import SnapshotState
 
 DMSETUP = "dmsetup"
 _TIMEOUT_S = 20.0
+#: There while the kernel's driver is.
+_DRIVER = Path("/sys/class/misc/device-mapper")
 #: Rules of udev's would give the node to the group of disks, again at each change. Without them
 #: dmsetup makes and removes it, if it does not rely on udev for that (libdevmapper 1.02.185).
 _OWN_NODE = ("--noudevrules", "--verifyudev")
@@ -21,6 +24,7 @@ _GROUP = "0"
 #: Kept beyond a reboot (P), in chunks of 8 sectors: what is changed costs 4 KiB at least. Where
 #: there is no room for a change that write fails, and what there is stays good (O, of Linux 4.4).
 _KIND = "PO 8"
+_INSTANCE = "[0-9a-f]{8}"
 _STATES = {"Overflow": SnapshotState.OVERFLOWED, "Invalid": SnapshotState.INVALID}
 
 
@@ -28,13 +32,11 @@ def mapping_name(vm_id: str) -> str:
     return f"banger-{vm_id}"
 
 
-async def create(vm_id: str, base: str, changes: str, owner_uid: int) -> str:
-    """Its name. Raises Conflict for loop devices that are not ours, and where it is another.
+async def create(vm_id: str, instance: str, base: str, changes: str, owner_uid: int) -> str:
+    """Its name, over two loop devices of ours. Raises Conflict where it is another.
 
     Idempotent.
     """
-    loops.check_ours(base, owner_uid, writable=False)
-    loops.check_ours(changes, owner_uid, writable=True)
     name = mapping_name(vm_id)
     table = f"0 {loops.sectors(base)} snapshot {loops.number(base)} {loops.number(changes)} {_KIND}"
     if await _is_there(vm_id, owner_uid):
@@ -42,9 +44,21 @@ async def create(vm_id: str, base: str, changes: str, owner_uid: int) -> str:
             raise Conflict(f"{name} is there, and is made of other devices")
         return name
     node = (*_OWN_NODE, "--uid", str(owner_uid), "--gid", _GROUP, "--mode", "0600")
-    uuid = mapping_uuid(vm_id, owner_uid)
+    uuid = mapping_uuid(vm_id, instance, owner_uid)
     await _dmsetup("create", name, "--uuid", uuid, *node, "--table", table)
     return name
+
+
+def writable_loops(vm_id: str, owner_uid: int) -> list[str]:
+    """The loop devices that keep the changes of our mapping of this machine: one, if it is there.
+    Blocks."""
+    return [
+        device
+        for each in block_devices.mappings()
+        if each.name == mapping_name(vm_id) and _is_ours(each.uuid, vm_id, owner_uid)
+        for device in each.devices
+        if not block_devices.is_read_only(device)
+    ]
 
 
 async def state(vm_id: str, owner_uid: int) -> SnapshotState:
@@ -72,32 +86,50 @@ async def remove(vm_id: str, owner_uid: int) -> None:
         raise Conflict(f"{name} is in use") from error
 
 
+async def machines(instance: str, owner_uid: int) -> list[str]:
+    """The ids of those that have a mapping of ours, of this daemon's, or of any without it."""
+    of = re.escape(instance) if instance else _INSTANCE
+    shape = re.compile(rf"BANGER-{owner_uid}-{of}-([0-9a-f]{{12}})")
+    found = [shape.fullmatch(uuid) for uuid in (await _uuids()).values()]
+    return [each[1] for each in found if each is not None]
+
+
 def check_mapping(device: int, vm_id: str, owner_uid: int) -> None:
     """Raise PermissionDenied for a block device, by its number, that is not our mapping of this
     machine."""
     about = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/dm")
     try:
-        found = [(about / each).read_text().strip() for each in ("name", "uuid")]
+        name, uuid = ((about / each).read_text().strip() for each in ("name", "uuid"))
     except OSError:
-        found = []
-    if found != [mapping_name(vm_id), mapping_uuid(vm_id, owner_uid)]:
+        name = uuid = ""
+    if name != mapping_name(vm_id) or not _is_ours(uuid, vm_id, owner_uid):
         raise PermissionDenied(f"the device is not the mapping of {vm_id}")
 
 
 async def _is_there(vm_id: str, owner_uid: int) -> bool:
     """Whether our mapping of this machine is. Raises Conflict for another's of its name."""
-    listing = await _dmsetup(
-        "info", "--columns", "--noheadings", "--separator", "/", "--options", "name,uuid"
-    )
-    uuids = dict(line.strip().split("/", 1) for line in listing.splitlines() if "/" in line)
-    found = uuids.get(mapping_name(vm_id))
-    if found is not None and found != mapping_uuid(vm_id, owner_uid):
+    found = (await _uuids()).get(mapping_name(vm_id))
+    if found is not None and not _is_ours(found, vm_id, owner_uid):
         raise Conflict(f"there is a mapping {mapping_name(vm_id)}, which is not banger's")
     return found is not None
 
 
-def mapping_uuid(vm_id: str, owner_uid: int) -> str:
-    return f"BANGER-{owner_uid}-{vm_id}"
+async def _uuids() -> dict[str, str]:
+    """Of all mappings, anybody's, by their names. sysfs has none that was made half."""
+    if not _DRIVER.exists():  # noqa: ASYNC240 - a look at what is in memory
+        return {}
+    listing = await _dmsetup(
+        "info", "--columns", "--noheadings", "--separator", "/", "--options", "name,uuid"
+    )
+    return dict(line.strip().split("/", 1) for line in listing.splitlines() if "/" in line)
+
+
+def mapping_uuid(vm_id: str, instance: str, owner_uid: int) -> str:
+    return f"BANGER-{owner_uid}-{instance}-{vm_id}"
+
+
+def _is_ours(uuid: str, vm_id: str, owner_uid: int) -> bool:
+    return re.fullmatch(rf"BANGER-{owner_uid}-{_INSTANCE}-{vm_id}", uuid) is not None
 
 
 async def _dmsetup(*words: str) -> str:

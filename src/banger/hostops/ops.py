@@ -30,7 +30,7 @@ _MAC = re.compile(r"[0-9a-f][26ae](:[0-9a-f]{2}){5}")
 #: changes it with its ports.
 BRIDGE_MAC = "02:62:67:00:00:01"
 _INSTANCE = re.compile(r"[0-9a-f]{8}")
-_LOOP = re.compile(r"loop(0|[1-9][0-9]{0,6})")
+#: On a bridge, and of machines that are named at once.
 GUESTS_MAX = 4096
 #: Of all guests of a bridge together.
 ALLOWED_TOTAL_MAX = 65536
@@ -80,20 +80,6 @@ class WithFiles(Operation, frozen=True):
     def with_descriptors(self, descriptors: tuple[int, ...]) -> Self:
         """The same with others. Raises BadRequest where there are too many or too few."""
         raise NotImplementedError
-
-
-class WithFile(WithFiles, frozen=True):
-    """One on a single file."""
-
-    file: int
-
-    @property
-    def descriptors(self) -> tuple[int, ...]:
-        return (self.file,)
-
-    def with_descriptors(self, descriptors: tuple[int, ...]) -> Self:
-        _check_count(descriptors, 1)
-        return msgspec.structs.replace(self, file=descriptors[0])
 
 
 class Done(msgspec.Struct, frozen=True, kw_only=True):
@@ -252,53 +238,38 @@ class UnrouteNames(Operation, frozen=True, tag="unroute_names"):
     """Take back `RouteNames`."""
 
 
-class AttachLoop(WithFile, frozen=True, tag="attach_loop"):
-    """A loop device for a regular file of the owner's, its name: that which there is, or a new one.
+class MapSnapshot(WithFiles, frozen=True, tag="map_snapshot"):
+    """A device-mapper snapshot for a machine, ``banger-`` and its id: what is in one regular file
+    of the owner's, with what is written to it kept in another, which begins as zeros. The owner
+    alone may open its node.
 
-    The file is whole sectors of 512 bytes, and open for what is asked.
+    Both files are whole sectors of 512 bytes, and open for what becomes of them. Each gets a loop
+    device; who has the same ``base`` shares its. ``instance`` is for `SweepSnapshots`.
     """
 
-    writable: bool = False
-
-
-class DetachLoop(Operation, frozen=True, tag="detach_loop"):
-    """Take back `AttachLoop`. Raises Conflict while something is made of the device."""
-
-    device: str
-
-    def check(self) -> None:
-        _check_loop(self.device)
-
-
-class ResizeLoop(Operation, frozen=True, tag="resize_loop"):
-    """A loop device is as large as its file is now. A larger one gives what is made of it room."""
-
-    device: str
-
-    def check(self) -> None:
-        _check_loop(self.device)
-
-
-class MapSnapshot(Operation, frozen=True, tag="map_snapshot"):
-    """A device-mapper snapshot for a machine, ``banger-`` and its id: what is on one loop device of
-    ours, with what is written to it kept on another, which begins as zeros. The owner alone may
-    open its node."""
-
     vm_id: str
-    base: str
-    changes: str
+    instance: str
+    base: int = -1
+    changes: int = -1
+
+    @property
+    def descriptors(self) -> tuple[int, ...]:
+        return (self.base, self.changes)
+
+    def with_descriptors(self, descriptors: tuple[int, ...]) -> Self:
+        _check_count(descriptors, 2)
+        return msgspec.structs.replace(self, base=descriptors[0], changes=descriptors[1])
 
     def check(self) -> None:
         _check_vm_id(self.vm_id)
-        _check_loop(self.base)
-        _check_loop(self.changes)
-        if self.base == self.changes:
-            raise BadRequest(f"{self.base} cannot keep its own changes")
+        if not self.instance:
+            raise BadRequest("a snapshot is of some daemon's")
+        _check_instance(self.instance)
 
 
-class UnmapSnapshot(Operation, frozen=True, tag="unmap_snapshot"):
-    """Take back `MapSnapshot`. Raises Conflict while somebody has it open, or its machine is in a
-    jail."""
+class GrowSnapshot(Operation, frozen=True, tag="grow_snapshot"):
+    """What a `MapSnapshot` keeps changes on is as large as that file is now: it may find room there
+    that it had not."""
 
     vm_id: str
 
@@ -313,6 +284,35 @@ class LookAtSnapshot(Operation, frozen=True, tag="look_at_snapshot"):
 
     def check(self) -> None:
         _check_vm_id(self.vm_id)
+
+
+class UnmapSnapshot(Operation, frozen=True, tag="unmap_snapshot"):
+    """Take back `MapSnapshot`, with the loop devices that nobody else needs. Raises Conflict while
+    somebody has it open, or its machine is in a jail."""
+
+    vm_id: str
+
+    def check(self) -> None:
+        _check_vm_id(self.vm_id)
+
+
+class SweepSnapshots(Operation, frozen=True, tag="sweep_snapshots"):
+    """Take back every `MapSnapshot` of a daemon's but those of the machines to ``keep``, and what
+    is left of those that were made half.
+
+    Without an ``instance``, of whichever daemon of the user's. Raises Conflict for what is in use,
+    when all others are gone.
+    """
+
+    instance: str = ""
+    keep: tuple[str, ...] = ()
+
+    def check(self) -> None:
+        _check_instance(self.instance)
+        if len(self.keep) > GUESTS_MAX:
+            raise BadRequest(f"{len(self.keep)} machines are too many")
+        for vm_id in self.keep:
+            _check_vm_id(vm_id)
 
 
 class CheckJail(Operation, frozen=True, tag="check_jail"):
@@ -401,12 +401,11 @@ AnyOperation: TypeAlias = (
     | AllowResolved
     | RouteNames
     | UnrouteNames
-    | AttachLoop
-    | DetachLoop
-    | ResizeLoop
     | MapSnapshot
-    | UnmapSnapshot
+    | GrowSnapshot
     | LookAtSnapshot
+    | UnmapSnapshot
+    | SweepSnapshots
     | CheckJail
     | LaunchJail
     | EndJail
@@ -458,11 +457,6 @@ def disjoint(networks: Sequence[IPv4Network]) -> bool:
 def _check_count(descriptors: tuple[int, ...], wanted: int) -> None:
     if len(descriptors) != wanted:
         raise BadRequest(f"{len(descriptors)} descriptors came where {wanted} belong")
-
-
-def _check_loop(device: str) -> None:
-    if _LOOP.fullmatch(device) is None:
-        raise BadRequest(f"{device!r} is not a loop device")
 
 
 def _check_vm_id(vm_id: str) -> None:

@@ -2,113 +2,194 @@
 
 Where disks are files there is nothing to do: a hypervisor that meets a full disk holds its machine
 at that write. A device whose changes find no room fails for good: so it is looked after while the
-machine runs, twice a second, and the machine is held before. As long as the daemon lives; without
-machines it takes no time.
+machine runs, four times a second, and the machine is held before. Each by itself: one that takes
+long makes no other wait. As long as the daemon lives; without such machines it takes no time.
+
+Who pauses a machine for a purpose of his own, and lets it run on, does that in `left_alone`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from banger.base.errors import PreconditionFailed
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm
 from banger.base.opid import current_op_id, new_op_id
-from banger.drivers.base import DiskDeviceMaker, Hypervisor, MachineStatus, Room, Storage
+from banger.drivers.base import DiskDeviceMaker, Hypervisor, MachineStatus, Room
 
-_INTERVAL_S = 0.5
+_INTERVAL_S = 0.25
+
+
+@dataclass
+class _Watched:
+    """A machine that is looked after, from its start to its end."""
+
+    vm: Vm
+    room: Room = Room.AMPLE
+    #: Whether it is held by us, or was when we found it.
+    held: bool = False
+    #: How many want it to be left alone.
+    left_alone: int = 0
+    #: What was told last of looking after it that failed.
+    failure: str = ""
+    looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    task: asyncio.Task[None] | None = None
 
 
 class DiskRoom:
-    def __init__(self, storage: Storage, hypervisor: Hypervisor) -> None:
-        self._devices = storage.devices
+    def __init__(self, devices: DiskDeviceMaker | None, hypervisor: Hypervisor) -> None:
+        self._devices = devices
         self._hypervisor = hypervisor
-        self._watched: dict[str, Vm] = {}
-        self._some = asyncio.Event()
-        self._rooms: dict[str, Room] = {}
-        self._held: set[str] = set()
-        self._failures: dict[str, str] = {}
+        self._watched: dict[str, _Watched] = {}
+        self._runs = False
 
     def watch(self, vm: Vm) -> None:
-        """Look after a machine from now on. Idempotent."""
-        if self._devices is not None:
-            self._watched[vm.id] = vm
-            self._some.set()
+        """Look after a machine from now on, if its disk is such a device. Idempotent."""
+        if self._devices is None or not self._devices.serves(_disk(vm)):
+            return
+        if vm.id not in self._watched:
+            self._watched[vm.id] = _Watched(vm)
+        self._watched[vm.id].vm = vm
+        self._begin(self._watched[vm.id])
 
-    def forget(self, vm_id: str) -> None:
-        """The machine has ended. Idempotent."""
-        self._watched.pop(vm_id, None)
-        self._rooms.pop(vm_id, None)
-        self._failures.pop(vm_id, None)
-        self._held.discard(vm_id)
-        if not self._watched:
-            self._some.clear()
+    async def adopt(self, vms: Iterable[Vm]) -> None:
+        """Look after machines that an earlier daemon has left, and at each of them once, before
+        anybody lets them run on: one that is paused, and has too little room, is held."""
+        found = list(vms)
+        for vm in found:
+            self.watch(vm)
+        watched = [self._watched[vm.id] for vm in found if vm.id in self._watched]
+        await asyncio.gather(*(self._look(each, adopted=True) for each in watched))
+
+    async def forget(self, vm_id: str) -> None:
+        """The machine has ended. When this returns nobody looks at it any more. Idempotent."""
+        watched = self._watched.pop(vm_id, None)
+        if watched is not None:
+            async with watched.looking:
+                await _end(watched)
 
     def room(self, vm_id: str) -> Room:
         """How it stood when it was last looked at."""
-        return self._rooms.get(vm_id, Room.AMPLE)
+        watched = self._watched.get(vm_id)
+        return watched.room if watched is not None else Room.AMPLE
+
+    async def looked_at(self, vm_id: str) -> Room:
+        """How it stands now."""
+        if watched := self._watched.get(vm_id):
+            await self._look(watched)
+        return self.room(vm_id)
 
     def is_held(self, vm_id: str) -> bool:
         """Whether its machine is held, until there is room again."""
-        return vm_id in self._held
+        watched = self._watched.get(vm_id)
+        return watched is not None and watched.held
+
+    @asynccontextmanager
+    async def left_alone(self, vm_id: str) -> AsyncIterator[None]:
+        """Nobody but the block holds the machine, or lets it run on, until it ends. What it writes
+        finds room as long as there is any."""
+        watched = self._watched.get(vm_id)
+        if watched is None:
+            yield
+            return
+        watched.left_alone += 1
+        try:
+            async with watched.looking:  # what is under way is done
+                pass
+            yield
+        finally:
+            watched.left_alone -= 1
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Machines are looked after while the block runs."""
-        task = asyncio.create_task(self._run(self._devices)) if self._devices else None
+        self._runs = True
+        for each in self._watched.values():
+            self._begin(each)
         try:
             yield
         finally:
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+            self._runs = False
+            await asyncio.gather(*map(_end, self._watched.values()))
 
-    async def _run(self, devices: DiskDeviceMaker) -> None:
+    def _begin(self, watched: _Watched) -> None:
+        if self._runs and watched.task is None:
+            watched.task = asyncio.create_task(self._look_again_and_again(watched))
+
+    async def _look_again_and_again(self, watched: _Watched) -> None:
         while True:
-            await self._some.wait()
             current_op_id.set(new_op_id())
-            await asyncio.gather(*(self._look(devices, vm) for vm in self._watched.values()))
+            await self._look(watched)
             await asyncio.sleep(_INTERVAL_S)
 
-    async def _look(self, devices: DiskDeviceMaker, vm: Vm) -> None:
-        if self.room(vm.id) is Room.LOST:
-            return  # for as long as it runs
-        try:
-            room = await self._tended(devices, vm)
-            if vm.id not in self._watched:
-                return
-            self._rooms[vm.id] = room
-            if room is Room.LOST:
-                get_logger().error("disk overflowed", **vm_attributes(vm))
-            if room is Room.SHORT:
-                await self._hold(vm)
-            elif room is Room.AMPLE and self.is_held(vm.id):
-                await self._let_run_on(vm)
-        except Exception as error:  # a supervisor's boundary: the others have their turn
-            if vm.id in self._watched and str(error) != self._failures.get(vm.id):
-                self._failures[vm.id] = str(error)  # each is told once
-                get_logger().error("disk not looked after", error=str(error), **vm_attributes(vm))
+    async def _look(self, watched: _Watched, *, adopted: bool = False) -> None:
+        async with watched.looking:
+            if watched.room is Room.LOST:
+                return  # for as long as it runs
+            try:
+                if adopted:  # and nobody knows how it stands: it may be held
+                    watched.held = await self._is(watched, MachineStatus.PAUSED)
+                await self._tend(watched)
+                if adopted and _may_run(watched):  # it is for others to say whether it does
+                    watched.held = False
+                await self._act(watched)
+            except Exception as error:  # a supervisor's boundary: it is looked at again
+                if str(error) != watched.failure:
+                    watched.failure = str(error)  # each is told once
+                    get_logger().error(
+                        "disk not looked after", error=str(error), **vm_attributes(watched.vm)
+                    )
 
-    async def _tended(self, devices: DiskDeviceMaker, vm: Vm) -> Room:
+    async def _tend(self, watched: _Watched) -> None:
+        assert self._devices is not None  # or nothing would be watched
+        vm = watched.vm
         try:
-            return await devices.tend(vm.id, Path(vm.runtime.system_overlay))
+            watched.room = await self._devices.tend(vm.id, _disk(vm))
         except PreconditionFailed as error:
+            watched.room = Room.LOST
             get_logger().error("disk lost", error=error.message, **vm_attributes(vm))
-            return Room.LOST
+        else:
+            if watched.room is Room.LOST:
+                get_logger().error("disk overflowed", **vm_attributes(vm))
 
-    async def _hold(self, vm: Vm) -> None:
-        """Again each time: a snapshot that was taken meanwhile has let it run on. One that is
-        paused for another reason (a standby) is left to that."""
-        socket = Path(vm.runtime.api_socket)
-        if await self._hypervisor.status(socket) is MachineStatus.RUNNING:
+    async def _act(self, watched: _Watched) -> None:
+        """Hold the machine, or let it run on. One that is paused for another reason (a standby) is
+        left to that; one that somebody else has let run on is held again."""
+        if watched.left_alone:
+            return
+        vm, socket = watched.vm, Path(watched.vm.runtime.api_socket)
+        if watched.room is Room.SHORT and await self._is(watched, MachineStatus.RUNNING):
             await self._hypervisor.pause(socket)
-            self._held.add(vm.id)
+            watched.held = True
             get_logger().error("vm held: the disk is full", **vm_attributes(vm))
+        elif watched.held and _may_run(watched):
+            if await self._is(watched, MachineStatus.PAUSED):
+                await self._hypervisor.resume(socket)
+                why = "has room" if watched.room is Room.AMPLE else "is lost"
+                get_logger().warning(f"vm runs on: the disk {why}", **vm_attributes(vm))
+            watched.held = False
 
-    async def _let_run_on(self, vm: Vm) -> None:
-        await self._hypervisor.resume(Path(vm.runtime.api_socket))
-        self._held.discard(vm.id)
-        get_logger().warning("vm runs on: the disk has room", **vm_attributes(vm))
+    async def _is(self, watched: _Watched, status: MachineStatus) -> bool:
+        return await self._hypervisor.status(Path(watched.vm.runtime.api_socket)) is status
+
+
+def _may_run(watched: _Watched) -> bool:
+    """With too little room for now it stays as it is, held or not; holding what is lost mends
+    nothing."""
+    return watched.room in (Room.AMPLE, Room.LOST)
+
+
+def _disk(vm: Vm) -> Path:
+    return Path(vm.runtime.system_overlay)
+
+
+async def _end(watched: _Watched) -> None:
+    task, watched.task = watched.task, None
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)

@@ -17,7 +17,7 @@ from pathlib import Path
 from banger.base.errors import PreconditionFailed
 from banger.base.model import DiskDevices, Vm, VmState
 from banger.base.paths import Paths
-from banger.drivers.base import Check, Disk, Level, Storage
+from banger.drivers.base import Check, Disk, DiskDeviceMaker, Level, Storage
 from banger.services.capabilities import Capability, Start
 from banger.services.disk_room import DiskRoom
 from banger.services.image import ImageService
@@ -33,9 +33,18 @@ class SystemDisk(Capability):
 
     name = "system disk"
 
-    def __init__(self, paths: Paths, storage: Storage, liveness: Liveness, room: DiskRoom) -> None:
+    def __init__(
+        self,
+        paths: Paths,
+        storage: Storage,
+        devices: DiskDeviceMaker | None,
+        liveness: Liveness,
+        room: DiskRoom,
+    ) -> None:
+        """`devices` makes those of disks of VMs that may be of another storage than `storage`."""
         self._paths = paths
         self._storage = storage
+        self._devices = devices
         self._liveness = liveness
         self._room = room
 
@@ -62,6 +71,7 @@ class SystemDisk(Capability):
 
     async def prepare_disks(self, start: Start) -> None:
         await self._open(start, lambda _: None)
+        self._room.watch(start.vm)
 
     async def prepare_host(self, start: Start) -> None:
         await self._open(start, partial(self._liveness.record_disk, start.vm))
@@ -83,15 +93,13 @@ class SystemDisk(Capability):
         start.disks.append(disk)
 
     async def release_disks(self, start: Start) -> None:
-        await self._close(start.vm, DiskDevices(base=start.image.rootfs_path))
+        await self.cleanup(start.vm)
 
     async def cleanup(self, vm: Vm) -> None:
-        self._room.forget(vm.id)
-        await self._close(vm, self._liveness.handles(vm).disk)
-
-    async def _close(self, vm: Vm, made: DiskDevices) -> None:
-        if (devices := self._storage.devices) is not None:
-            await devices.close(vm.id, Path(vm.runtime.system_overlay), made)
+        await self._room.forget(vm.id)
+        disk = Path(vm.runtime.system_overlay)
+        if self._devices is not None and self._devices.serves(disk):
+            await self._devices.close(vm.id, disk)
 
 
 class WorkDisk(Capability):

@@ -20,6 +20,7 @@ from banger.guest.channel import call
 from banger.guest.requests import Shutdown
 from banger.services.agents import Agents
 from banger.services.capabilities import Capabilities, Start
+from banger.services.disk_room import DiskRoom
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
 from banger.services.liveness import Liveness
@@ -48,6 +49,7 @@ class Lifecycle:
         liveness: Liveness,
         agents: Agents,
         suspension: Suspension,
+        room: DiskRoom,
     ) -> None:
         self._hypervisor = hypervisor
         self._capabilities = capabilities
@@ -58,6 +60,7 @@ class Lifecycle:
         self._liveness = liveness
         self._agents = agents
         self._suspension = suspension
+        self._room = room
 
     async def start(
         self,
@@ -160,7 +163,9 @@ class Lifecycle:
                 stages.stage("power_off")
                 # Watched no longer: that it ends now is no surprise.
                 self._liveness.unwatch(vm.id)
-                await self._power_off(vm, stages)
+                # What it has yet to write may fit: held, it could not even say so.
+                async with self._room.left_alone(vm.id):
+                    await self._power_off(vm, stages)
             stages.stage("cleanup")
             return await self._vms.mark_ended(vm, reason)
         except BaseException:

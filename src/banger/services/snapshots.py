@@ -38,9 +38,10 @@ from banger.services.artifacts import (
     staged,
 )
 from banger.services.capabilities import Capabilities, Saved, Start
+from banger.services.disk_room import DiskRoom
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
-from banger.services.layers import DiskLayers, disks_of
+from banger.services.layers import DiskLayers, check_kind, disks_of
 from banger.services.liveness import Liveness
 from banger.services.machine import machine_of
 from banger.services.operations import Progress, Stages
@@ -70,6 +71,7 @@ class SnapshotService:
         liveness: Liveness,
         layers: DiskLayers,
         agents: Agents,
+        room: DiskRoom,
     ) -> None:
         self._paths = paths
         self._store = store
@@ -83,6 +85,7 @@ class SnapshotService:
         self._liveness = liveness
         self._layers = layers
         self._agents = agents
+        self._room = room
         self._users: Counter[str] = Counter()
 
     # Taking one.
@@ -127,7 +130,8 @@ class SnapshotService:
         async with staged(final) as staging:
             shape, paused_s = "", 0.0
             if running:
-                shape, paused_s = await self._captured(vm, staging.path, stages)
+                async with self._room.left_alone(vm.id):
+                    shape, paused_s = await self._captured(vm, staging.path, stages)
                 stages.describe(paused_ms=round(paused_s * 1000, 1))
             else:
                 await self._frozen(vm, staging.path, stages)
@@ -232,7 +236,10 @@ class SnapshotService:
             get_logger().error("layers not settled", error=str(error), **vm_attributes(vm))
 
     async def shape(self, vm: Vm) -> str:
-        """What a machine must have to go on from the memory of this VM's."""
+        """What a machine must have to go on from the memory of this VM's. Raises PreconditionFailed
+        for one whose disks another storage has made: nobody knows its machine now."""
+        for disk in disks_of(vm).values():
+            check_kind(self._storage, disk)
         image, kernel = await self._images.of_vm(vm), await self._kernels.get(vm.kernel_id)
         start = Start(vm, image, kernel)
         self._capabilities.contribute_machine(start)

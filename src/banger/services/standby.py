@@ -19,7 +19,7 @@ import msgspec
 
 from banger.base import procfs
 from banger.base.cancellation import to_its_end
-from banger.base.errors import BangerError
+from banger.base.errors import BangerError, Unavailable
 from banger.base.log import OperationLog, get_logger
 from banger.base.model import Template, Vm
 from banger.base.opid import current_op_id, new_op_id
@@ -29,6 +29,7 @@ from banger.guest.channel import call
 from banger.guest.requests import Exec
 from banger.services.agents import Agents
 from banger.services.capabilities import Start
+from banger.services.disk_room import DiskRoom
 from banger.services.liveness import Liveness
 from banger.services.machine import new_runtime
 from banger.services.templates import TemplateService
@@ -75,6 +76,7 @@ class Standbys:
         liveness: Liveness,
         agents: Agents,
         templates: TemplateService,
+        room: DiskRoom,
         limit: int,
     ) -> None:
         self._paths = paths
@@ -83,6 +85,7 @@ class Standbys:
         self._liveness = liveness
         self._agents = agents
         self._templates = templates
+        self._room = room
         self._limit = limit
         #: Those that wait, the one that was made last first.
         self._waiting: list[Standby] = []
@@ -165,7 +168,10 @@ class Standbys:
                 for _ in range(_WARM_UP_ROUNDS):
                     await call(channel, _WARM_UP, timeout_s=_WARM_UP_TIMEOUT_S)
                 log.stage("pause")
-                await self._hypervisor.pause(Path(vm.runtime.api_socket))
+                async with self._room.left_alone(vm.id):
+                    if self._room.is_held(vm.id):
+                        raise Unavailable("the host's disk is full")
+                    await self._hypervisor.pause(Path(vm.runtime.api_socket))
             except BaseException:
                 await to_its_end(self._vms.remove_unrecorded(vm, MARKER))
                 raise

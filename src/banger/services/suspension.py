@@ -25,6 +25,7 @@ from banger.base.model import Vm, VmState
 from banger.base.paths import Paths
 from banger.drivers.base import Capture, Hypervisor, MachineStatus
 from banger.services.capabilities import Saved
+from banger.services.disk_room import DiskRoom
 from banger.services.liveness import Liveness
 from banger.services.operations import Stages
 from banger.services.preflight import check_room_for_memory, require
@@ -40,12 +41,14 @@ class Suspension:
         vms: VmService,
         liveness: Liveness,
         snapshots: SnapshotService,
+        room: DiskRoom,
     ) -> None:
         self._paths = paths
         self._hypervisor = hypervisor
         self._vms = vms
         self._liveness = liveness
         self._snapshots = snapshots
+        self._room = room
 
     async def suspend(self, reference: str, stages: Stages) -> Vm:
         """End a VM that runs and keep its memory. A suspended one stays as it is.
@@ -60,23 +63,27 @@ class Suspension:
                 raise NotRunning(f'vm "{vm.name}" is not running: there is no memory to keep')
             stages.stage("preflight")
             require([check_room_for_memory(self._paths.vms_dir, vm.spec.memory_mib)])
-            socket = Path(vm.runtime.api_socket)
-            if await self._hypervisor.status(socket) is not MachineStatus.RUNNING:
-                raise Conflict(
-                    f'the machine of vm "{vm.name}" is held: it cannot be suspended now',
-                    hint=f"why: banger vm health {vm.name}",
-                )
-            shape = await self._snapshots.shape(vm)
-            try:
-                await self._save(vm, stages)
-                runtime = msgspec.structs.replace(vm.runtime, saved_shape=shape)
-                stages.stage("cleanup")
-                return await to_its_end(
-                    self._vms.mark_suspended(msgspec.structs.replace(vm, runtime=runtime))
-                )
-            except BaseException:
-                await to_its_end(self._run_on(vm))
-                raise
+            async with self._room.left_alone(vm.id):
+                return await self._suspended(vm, stages)
+
+    async def _suspended(self, vm: Vm, stages: Stages) -> Vm:
+        socket = Path(vm.runtime.api_socket)
+        if await self._hypervisor.status(socket) is not MachineStatus.RUNNING:
+            raise Conflict(
+                f'the machine of vm "{vm.name}" is held: it cannot be suspended now',
+                hint=f"why: banger vm health {vm.name}",
+            )
+        shape = await self._snapshots.shape(vm)
+        try:
+            await self._save(vm, stages)
+            runtime = msgspec.structs.replace(vm.runtime, saved_shape=shape)
+            stages.stage("cleanup")
+            return await to_its_end(
+                self._vms.mark_suspended(msgspec.structs.replace(vm, runtime=runtime))
+            )
+        except BaseException:
+            await to_its_end(self._run_on(vm))
+            raise
 
     async def _save(self, vm: Vm, stages: Stages) -> None:
         paths = self._paths.vm(vm.id)

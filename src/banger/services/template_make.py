@@ -20,10 +20,11 @@ from banger.base.files import reserve_if_reading_takes_room, sync_file
 from banger.base.log import get_logger
 from banger.base.model import Vm
 from banger.base.paths import VmPaths, prepare_private_dir
-from banger.drivers.base import Hypervisor, Machine, MemoryFile, NetworkAttachment, Networks
+from banger.drivers.base import Hypervisor, Machine, MemoryFile, NetworkAttachment, Networks, Room
 from banger.guest.channel import AgentChannel, call
 from banger.guest.requests import Exec, Ping
 from banger.services.capabilities import Capabilities, Start
+from banger.services.disk_room import DiskRoom
 from banger.services.guest_wait import console_tail, while_it_runs
 from banger.services.machine import machine_of
 from banger.services.operations import Progress
@@ -46,6 +47,7 @@ async def make_machine(
     capabilities: Capabilities,
     hypervisor: Hypervisor,
     networks: Networks,
+    room: DiskRoom,
     progress: Progress,
 ) -> None:
     """Fill the directory of `paths`: disks, memory and the state of a machine at rest.
@@ -67,7 +69,7 @@ async def make_machine(
                 pid, lambda argv: hypervisor.control_socket(argv) == machine.control_socket
             )
             try:
-                await _boot_and_save(machine, paths, pidfd, hypervisor, progress)
+                await _boot_and_save(machine, paths, pidfd, hypervisor, room, progress)
             finally:
                 if pidfd >= 0:
                     await to_its_end(_end(hypervisor, machine.control_socket, pidfd))
@@ -92,6 +94,7 @@ async def _boot_and_save(
     paths: VmPaths,
     pidfd: int,
     hypervisor: Hypervisor,
+    room: DiskRoom,
     progress: Progress,
 ) -> None:
     progress.stage("boot", "once, for all later starts")
@@ -105,7 +108,12 @@ async def _boot_and_save(
         said = f"; the end of its console: {tail.splitlines()[-1]}" if tail else ""
         raise Unavailable(f"its guest did not come up: {error.message}{said}") from error
     progress.stage("save")
-    await hypervisor.save(machine, paths.machine_state)
+    async with room.left_alone(machine.vm_id):
+        if room.is_held(machine.vm_id):
+            raise Unavailable("the host's disk is full")
+        await hypervisor.save(machine, paths.machine_state)
+        if await room.looked_at(machine.vm_id) is Room.LOST:
+            raise Unavailable("the host's disk had no room for what its guest wrote")
 
 
 async def _come_to_rest(machine: Machine, vsock_port: int) -> None:

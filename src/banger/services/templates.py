@@ -46,6 +46,7 @@ from banger.drivers.base import Hypervisor, Networks
 from banger.services import artifacts
 from banger.services.artifacts import allocated_bytes, new_id, remove_leftovers, staged
 from banger.services.capabilities import Capabilities, Saved, Start
+from banger.services.disk_room import DiskRoom
 from banger.services.kernel import KernelService
 from banger.services.machine import machine_of, nobody
 from banger.services.operations import Operations, Progress, Stages
@@ -82,6 +83,7 @@ class TemplateService:
         capabilities: Capabilities,
         kernels: KernelService,
         operations: Operations,
+        room: DiskRoom,
     ) -> None:
         self._paths = paths
         self._config = config
@@ -90,6 +92,7 @@ class TemplateService:
         self._networks = networks
         self._capabilities = capabilities
         self._kernels = kernels
+        self._room = room
         self._flights = SingleFlight(operations, "template.make")
         self._users: Counter[str] = Counter()
         #: Those that are being removed.
@@ -318,6 +321,7 @@ class TemplateService:
                 self._capabilities,
                 self._hypervisor,
                 self._networks,
+                self._room,
                 progress,
             )
             template = Template(

@@ -29,6 +29,7 @@ from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Image, Kernel, Snapshot, Template, Vm, VmState
 from banger.base.paths import Paths, prepare_private_dir
 from banger.drivers.base import (
+    DiskDeviceMaker,
     Hypervisor,
     MachineLost,
     MachineStatus,
@@ -72,6 +73,8 @@ class Drivers:
     networks: Networks
     #: Hypervisors that may have been configured before.
     others: tuple[Hypervisor, ...] = ()
+    #: What makes devices of disks, for VMs whose storage does, which may not be `storage`.
+    devices: DiskDeviceMaker | None = None
 
 
 class GuestLost(BangerError):

@@ -35,6 +35,7 @@ from banger.base.jail import jailed_vm, may_be_jailed
 from banger.base.paths import SYSTEM_RUNTIME_DIR, usual_runtime_dirs
 from banger.base.trust import check_programs
 from banger.system.systemd import check_booted, systemctl, unit_state
+from banger.system.udev import RULES, RULES_FILE
 from banger.system.units import DAEMON, HELPER, UNIT_DIR, UNITS, Owner, unit_texts
 
 _STOP_TIMEOUT_S = 300.0
@@ -212,9 +213,11 @@ def _machines(owner_uid: int, runtime_dir: Path) -> list[int]:
 
 
 def _write_files(owner: Owner, python: str, before: Installation | None) -> None:
-    texts = unit_texts(owner, python)
-    files = [INSTALL_FILE, *(UNIT_DIR / name for name in texts)]
-    created = set(before.created) if before else {str(path) for path in files if not path.exists()}
+    texts = {UNIT_DIR / name: text for name, text in unit_texts(owner, python).items()}
+    if RULES_FILE.parent.is_dir():  # else there is no udev
+        texts[RULES_FILE] = RULES
+    created = set(before.created) if before else set()
+    created |= {str(path) for path in (INSTALL_FILE, *texts) if not path.exists()}
     directory = INSTALL_FILE.parent
     if not directory.exists():
         created.add(str(directory))
@@ -228,8 +231,8 @@ def _write_files(owner: Owner, python: str, before: Installation | None) -> None
         created=tuple(sorted(created)),
     )
     _write(INSTALL_FILE, install_text(found))
-    for name, text in texts.items():
-        _write(UNIT_DIR / name, text)
+    for path, text in texts.items():
+        _write(path, text)
 
 
 def _write(path: Path, text: str) -> None:
@@ -250,6 +253,7 @@ def _remove_files(found: Installation) -> None:
     """Remove what was made, and nothing that the file names beside that."""
     for name in UNITS:
         _remove(UNIT_DIR / name, found)
+    _remove(RULES_FILE, found)
     _remove(INSTALL_FILE, found)
     if str(INSTALL_FILE.parent) in found.created:
         with suppress(OSError):  # somebody keeps more in it

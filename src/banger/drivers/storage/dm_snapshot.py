@@ -17,8 +17,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,18 +27,19 @@ from banger.base import proc, procfs
 from banger.base.errors import Conflict, PreconditionFailed
 from banger.base.model import DiskDevices
 from banger.drivers.base import Check, DiskFormat, Level, Room
-from banger.drivers.storage import block_devices, cow_file
+from banger.drivers.storage import cow_file
 from banger.drivers.storage.dm_kernel import kernel_checks
 from banger.drivers.storage.reflink import ReflinkStorage, copy_file, nearest
-from banger.hostops.mappings import DMSETUP, mapping_name, mapping_uuid
+from banger.hostops import block_devices
+from banger.hostops.block_devices import Mapping
+from banger.hostops.mappings import DMSETUP, mapping_name
 from banger.hostops.ops import (
-    AttachLoop,
-    DetachLoop,
+    GrowSnapshot,
     HostOps,
     LookAtSnapshot,
     MapSnapshot,
-    ResizeLoop,
     SnapshotState,
+    SweepSnapshots,
     UnmapSnapshot,
 )
 
@@ -47,11 +47,12 @@ _MIB = 1 << 20
 _SUFFIX = ".cow"
 _MAPPED = Path("/dev/mapper")
 
-#: Allocated beyond what is used: a part of what is free, within these. It is looked after twice a
-#: second, so that a machine that writes a gigabyte a second finds room.
+#: Allocated beyond what is used: a part of what is free, within these. It is looked after four
+#: times a second: a machine that writes a gigabyte a second finds room where there is plenty, one
+#: that writes 200 MiB a second where there is hardly any.
 _AHEAD_LEAST_BYTES = 128 * _MIB
 _AHEAD_MOST_BYTES = 512 * _MIB
-_AHEAD_OF_FREE = 16
+_AHEAD_OF_FREE = 8
 #: A machine that has less left is held: what it has in flight must find room yet.
 _SHORT_BYTES = 48 * _MIB
 #: Of the host's memory that is still to be written: it may be that of a machine which opens its
@@ -71,7 +72,6 @@ _TRY_AGAIN_S = 0.1
 class _Space:
     """Of the device of a machine's changes: its size, how far it is used, how large it may be."""
 
-    changes_loop: str
     size_bytes: int
     used_bytes: int
     full_bytes: int
@@ -88,14 +88,12 @@ class DmSnapshotStorage:
     format = DiskFormat.RAW
     layering = None
 
-    def __init__(self, directory: Path, host: HostOps) -> None:
-        """`directory` is where the disks of VMs are, beside those of templates; `host` does what
-        needs root."""
-        self._directory = directory
+    def __init__(self, directory: Path, host: HostOps, instance: str) -> None:
+        """`directory` is where the disks of VMs are; `host` does what needs root. `instance` tells
+        daemons of one user apart."""
         self._host = host
+        self._instance = instance
         self._raw = ReflinkStorage(directory)
-        #: A base is attached by whoever needs it first, and detached by who needed it last.
-        self._one_at_a_time = asyncio.Lock()
         #: Where to look for the end of what is used.
         self._areas: dict[Path, int] = {}
         #: When files were changed last that had room for whatever was under way.
@@ -189,6 +187,10 @@ class DmSnapshotStorage:
 
     # Devices.
 
+    def serves(self, disk: Path) -> bool:
+        """See `DiskDeviceMaker.serves`."""
+        return disk.suffix == _SUFFIX
+
     def node(self, vm_id: str) -> Path:
         """See `DiskDeviceMaker.node`."""
         return _MAPPED / mapping_name(vm_id)
@@ -199,19 +201,24 @@ class DmSnapshotStorage:
         """See `DiskDeviceMaker.open`."""
         made = DiskDevices(base=str(base))
         record(made)
-        async with self._one_at_a_time:
-            # Of an earlier run: a file that is written to must not be cut.
-            await self._take_away(vm_id, disk, made)
-            await asyncio.to_thread(self._give_room, base, disk)
-            loop = await self._attached(base, writable=False)
-            record(made := msgspec.structs.replace(made, base_loop=loop))
-            changes = await self._attached(disk, writable=True)
-            record(made := msgspec.structs.replace(made, changes_loop=changes))
-            # One that was there already has the size that the file had then.
-            await self._host.perform(ResizeLoop(device=changes))
-            mapping = MapSnapshot(vm_id=vm_id, base=loop, changes=changes)
-            name = (await self._host.perform(mapping)).name
-            record(msgspec.structs.replace(made, mapping=name))
+        # Of an earlier run: a file that is written to must not be cut.
+        await self._unmap(vm_id)
+        await asyncio.to_thread(self._give_room, base, disk)
+        name = await self._map(vm_id, base, disk)
+        under, over = await asyncio.to_thread(lambda: _loops_of(_mapping_of(vm_id)))
+        record(msgspec.structs.replace(made, base_loop=under, changes_loop=over, mapping=name))
+
+    async def _map(self, vm_id: str, base: Path, disk: Path) -> str:
+        """The name of the mapping, of two files that are opened here: whoever makes it is told no
+        path."""
+        with base.open("rb") as under, disk.open("rb+") as over:
+            mapping = MapSnapshot(
+                vm_id=vm_id,
+                instance=self._instance,
+                base=under.fileno(),
+                changes=over.fileno(),
+            )
+            return (await self._host.perform(mapping)).name
 
     def _give_room(self, base: Path, disk: Path) -> None:
         """Have the file of changes begin with room ahead. Raises PreconditionFailed without."""
@@ -232,72 +239,24 @@ class DmSnapshotStorage:
                 hint="make room on the host",
             ) from error
 
-    async def _attached(self, path: Path, *, writable: bool) -> str:
-        flags = os.O_RDWR if writable else os.O_RDONLY
-        file = os.open(path, flags | os.O_CLOEXEC)
-        try:
-            return (await self._host.perform(AttachLoop(file=file, writable=writable))).name
-        finally:
-            os.close(file)
-
-    async def close(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
+    async def close(self, vm_id: str, disk: Path) -> None:
         """See `DiskDeviceMaker.close`."""
-        async with self._one_at_a_time:
-            self._areas.pop(disk, None)
-            self._ample.pop(disk, None)
-            await self._take_away(vm_id, disk, devices)
-            await asyncio.to_thread(cow_file.cut, disk)
+        self._areas.pop(disk, None)
+        self._ample.pop(disk, None)
+        if self._may_have_any() or await asyncio.to_thread(_mapping_of, vm_id) is not None:
+            await self._unmap(vm_id)
+        await asyncio.to_thread(cow_file.cut, disk)
 
-    async def _take_away(self, vm_id: str, disk: Path, devices: DiskDevices) -> None:
-        """By what there is: nobody may have recorded it, and a file has another path when it was
-        opened in a mount namespace that is gone."""
-        names: set[str] = set()
-        for mapping in await asyncio.to_thread(block_devices.mappings):
-            if mapping.name == mapping_name(vm_id):
-                names = set(mapping.loops)
-                await self._unmap(vm_id)
-        there = await asyncio.to_thread(block_devices.loops)
-        own = await asyncio.to_thread(disk.resolve)
-        await self._detach([each for each in there if each.name in names or each.file == own])
-        if devices.base:
-            base = await asyncio.to_thread(block_devices.loops_of, Path(devices.base))
-            await self._detach([each for each in base if each.read_only])
+    async def sweep(self, vm_ids: Collection[str]) -> None:
+        """See `DiskDeviceMaker.sweep`."""
+        if self._may_have_any():
+            keep = tuple(sorted(vm_ids))
+            await self._host.perform(SweepSnapshots(instance=self._instance, keep=keep))
 
-    async def sweep(self, vm_ids: Collection[str], bases: Collection[Path]) -> None:
-        """See `DiskDeviceMaker.sweep`: those whose changes are below our state directory."""
-        async with self._one_at_a_time:
-            for vm_id in await asyncio.to_thread(self._mapped_of_ours):
-                if vm_id not in vm_ids:
-                    await self._unmap(vm_id)
-            await self._detach(await asyncio.to_thread(self._loops_of_ours, bases))
-
-    def _mapped_of_ours(self) -> list[str]:
-        """Machines that have a mapping, and their changes below our state directory."""
-        loops = {each.name for each in self._loops_of_ours(())}
-        mapped = [
-            (each.name.rpartition("-")[2], each.uuid)
-            for each in block_devices.mappings()
-            if loops & set(each.loops)
-        ]
-        return [vm_id for vm_id, uuid in mapped if uuid == mapping_uuid(vm_id, os.getuid())]
-
-    def _loops_of_ours(self, bases: Collection[Path]) -> list[block_devices.Loop]:
-        """Those of changes, and of these bases."""
-        ours, shared = self._directory.parent.resolve(), {base.resolve() for base in bases}
-        return [
-            each
-            for each in block_devices.loops()
-            if (each.file.suffix == _SUFFIX and each.file.is_relative_to(ours))
-            or (each.read_only and each.file in shared)
-        ]
-
-    async def _detach(self, loops: Sequence[block_devices.Loop]) -> None:
-        """Detach those that nothing is made of."""
-        for loop in loops:
-            if not loop.holders:
-                # Another daemon may have made something of it since, or it is somebody else's.
-                with suppress(Conflict):
-                    await self._host.perform(DetachLoop(device=loop.name))
+    def _may_have_any(self) -> bool:
+        """Whether there may be devices: whoever was able to make them took them back at the end of
+        its installation."""
+        return not self._host.problem or self._host.installed
 
     async def _unmap(self, vm_id: str) -> None:
         """Nobody tells when what is busy is not any more: it is tried again, for two seconds."""
@@ -326,7 +285,7 @@ class DmSnapshotStorage:
         more = min(wanted, (free - _KEEP_FREE_BYTES) // _STEP_BYTES * _STEP_BYTES)
         last = space.size_bytes + wanted == space.full_bytes
         if (wanted >= _ahead_bytes(free) // 4 or last) and more >= min(_STEP_BYTES, wanted) > 0:
-            space = await self._extended(disk, space, more)
+            space = await self._extended(vm_id, disk, space, more)
             if await self._is_lost(vm_id):  # before there was more room
                 return Room.LOST
         if space.left_bytes >= _SHORT_BYTES + _DIRTY_MOST_BYTES:
@@ -341,27 +300,38 @@ class DmSnapshotStorage:
         return state in (SnapshotState.OVERFLOWED, SnapshotState.INVALID)
 
     def _space(self, vm_id: str, disk: Path) -> _Space | None:
-        found = [each for each in block_devices.mappings() if each.name == mapping_name(vm_id)]
-        if not found:
+        mapping = _mapping_of(vm_id)
+        if mapping is None:
             return None
         used = cow_file.extent(disk, self._areas.get(disk, 0))
         self._areas[disk] = used.area
-        full = cow_file.full_bytes(found[0].size_bytes)
-        changes = block_devices.writable(found[0].loops)
+        full = cow_file.full_bytes(mapping.size_bytes)
+        _, changes = _loops_of(mapping)
         if not changes:
             return None
         # Of the device: the file is larger where the helper was not there to tell it so.
-        return _Space(changes[0], block_devices.size_bytes(changes[0]), used.end_bytes, full)
+        return _Space(block_devices.size_bytes(changes), used.end_bytes, full)
 
-    async def _extended(self, disk: Path, space: _Space, more_bytes: int) -> _Space:
+    async def _extended(self, vm_id: str, disk: Path, space: _Space, more_bytes: int) -> _Space:
         """With more room, if there is; as it was otherwise."""
         size = _good_size(space.size_bytes + more_bytes, space.full_bytes)
         try:
             await asyncio.to_thread(cow_file.allocate, disk, size)
         except OSError:
             return space  # somebody else was quicker
-        await self._host.perform(ResizeLoop(device=space.changes_loop))
+        await self._host.perform(GrowSnapshot(vm_id=vm_id))
         return replace(space, size_bytes=size)
+
+
+def _mapping_of(vm_id: str) -> Mapping | None:
+    name = mapping_name(vm_id)
+    return next((each for each in block_devices.mappings() if each.name == name), None)
+
+
+def _loops_of(mapping: Mapping | None) -> tuple[str, str]:
+    """The devices of its image and of its changes, empty for none."""
+    names = {block_devices.is_read_only(each): each for each in mapping.devices} if mapping else {}
+    return names.get(True, ""), names.get(False, "")
 
 
 def _good_size(size_bytes: int, full_bytes: int) -> int:
@@ -395,12 +365,11 @@ def _make_empty(overlay: Path) -> None:
 
 def _flush(disk: Path) -> None:
     """What was written to the device that a disk has, if it has one, is in its file."""
-    # A disk is in a directory with the name of its machine. (A mapping's loops have names of files
-    # that change with mount namespaces.)
-    name = mapping_name(disk.parent.name)
-    if name not in {each.name for each in block_devices.mappings()}:
+    # A disk is in a directory with the name of its machine. (A loop device's file has a name that
+    # changes with mount namespaces.)
+    if _mapping_of(disk.parent.name) is None:
         return
-    descriptor = os.open(_MAPPED / name, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(_MAPPED / mapping_name(disk.parent.name), os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:

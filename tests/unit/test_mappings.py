@@ -1,0 +1,65 @@
+"""Which mappings are whose, by what dmsetup says of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from banger.base.errors import Conflict
+from banger.hostops import mappings
+from banger.hostops.ops import SnapshotState
+
+ID, OTHER = "0123456789ab", "ba9876543210"
+OURS, THEIRS = "89abcdef", "01234567"
+_LISTING = f"""\
+banger-{ID}/BANGER-7-{OURS}-{ID}
+banger-{OTHER}/BANGER-7-{THEIRS}-{OTHER}
+banger-ffffffffffff/BANGER-70-{OURS}-ffffffffffff
+banger-eeeeeeeeeeee/BANGER-7-{OURS}-eeeeeeeeeeee-more
+vg-root/LVM-7-{OURS}
+plain/
+"""
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...]]:
+    """What dmsetup was called with."""
+    calls: list[tuple[str, ...]] = []
+
+    async def dmsetup(*words: str) -> str:
+        calls.append(words)
+        return _LISTING if words[0] == "info" else ""
+
+    monkeypatch.setattr(mappings, "_dmsetup", dmsetup)
+    monkeypatch.setattr(mappings, "_DRIVER", tmp_path)
+    return calls
+
+
+@pytest.mark.usefixtures("said")
+@pytest.mark.parametrize(
+    ("instance", "uid", "found"),
+    [(OURS, 7, [ID]), (THEIRS, 7, [OTHER]), ("", 7, [ID, OTHER]), ("00000000", 7, []), ("", 8, [])],
+)
+async def test_machines_are_those_of_the_daemon_or_of_all_of_the_owners(
+    instance: str, uid: int, found: list[str]
+) -> None:
+    assert await mappings.machines(instance, uid) == found
+
+
+async def test_anothers_is_never_removed(said: list[tuple[str, ...]]) -> None:
+    for vm_id in ("ffffffffffff", "eeeeeeeeeeee"):
+        with pytest.raises(Conflict, match="not banger's"):
+            await mappings.remove(vm_id, 7)
+    await mappings.remove("dddddddddddd", 7)  # there is none
+    assert {words[0] for words in said} == {"info"}
+
+
+async def test_a_kernel_without_device_mapper_has_none_and_is_not_asked(
+    said: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(mappings, "_DRIVER", tmp_path / "none")
+    assert await mappings.machines("", 7) == []
+    await mappings.remove(ID, 7)
+    assert await mappings.state(ID, 7) is SnapshotState.ABSENT
+    assert said == []
