@@ -43,7 +43,7 @@ def stand_in(directory: Path, *, vsock: bool = False) -> Path:
     its command line. With a `vsock` its guests have one, and cannot be saved."""
     program = directory / ("firecracker-vsock" if vsock else "firecracker")
     # Python finds its libraries by its own name, unless it is told where they are.
-    program.write_text(
+    text = (
         "#!/bin/bash\n"
         f"export PYTHONHOME={shlex.quote(sys.base_prefix)}\n"
         f"export PYTHONPATH={shlex.quote(os.pathsep.join(_libraries()))}\n"
@@ -51,7 +51,10 @@ def stand_in(directory: Path, *, vsock: bool = False) -> Path:
         f"export PATH={shlex.quote(os.environ['PATH'])}\n"
         f'exec -a firecracker {shlex.quote(_interpreter())} {shlex.quote(str(STAND_IN))} "$@"\n'
     )
-    program.chmod(0o755)
+    # What was saved with it is of another program once its time is another.
+    if not program.exists() or program.read_text() != text:
+        program.write_text(text)
+        program.chmod(0o755)
     return program
 
 
