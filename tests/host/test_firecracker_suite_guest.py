@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,8 @@ def suite_host(
 def _put_tests(host: GuestHost, scratch: Path) -> None:
     packages = scratch / "packages"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "--quiet")
-    download: list[str | Path] = [*pip, "download", *GUESTS_PYTHON, "-d", packages, *_PACKAGES]
+    as_here = [f"{name}=={version(name)}" for name in _PACKAGES]
+    download: list[str | Path] = [*pip, "download", *GUESTS_PYTHON, "-d", packages, *as_here]
     subprocess.run(download, check=True, timeout=300)
     host.root(f"mkdir {_PLACE}")
     host.put(packages, f"{_PLACE}/packages")
