@@ -1,4 +1,4 @@
-.PHONY: demo test test-firecracker test-host check faults bench docs setup clean
+.PHONY: demo test test-drivers test-firecracker test-host check faults bench docs setup clean
 
 demo:  ## set up, build the default image once, run one command on a real VM
 	@scripts/demo
@@ -12,9 +12,14 @@ check: setup  ## format, lint, types, unit tests
 test-host: setup  ## what needs systemd, device-mapper, vsock or KVM, on a guest as the host
 	@.venv/bin/python -m pytest tests/host
 
+test-drivers: setup  ## the integration suite over the other hypervisor and the other storage
+	@.venv/bin/python -m pytest tests/integration --drivers qemu+reflink
+	@.venv/bin/python -m pytest tests/integration --drivers firecracker+reflink
+
 test-firecracker: setup  ## the Firecracker driver; with the real one where it is on PATH
 	@.venv/bin/python tests/firecrackers.py
 	@.venv/bin/python -m pytest tests/unit/test_firecracker_machine.py tests/integration/test_firecracker_*.py
+	@.venv/bin/python -m pytest --all-hosts tests/host/test_jails_guest.py tests/host/test_firecracker_suite_guest.py
 
 faults: setup  ## the whole fault matrix; writes docs/reliability.md
 	@.venv/bin/python -m pytest tests/faults --all-faults

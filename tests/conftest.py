@@ -11,6 +11,7 @@ from __future__ import annotations
 import shutil
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ import pytest
 from _pytest.nodes import Node
 
 import leftovers
+import suite
 from homes import new_home
-from product import IMAGE, Banger
+from product import DEFAULT_IMAGE, IMAGE, Banger
 
 _failed = pytest.StashKey[bool]()
 _kept = pytest.StashKey[list[str]]()
+_deselected = pytest.StashKey[Counter[str]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -43,15 +46,28 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run what takes long on guest hosts, too",
     )
     parser.addoption(
+        "--whole-suite",
+        action="store_true",
+        help="with Firecracker on a guest host: run all of the integration suite, not parts of it",
+    )
+    parser.addoption(
         "--drivers",
         metavar="HYPERVISOR+STORAGE",
         default="",
-        help="walk that of these drivers, like firecracker+reflink, and write nothing",
+        help="run the integration tests over these drivers, like firecracker+reflink; of the fault"
+        " matrix, walk that of these, and write nothing",
+    )
+    parser.addoption(
+        "--images",
+        metavar="DIRECTORY",
+        default="",
+        help="take the images NAME.ext4 and their kernel, vmlinux, of this directory: build none",
     )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_kept] = []
+    config.stash[_deselected] = Counter()
 
 
 #: Folders of tests in the order they are run in: quick tests first, for a slip shows before any
@@ -60,8 +76,22 @@ def pytest_configure(config: pytest.Config) -> None:
 _ORDER = ("unit", "faults", "integration", "host")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: _ORDER.index(item.path.parent.name))
+    if name := config.getoption("--drivers"):
+        integration = [item for item in items if "integration" in item.path.parts]
+        others, reasons = suite.deselect(suite.parse(name), integration)
+        config.hook.pytest_deselected(items=others)
+        config.stash[_deselected] = reasons
+        items[:] = [item for item in items if item not in set(others)]
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    """Which tests of the suite were not asked for with these drivers."""
+    for reason, count in sorted(config.stash[_deselected].items()):
+        terminalreporter.write_line(f"DESELECTED [{count}] {reason}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -153,7 +183,16 @@ def banger(private_home: object) -> Iterator[Banger]:  # it sets the environment
 
 
 @pytest.fixture(scope="session")
-def image(banger: Banger) -> str:
+def image(banger: Banger, pytestconfig: pytest.Config) -> str:
     """The small Debian image, built once for the session."""
-    banger.ok("image", "build", IMAGE)
+    suite.have_image(banger, IMAGE, pytestconfig.getoption("--images"))
     return IMAGE
+
+
+@pytest.fixture(scope="session")
+def default_image(banger: Banger, pytestconfig: pytest.Config) -> str:
+    """The name of the default image: its first use builds it, unless that cannot be."""
+    images = pytestconfig.getoption("--images")
+    if images or suite.session.outside >= 0:
+        suite.have_image(banger, DEFAULT_IMAGE, images)
+    return DEFAULT_IMAGE

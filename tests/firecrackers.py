@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import shlex
 import shutil
@@ -10,14 +11,17 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 import pytest
 
 from banger.drivers.hypervisor import kvm
 from firecracker_schema import DESCRIPTION
-from homes import Home
 from stand_in_machine import VSOCK_VARIABLE
+
+if TYPE_CHECKING:  # homes are configured for these programs
+    from homes import Home
 
 STAND_IN = Path(__file__).with_name("stand_in_firecracker.py")
 
@@ -39,7 +43,7 @@ def stand_in(directory: Path, *, vsock: bool = False) -> Path:
     its command line. With a `vsock` its guests have one, and cannot be saved."""
     program = directory / ("firecracker-vsock" if vsock else "firecracker")
     # Python finds its libraries by its own name, unless it is told where they are.
-    program.write_text(
+    text = (
         "#!/bin/bash\n"
         f"export PYTHONHOME={shlex.quote(sys.base_prefix)}\n"
         f"export PYTHONPATH={shlex.quote(os.pathsep.join(_libraries()))}\n"
@@ -47,24 +51,52 @@ def stand_in(directory: Path, *, vsock: bool = False) -> Path:
         f"export PATH={shlex.quote(os.environ['PATH'])}\n"
         f'exec -a firecracker {shlex.quote(_interpreter())} {shlex.quote(str(STAND_IN))} "$@"\n'
     )
-    program.chmod(0o755)
+    # What was saved with it is of another program once its time is another.
+    if not program.exists() or program.read_text() != text:
+        program.write_text(text)
+        program.chmod(0o755)
     return program
 
 
 def use_stand_in(home: Home) -> None:
     """Have the home's daemon take the stand-in for Firecracker."""
-    # What stands in is a program of Python's, which needs more than a jail has.
-    settings = f'firecracker_bin = "{stand_in(home.directory)}"\njailer_enabled = false\n'
-    home.configure(f'hypervisor = "firecracker"\n{settings}')
-    # What underneath runs vCPUs is not KVM: this host's is believed to, though.
+    chosen = {"hypervisor": '"firecracker"'} | settings(home.directory, stands_in=True)
+    home.configure("".join(f"{key} = {value}\n" for key, value in chosen.items()))
+    believe_in_kvm(home.runtime)
+
+
+def settings(directory: Path, *, stands_in: bool) -> dict[str, str]:
+    """What a home at `directory` has in config.toml for the stand-in, or for the real one, which is
+    in jails where its jailer is there: by key, as TOML."""
+    if stands_in:
+        # What stands in is a program of Python's, which needs more than a jail has.
+        return {"firecracker_bin": f'"{stand_in(directory)}"', "jailer_enabled": "false"}
+    chosen = {"firecracker_bin": f'"{real()}"'}
+    if jailer() is None:
+        return chosen | {"jailer_enabled": "false"}
+    return chosen | {"jailer_bin": f'"{jailer()}"'}
+
+
+def believe_in_kvm(runtime: Path) -> None:
+    """Have the daemon with this runtime directory believe that KVM runs guests here: it does, or it
+    is not what runs vCPUs underneath the stand-in."""
     cached = kvm._Cached(kvm._key(kvm.DEVICE), True, "as the test says")
-    home.runtime.mkdir(mode=0o700, exist_ok=True)
-    (home.runtime / "probes.json").write_bytes(msgspec.json.encode(cached))
+    runtime.mkdir(mode=0o700, exist_ok=True)
+    (runtime / "probes.json").write_bytes(msgspec.json.encode(cached))
 
 
 def real() -> Path | None:
     """Firecracker itself, if this machine has it."""
     found = os.environ.get(REAL_VARIABLE) or shutil.which("firecracker")
+    return Path(found) if found else None
+
+
+def jailer() -> Path | None:
+    """Its jailer: on PATH, or beside the real one."""
+    firecracker = real()
+    found = shutil.which("jailer") or (
+        firecracker and shutil.which("jailer", path=firecracker.parent)
+    )
     return Path(found) if found else None
 
 
@@ -77,6 +109,7 @@ def _interpreter() -> str:
     return os.path.realpath(sys.executable)
 
 
+@functools.cache
 def missing() -> list[str]:
     """What keeps the real one from running machines here; nothing when it can."""
     found = []

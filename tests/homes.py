@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import select
 import sqlite3
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 import pytest
 
 import leftovers
+import suite
+from banger.base import jail
 from product import IMAGE, Banger
 
 _ENDS_S = 20
@@ -60,10 +63,17 @@ class Home:
         return (self.state / "bangerd.log").read_text()
 
     def configure(self, text: str) -> Path:
-        """Write config.toml, and that no machine waits that a test does not know of; its path."""
+        """Write config.toml; its path. What `text` does not set is as the session's drivers want
+        it, and no machine waits that a test does not know of."""
         file = self.directory / "config/banger/config.toml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text if "standby_limit" in text else f"standby_limit = 0\n{text}\n")
+        defaults = {"standby_limit": "0", **suite.settings(self.directory)}
+        lines = [
+            f"{key} = {value}\n"
+            for key, value in defaults.items()
+            if not re.search(rf"^{key} *=", text, re.MULTILINE)
+        ]
+        file.write_text(f"{''.join(lines)}{text}\n")
         return file
 
     def daemon_pid(self) -> int:
@@ -92,14 +102,22 @@ class Home:
 
     def machines(self) -> list[leftovers.Process]:
         """The hypervisors of this home. (What is below a stand-in for one is not.)"""
-        return [
+        found = [
             each
             for each in self.processes()
             if (
                 "qemu-system" in each.command.partition(" ")[0] and " -name banger-" in each.command
             )
-            or each.command.startswith("firecracker ")
+            or each.command.partition(" ")[0].rpartition("/")[2] == "firecracker"
         ]
+        return [*found, *self._jailed()]
+
+    def _jailed(self) -> Iterator[leftovers.Process]:
+        """Those in jails, which name nothing that is outside: each has a file for its machine."""
+        ids = {each.name for each in (self.state / "jails").glob("*")}
+        for each in leftovers.processes_naming("/firecracker") if ids else ():
+            if jail.jailed_vm(each.pid, os.geteuid()) in ids:
+                yield each
 
     def processes(self) -> list[leftovers.Process]:
         return leftovers.processes_of(self.directory)
@@ -150,6 +168,7 @@ def new_home(directory: Path) -> Home:
 def copy_artifacts(source: Path, home: Home, image: str = IMAGE) -> None:
     """Give `home` a copy of an image of the home at `source`, and of its kernel, records included.
     Whatever else other tests have left there stays there."""
+    suite.prepare(home.runtime)
     home.state.mkdir(parents=True, mode=0o700)
     with (
         sqlite3.connect(source / "state/banger/banger.db") as old,

@@ -17,6 +17,8 @@ from typing import IO, Any, TypeVar
 T = TypeVar("T")
 
 IMAGE = "debian-bookworm-minimal"
+#: A development machine, with git, sshd and systemd.
+DEFAULT_IMAGE = "debian-bookworm"
 
 #: Far above what anything takes here: under emulation, on two busy cores.
 TIMEOUT_S = 240

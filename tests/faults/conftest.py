@@ -26,16 +26,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def _cells(config: pytest.Config) -> tuple[matrix.Cell, ...]:
-    if name := config.getoption("--drivers"):
-        drivers = {each.name: each for each in matrix.DRIVERS}
-        if name not in drivers:
-            raise pytest.UsageError(f"--drivers: {name} is none of {', '.join(drivers)}")
-        return tuple(matrix.cells(drivers[name]))
+    if config.getoption("--drivers"):
+        return tuple(matrix.cells(_drivers(config)))
     return matrix.ALL if _all_faults(config) else matrix.REDUCED
+
+
+def _drivers(config: pytest.Config) -> matrix.Drivers:
+    """Those of `--drivers`, or the default ones."""
+    name = config.getoption("--drivers") or matrix.DEFAULT.name
+    drivers = {each.name: each for each in matrix.DRIVERS}
+    if name not in drivers:
+        raise pytest.UsageError(f"--drivers: {name} is none of {', '.join(drivers)}")
+    return drivers[name]
 
 
 def _all_faults(config: pytest.Config) -> bool:
     return bool(config.getoption("--all-faults"))
+
+
+@pytest.fixture
+def drivers(request: pytest.FixtureRequest) -> matrix.Drivers:
+    """What the operations are held to whose stages are looked at."""
+    return _drivers(request.config)
 
 
 @pytest.fixture

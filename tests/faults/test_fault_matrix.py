@@ -16,7 +16,7 @@ import pytest
 import matrix
 from harm import strike
 from homes import Home
-from matrix import BOOT, Before, Cell, Fault, Operation
+from matrix import BOOT, Before, Cell, Drivers, Fault, Operation
 from product import IMAGE
 from reliability import GONE, Finding
 from scene import Scene
@@ -41,24 +41,26 @@ def _stages(log: str, operation: str) -> list[str]:
     return [stage for stage in stages if stage not in matrix.BY_CHANCE.get(operation, ())]
 
 
-def _expected(operation: Operation) -> list[str]:
-    return [stage.name for stage in operation.stages]
+def _expected(operation: Operation, drivers: Drivers) -> list[str]:
+    return [stage.name for stage in operation.stages_of(drivers)]
 
 
 def test_every_stage_of_a_build_is_in_the_matrix(seed: Home) -> None:
     missing_image, build = matrix.BUILDS
-    assert _stages(seed.log, build.name) == _expected(build)
-    assert _stages(seed.log, missing_image.name)[:1] == _expected(missing_image)
+    assert _stages(seed.log, build.name) == _expected(build, matrix.DEFAULT)
+    assert _stages(seed.log, missing_image.name)[:1] == _expected(missing_image, matrix.DEFAULT)
 
 
 @pytest.mark.parametrize("operation", matrix.OPERATIONS, ids=lambda operation: operation.title)
-def test_every_stage_of_an_operation_is_in_the_matrix(operation: Operation, scenes: Scenes) -> None:
-    with scenes.scene(matrix.DEFAULT, without_image=False, small=False) as scene:
+def test_every_stage_of_an_operation_is_in_the_matrix(
+    operation: Operation, drivers: Drivers, scenes: Scenes
+) -> None:
+    with scenes.scene(drivers, without_image=False, small=False) as scene:
         name = _prepare(scene, operation)
         scene.home.banger.ok("daemon", "stop")
         begins = len(scene.home.log)
-        scene.home.banger.run(*operation.command(name, matrix.DEFAULT))
-        assert _stages(scene.home.log[begins:], operation.name) == _expected(operation)
+        scene.home.banger.run(*operation.command(name, drivers))
+        assert _stages(scene.home.log[begins:], operation.name) == _expected(operation, drivers)
         _clear(scene, name)
 
 

@@ -26,7 +26,7 @@ _CHECKOUT = Path(__file__).parents[2]
 _BUILD_TIMEOUT_S = 600
 
 #: Its Python is Debian's; the one that runs the tests may be another.
-_GUESTS_PYTHON = [
+GUESTS_PYTHON = [
     *("--only-binary=:all:", "--python-version", "3.11", "--implementation", "cp"),
     *(f"--platform=manylinux{tag}_x86_64" for tag in ("2014", "_2_17", "_2_28")),
 ]
@@ -148,7 +148,7 @@ def _make_wheels(folder: Path) -> None:
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
     _ok([*pip, "wheel", "--no-build-isolation", "--no-deps", "-w", folder, _CHECKOUT], os.environ)
     (wheel,) = folder.glob("banger-*.whl")
-    _ok([*pip, "download", *_GUESTS_PYTHON, "-d", folder, wheel], os.environ)
+    _ok([*pip, "download", *GUESTS_PYTHON, "-d", folder, wheel], os.environ)
 
 
 def _kernel(banger: Banger) -> dict[str, str]:

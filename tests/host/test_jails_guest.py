@@ -4,7 +4,6 @@ programs, and with those themselves where they are to be had."""
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,10 +126,7 @@ def test_what_cannot_be_jailed_is_refused_with_what_to_do(seen: dict[str, Any]) 
 @pytest.fixture(scope="module")
 def installed(guest_hosts: GuestHosts) -> Iterator[GuestHost]:
     """A host with banger installed for alice, whose machines are Firecracker's, in jails."""
-    firecracker = firecrackers.real()
-    jailer = shutil.which("jailer") or (
-        firecracker and shutil.which("jailer", path=firecracker.parent)
-    )
+    firecracker, jailer = firecrackers.real(), firecrackers.jailer()
     if firecracker is None or jailer is None:
         pytest.skip(
             "firecracker and jailer are not on PATH: put both there, or set"
@@ -139,7 +135,7 @@ def installed(guest_hosts: GuestHosts) -> Iterator[GuestHost]:
     host = guest_hosts.new("jailed")
     if host.run("test", "-e", "/dev/kvm").returncode != 0:
         pytest.skip("this machine's own KVM does not nest: load kvm_intel or kvm_amd with nested=1")
-    _put_programs(host, firecracker, Path(jailer))
+    _put_programs(host, firecracker, jailer)
     host.alice("sed -i '1i hypervisor = \"firecracker\"' ~/.config/banger/config.toml")
     host.root("SUDO_UID=$(id -u alice) banger system install")
     host.alice(f"{_RUN} --name box --cold")

@@ -10,10 +10,21 @@ from pathlib import Path
 
 import pytest
 
+import suite
 from homes import Home, copy_artifacts, new_home
 from product import Banger
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drivers(private_home: object, pytestconfig: pytest.Config) -> None:
+    """Have what comes from here on run by those of `--drivers`."""
+    if name := pytestconfig.getoption("--drivers"):
+        suite.begin(suite.parse(name))
+        home = Home(Path(os.environ["HOME"]))
+        home.configure("")
+        suite.prepare(home.runtime)
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import leftovers
+import suite
 from homes import copy_artifacts
 from lab import ELSEWHERE, PUBLIC, UPLINK, WORLD, HostedBanger, HostedHome, Lab, lab, names
 from product import IMAGE, Banger, until
@@ -20,6 +21,8 @@ from product import IMAGE, Banger, until
 pytestmark = pytest.mark.guest
 
 _PORT = 8000
+#: As it is by default; other homes of the session may have another.
+_BRIDGE = 'bridge_name = "banger0"\nbridge_cidr = "10.213.0.0/16"\n'
 _ZONE = f"""
 www.example.org. 60 IN CNAME cdn.example.net.
 cdn.example.net. 60 IN A {PUBLIC}
@@ -77,7 +80,7 @@ def home(
     directory = Path(os.environ["HOME"]) / "br"
     (directory / "run").mkdir(parents=True, mode=0o700)
     made = HostedHome(directory, namespace=town.host)
-    made.configure('network = "bridge"\n[vm_defaults]\nmemory = "256M"')
+    made.configure(f'network = "bridge"\n{_BRIDGE}[vm_defaults]\nmemory = "256M"')
     copy_artifacts(Path(os.environ["HOME"]), made)
     yield made
     made.close()
@@ -209,6 +212,7 @@ def test_machines_on_a_bridge_have_names(
     assert _resolved(hosted, alone, "www.example.com") == ""
 
 
+@suite.about_user_networking
 def test_the_host_and_nobody_else_reaches_a_machine_at_its_address(
     town: Lab, hosted: Banger, world: list[str], make_vm: Callable[..., str]
 ) -> None:

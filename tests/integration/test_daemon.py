@@ -13,6 +13,7 @@ from contextlib import closing
 import pytest
 
 import leftovers
+import suite
 from homes import Home
 from product import IMAGE, finish, read_until, until
 from rpc_socket import RawClient
@@ -201,6 +202,7 @@ def _assert_no_build_left(home: Home) -> None:
     assert sorted(map(str, home.data.glob("kernels/*"))) == sorted(kernels)
 
 
+@suite.needs_outside
 def test_a_daemon_killed_while_it_builds_an_image_leaves_nothing(bare_home: Home) -> None:
     building = bare_home.banger.start("image", "build", IMAGE)
     until(lambda: _mmdebstrap_runs(bare_home), "packages are being fetched")
@@ -211,6 +213,7 @@ def test_a_daemon_killed_while_it_builds_an_image_leaves_nothing(bare_home: Home
     _assert_no_build_left(bare_home)
 
 
+@suite.needs_outside
 def test_two_requests_share_a_build_and_the_last_to_leave_takes_it_back(bare_home: Home) -> None:
     building = bare_home.banger.start("image", "build", IMAGE)
     until(lambda: _mmdebstrap_runs(bare_home), "packages are being fetched")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import suite
 from homes import Home, little_room
 from product import IMAGE, Banger
 
@@ -150,6 +151,7 @@ def poor_path(bare_home: Home) -> Path:
     return directory
 
 
+@suite.about_qemu
 def test_all_that_is_missing_is_told_at_once_with_what_to_install(
     home: Home, poor_path: Path
 ) -> None:
@@ -170,6 +172,7 @@ def test_all_that_is_missing_is_told_at_once_with_what_to_install(
         assert word in done.stdout
 
 
+@suite.about_qemu
 def test_the_doctor_says_what_would_be_used_and_why(banger: Banger, image: str) -> None:
     checks = {each["name"]: each for each in banger.json("doctor")}
     assert {"hypervisor", "storage", "network", "accelerator", "disk space"} <= checks.keys()
@@ -245,6 +248,7 @@ def test_what_cannot_be_built_is_said(banger: Banger) -> None:
     assert "debian-bookworm-minimal" in said
 
 
+@suite.about_qemu
 def test_more_memory_than_there_is_ends_in_an_error_with_the_log(home: Home) -> None:
     said = home.banger.fails("vm", "run", "--image", IMAGE, "--memory", "10T", "--", "true",
                              status=125)  # fmt: skip

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import firecrackers
+import suite
 from banger.base import proc
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
 from banger.drivers.hypervisor.firecracker_api import FirecrackerClient, conversation
@@ -48,7 +49,7 @@ from banger.drivers.hypervisor.firecracker_requests import (
 from firecracker_schema import Description
 from tiny_guest import speaking_guest
 
-pytestmark = firecrackers.needs_description
+pytestmark = [firecrackers.needs_description, suite.names_its_drivers]
 
 _START_S = 20.0
 START = Action(action_type=ActionType.INSTANCE_START)

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 import firecrackers
+import suite
 from banger.base import procfs
 from banger.base.errors import PreconditionFailed, Unavailable
 from banger.drivers.base import (
@@ -46,6 +47,7 @@ from static_busybox import static_busybox
 
 pytestmark = [
     pytest.mark.guest,
+    suite.names_its_drivers,
     firecrackers.needs_description,
 ]
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 
 import firecrackers
+import suite
 from homes import Home
 from product import IMAGE, Banger
 
 pytestmark = [
     pytest.mark.guest,
+    suite.names_its_drivers,
     firecrackers.needs_description,
     firecrackers.needs_kvm_device,
 ]

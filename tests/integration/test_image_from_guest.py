@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import suite
 from homes import Home
 from product import IMAGE, Banger, finish, read_until, until
 
@@ -125,6 +126,7 @@ def mine(banger: Banger, image: str, setup: Path) -> Iterator[subprocess.Complet
     banger.ok("image", "delete", "mine")
 
 
+@suite.needs_outside
 def test_an_image_of_ones_own_says_what_it_is_from(
     banger: Banger, image: str, mine: subprocess.CompletedProcess[bytes]
 ) -> None:
@@ -138,6 +140,7 @@ def test_an_image_of_ones_own_says_what_it_is_from(
     assert [vm for vm in banger.json("vm", "list") if vm["name"].startswith("build-")] == []
 
 
+@suite.needs_outside
 def test_what_packages_and_scripts_print_is_shown_as_it_comes(
     mine: subprocess.CompletedProcess[bytes],
 ) -> None:
@@ -157,6 +160,7 @@ def test_what_packages_and_scripts_print_is_shown_as_it_comes(
 
 
 @pytest.mark.usefixtures("mine")
+@suite.needs_outside
 def test_a_machine_of_it_has_all_of_that_and_nothing_of_the_builds(
     make_vm: Callable[..., str], banger: Banger
 ) -> None:
@@ -165,6 +169,7 @@ def test_a_machine_of_it_has_all_of_that_and_nothing_of_the_builds(
 
 
 @pytest.mark.usefixtures("mine")
+@suite.needs_outside
 def test_nobody_shares_an_identity(make_vm: Callable[..., str], banger: Banger) -> None:
     vms = [make_vm("--image", "mine"), make_vm("--image", "mine", "--cold")]
     look = "cat /etc/machine-id /etc/hostname; cat /proc/sys/kernel/random/boot_id"
@@ -180,6 +185,7 @@ def test_nobody_shares_an_identity(make_vm: Callable[..., str], banger: Banger) 
 
 
 @pytest.mark.usefixtures("mine")
+@suite.needs_outside
 def test_a_name_that_is_taken_is_refused_at_once(banger: Banger, image: str) -> None:
     said = banger.fails("image", "build", "mine", "--from", image, "--packages", "x", status=1)
     assert 'image "mine" already exists' in said
@@ -231,6 +237,7 @@ def test_ctrl_c_in_a_script_takes_it_back(home: Home, tmp_path: Path) -> None:
     assert _left(home) == []
 
 
+@suite.needs_outside
 def test_a_daemon_that_is_killed_leaves_nothing_and_the_next_try_works(
     home: Home, tmp_path: Path
 ) -> None:

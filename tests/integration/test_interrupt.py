@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import leftovers
+from homes import Home
 from product import Banger, finish, read_until, until
 
 pytestmark = pytest.mark.guest
@@ -37,8 +38,7 @@ def _creating(banger: Banger, image: str, name: str, *options: str) -> subproces
 
 
 def _machines() -> list[leftovers.Process]:
-    found = leftovers.processes_of(Path(os.environ["HOME"]))
-    return [each for each in found if "qemu-system" in each.command.partition(" ")[0]]
+    return Home(Path(os.environ["HOME"])).machines()
 
 
 @pytest.mark.parametrize("options", [(), ("--rm",)], ids=["kept", "rm"])

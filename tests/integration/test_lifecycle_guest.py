@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import suite
 from homes import Home, little_room
 from product import IMAGE, Banger, finish, read_until, until
 
@@ -227,6 +228,7 @@ def small_disk(home: Home) -> Iterator[Home]:
         home.banger.run("vm", "delete", "--force", "box")
 
 
+@suite.about_qemu
 def test_a_machine_that_meets_a_full_disk_is_held_and_runs_on_once_there_is_room(
     small_disk: Home,
 ) -> None:

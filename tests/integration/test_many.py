@@ -10,6 +10,7 @@ from ipaddress import ip_address
 
 import pytest
 
+import suite
 from homes import Home
 from product import IMAGE, Banger, finish
 
@@ -65,6 +66,7 @@ def test_a_vm_is_found_by_an_unambiguous_prefix_and_exact_wins(banger: Banger) -
     assert banger.ok("vm", "exec", "bet", "--", "hostname") == "beta\n"
 
 
+@suite.about_user_networking
 def test_lists_as_a_table_and_as_json(banger: Banger, three: tuple[str, ...]) -> None:
     assert [each["name"] for each in banger.json("ps")] == list(three)
     table = banger.ok("vm", "list").splitlines()

@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+import suite
 from homes import Home
 from product import IMAGE, Banger, until
 
@@ -107,6 +108,7 @@ def run(home: Home, name: str, *options: str) -> None:
     )
 
 
+@suite.about_user_networking
 def test_names_lead_to_servers_in_guests(home: Home) -> None:
     """Of two machines, one without a network, that have the same port."""
     dns, banger = named_home(home), home.banger
@@ -159,6 +161,7 @@ def test_names_lead_to_servers_in_guests(home: Home) -> None:
     assert dns.status("db.vm") == "NXDOMAIN"
 
 
+@suite.about_user_networking
 def test_a_connection_outlives_its_listener_and_a_port_in_use_is_told_of(home: Home) -> None:
     dns, banger = named_home(home), home.banger
     run(home, "web")

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
+import suite
 from product import Banger
 
 pytestmark = pytest.mark.guest
@@ -102,11 +103,13 @@ def _try(banger: Banger, vm: str, protocol: str, address: str, port: int) -> str
 
 
 @pytest.mark.parametrize("protocol", ["tcp", "udp"])
+@suite.about_user_networking
 def test_a_guest_reaches_servers_outside(banger: Banger, vm: str, lan: Host, protocol: str) -> None:
     assert _try(banger, vm, protocol, lan.address, lan.port) == "hello from the host\n"
     assert lan.visits == [protocol]
 
 
+@suite.about_user_networking
 def test_the_guest_has_its_addresses(banger: Banger, vm: str) -> None:
     assert "inet 172.16.0.2/24" in banger.guest(vm, "ip -4 addr show eth0")
     assert f"default via {_GATEWAY}" in banger.guest(vm, "ip route")
@@ -114,6 +117,7 @@ def test_the_guest_has_its_addresses(banger: Banger, vm: str) -> None:
     assert banger.json("vm", "show", vm)["runtime"]["guest_ip"] == "172.16.0.2"
 
 
+@suite.about_user_networking
 def test_names_are_asked_of_the_hosts_resolver(banger: Banger, vm: str) -> None:
     """Any answer will do: what the host's resolver says of a name is not ours to test."""
     query = "\\x12\\x34\\x01\\x00\\x00\\x01\\x00\\x00\\x00\\x00\\x00\\x00"
@@ -144,6 +148,7 @@ ip route show 127.0.0.0/8
 """
 
 
+@suite.about_user_networking
 def test_the_hosts_loopback_cannot_be_reached_by_any_address(
     banger: Banger, make_vm: Callable[..., str], loopback: Host
 ) -> None:
@@ -174,6 +179,7 @@ def _attack(banger: Banger, vm: str, addresses: list[str], port: int) -> None:
     assert b"hello" not in done.stdout
 
 
+@suite.about_user_networking
 def test_the_hosts_loopback_cannot_be_reached_by_ipv6(
     banger: Banger, make_vm: Callable[..., str]
 ) -> None:
@@ -204,6 +210,7 @@ def test_a_vm_without_a_network_has_no_interface_and_works(
     assert banger.guest(vm, "cat", stdin=b"x" * 100_000) == "x" * 100_000
 
 
+@suite.about_user_networking
 def test_what_a_guest_may_reach_is_all_or_nothing_and_changes_while_it_runs(
     banger: Banger, make_vm: Callable[..., str], lan: Host
 ) -> None:
@@ -225,6 +232,7 @@ def test_what_a_guest_may_reach_is_all_or_nothing_and_changes_while_it_runs(
     assert _try(banger, vm, "tcp", lan.address, lan.port) == ""
 
 
+@suite.about_user_networking
 def test_what_user_networking_cannot_do_is_refused_with_what_can(
     banger: Banger, vm: str, image: str
 ) -> None:
@@ -243,6 +251,7 @@ def test_what_user_networking_cannot_do_is_refused_with_what_can(
     assert '"a b" is neither a network nor a name' in error
 
 
+@suite.about_user_networking
 def test_guests_do_not_see_each_other(banger: Banger, vm: str, make_vm: Callable[..., str]) -> None:
     """Every guest has a network to itself, with the same addresses."""
     other = make_vm()
@@ -252,6 +261,7 @@ def test_guests_do_not_see_each_other(banger: Banger, vm: str, make_vm: Callable
     assert macs[0] != macs[1]
 
 
+@suite.about_user_networking
 def test_a_download_arrives_with_its_end(banger: Banger, vm: str) -> None:
     """Several, from a peer that closes at once: passt used to lose the end of one in seven."""
     data = os.urandom(5 << 20)

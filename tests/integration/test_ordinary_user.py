@@ -23,12 +23,14 @@ from pathlib import Path
 import pytest
 
 import banger as package
+import suite
 from ext4_trees import tree_of
 from oci_layouts import Layout, Member, everything, tar
 from product import IMAGE, Banger
 
 pytestmark = [
     pytest.mark.guest,
+    suite.names_its_drivers,
     pytest.mark.timeout(600),
     pytest.mark.skipif(os.geteuid() != 0, reason="run the tests as root to make another user"),
 ]

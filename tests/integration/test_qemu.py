@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import suite
 from banger.base import proc, procfs
 from banger.base.errors import Unavailable
 from banger.base.model import Reach
@@ -25,6 +26,8 @@ from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
 from tiny_guest import speaking_guest
+
+pytestmark = suite.names_its_drivers
 
 KEPT_FROM = IPv4Network("10.213.0.0/16")
 VM_ID = "vm-0123456789ab"

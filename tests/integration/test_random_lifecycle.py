@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import signal
 import threading
 import time
@@ -258,7 +259,7 @@ class Play:
 
 
 def _vm_id(machine: leftovers.Process) -> str:
-    return machine.command.partition("-name banger-")[2][:12]
+    return re.split(r" -name banger-| --id ", machine.command, maxsplit=1)[-1][:12]
 
 
 def _request(

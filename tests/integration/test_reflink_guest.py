@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+import suite
 from homes import Home
 from product import IMAGE, Banger, until
 
@@ -116,6 +117,7 @@ def test_a_daemon_killed_in_the_pause_leaves_a_machine_that_runs_and_no_copy(raw
     assert sorted((raw.state / "vms").rglob("*")) == before
 
 
+@suite.about_layers
 def test_disks_of_another_storage_are_not_touched(home: Home) -> None:
     banger = home.banger
     banger.ok("vm", "create", "-q", *SMALL, "--name", "box")

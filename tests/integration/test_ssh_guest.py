@@ -29,7 +29,7 @@ with socket.create_server(("127.0.0.1", 4000)) as server:
 
 
 @pytest.fixture(scope="module")
-def box(banger: Banger) -> Iterator[str]:
+def box(banger: Banger, default_image: str) -> Iterator[str]:
     """A VM of the default image, without a network."""
     made = banger.run("vm", "run", "-d", "--name", "sshbox", "--network", "none", timeout_s=800)
     assert made.returncode == 0, made.stderr

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+import suite
 from homes import Home
 from product import IMAGE, Banger, finish, read_until, until
 
@@ -77,6 +78,7 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+@suite.about_processes
 def test_a_busy_loop_is_seen_from_both_sides(banger: Banger, small: str) -> None:
     def calm() -> bool:
         return bool(latest(banger, small)["guest"]["cpu_percent"] < 30)
@@ -109,6 +111,7 @@ def settled(banger: Banger, vm: str) -> Any:
     return samples[-1]
 
 
+@suite.about_processes
 def test_memory_that_is_taken_is_seen_from_both_sides(banger: Banger, small: str) -> None:
     before = settled(banger, small)
     banger.guest(
@@ -144,7 +147,8 @@ def test_what_is_written_to_a_disk_is_seen_from_both_sides(banger: Banger, small
     assert {disk["mount"] for disk in after["guest"]["disks"]} == {"/", "/root"}
     on_disk = sum(
         path.stat().st_blocks * 512
-        for path in Path(banger.json("vm", "show", small)["runtime"]["vm_dir"]).glob("*.qcow2")
+        for path in Path(banger.json("vm", "show", small)["runtime"]["vm_dir"]).iterdir()
+        if path.suffix in (".qcow2", ".raw")
     )
     assert after["host"]["disk_bytes"] == pytest.approx(on_disk, rel=0.2)
 
@@ -172,6 +176,7 @@ def source() -> Iterator[tuple[str, int]]:
         thread.join(20)
 
 
+@suite.about_user_networking
 def test_what_comes_over_the_network_is_counted(
     banger: Banger, small: str, source: tuple[str, int]
 ) -> None:
@@ -229,6 +234,7 @@ def test_a_machine_that_is_started_again_is_looked_at_anew(banger: Banger, small
     assert started["history"][0]["host_cpu_percent"] is None
 
 
+@suite.about_processes
 def test_a_machine_that_stands_still_delays_nobody(home: Home) -> None:
     banger = home.banger
     for name in ("still", "moving"):

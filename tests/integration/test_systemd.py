@@ -18,7 +18,7 @@ _DEFAULT = "debian-bookworm"
 
 
 @pytest.fixture(scope="module")
-def machine(banger: Banger) -> Iterator[str]:
+def machine(banger: Banger, default_image: str) -> Iterator[str]:
     """A VM of the default image, which its first use builds."""
     done = banger.run("vm", "run", "-d", "--name", "workbench", timeout_s=800)
     assert done.returncode == 0, done.stderr

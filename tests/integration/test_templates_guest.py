@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import leftovers
+import suite
 from homes import Home, little_room
 from product import IMAGE, Banger, finish, until
 
@@ -57,6 +58,7 @@ def _asked(banger: Banger, names: list[str], script: str) -> dict[str, str]:
     return {name: out.decode() for name, (_, out, _) in answers.items()}
 
 
+@suite.about_qemu
 def test_they_come_from_one_template_and_map_its_memory(
     banger: Banger, siblings: list[str]
 ) -> None:
@@ -119,6 +121,7 @@ def test_what_one_writes_no_other_sees(banger: Banger, siblings: list[str]) -> N
     assert read == {name: f"{name}\n" * 3 for name in siblings}
 
 
+@suite.about_user_networking
 def test_each_has_a_network_of_its_own(banger: Banger, siblings: list[str]) -> None:
     script = "ip -4 -o addr show eth0 | grep -o 'inet [0-9.]*'; ip route | head -1"
     answers = set(_asked(banger, siblings[:4], script).values())
@@ -178,7 +181,7 @@ def test_a_damaged_template_is_a_line_and_a_boot(home: Home) -> None:
     done = banger.run("vm", "run", "--rm", *SMALL, "--", "echo", "up")
     assert (done.returncode, done.stdout) == (0, b"up\n")
     said = done.stderr.decode()
-    assert "starting from a template failed, the machine boots: QEMU exited" in said
+    assert "starting from a template failed, the machine boots: " in said
     assert banger.json("template", "list") == []
     assert home.machines() == []
     # A daemon that has not seen it fail makes another.
@@ -253,6 +256,7 @@ def _standby(home: Home) -> leftovers.Process:
     return waiting
 
 
+@suite.about_qemu
 def test_a_standby_becomes_the_next_machine_and_is_as_much_somebody(home: Home) -> None:
     home.configure("standby_limit = 1")
     banger = home.banger
@@ -274,6 +278,7 @@ def test_a_standby_becomes_the_next_machine_and_is_as_much_somebody(home: Home) 
     assert banger.guest("second", "cat /root/file; hostname") == "kept\nsecond\n"
 
 
+@suite.about_qemu
 def test_a_standby_ends_with_its_daemon_however_that_ends(home: Home) -> None:
     home.configure("standby_limit = 1")
     banger = home.banger

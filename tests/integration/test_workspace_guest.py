@@ -26,7 +26,7 @@ _REPO = "/root/repo"
 
 
 @pytest.fixture(scope="module")
-def box(banger: Banger) -> Iterator[str]:
+def box(banger: Banger, default_image: str) -> Iterator[str]:
     """A VM with git, in which each test puts its own repository."""
     done = banger.run("vm", "run", "-d", "--name", "with-git", timeout_s=800)
     assert done.returncode == 0, done.stderr
