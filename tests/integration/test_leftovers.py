@@ -64,8 +64,8 @@ def test_a_process_that_does_not_name_the_directory_is_never_ended(tmp_path: Pat
 
 def test_a_session_that_leaves_a_process_fails(pytester: pytest.Pytester) -> None:
     tests = Path(__file__).parent.parent
-    for name in ("conftest.py", "homes.py", "leftovers.py", "product.py"):
-        pytester.path.joinpath(name).write_text((tests / name).read_text())
+    for file in tests.glob("*.py"):
+        pytester.path.joinpath(file.name).write_text(file.read_text())
     pytester.makepyfile(
         """
         import subprocess
