@@ -23,6 +23,7 @@ def drivers(private_home: object, pytestconfig: pytest.Config) -> None:
     if name := pytestconfig.getoption("--drivers"):
         suite.begin(suite.parse(name))
         home = Home(Path(os.environ["HOME"]))
+        home.banger.ok("daemon", "stop")  # it may serve tests of another folder
         home.configure("")
         suite.prepare(home.runtime)
 
