@@ -18,6 +18,7 @@ import signal
 import socket
 import struct
 import tempfile
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -34,10 +35,13 @@ from stand_in_vsock import StandInVsock
 #: cannot be saved: QEMU does not save that device.
 VSOCK_VARIABLE = "STAND_IN_VSOCK"
 
-#: Before QEMU's state in the file: what it is, and the resources as JSON, with its length.
-_TAP_COUNTS = ("tx_bytes", "rx_bytes")
+#: Before QEMU's state in the file: what it is; a sum of all that follows, so that what is cut off
+#: is not loaded; and the resources as JSON, with its length.
 _MAGIC = b"stand-in-1.16.1\n"
+_SUM = struct.Struct(">I")
 _LENGTH = struct.Struct(">I")
+
+_TAP_COUNTS = ("tx_bytes", "rx_bytes")
 
 _TUNSETIFF = 0x400454CA
 _IFF_TAP, _IFF_NO_PI, _IFF_VNET_HDR = 0x2, 0x1000, 0x4000
@@ -219,7 +223,8 @@ class StandInMachine:
             arguments = {"filename": str(devices), "live": False}
             await self._qmp.execute("xen-save-devices-state", arguments)
             header = self._resources.saved()
-            file.write(_MAGIC + _LENGTH.pack(len(header)) + header + devices.read_bytes())
+            content = _LENGTH.pack(len(header)) + header + devices.read_bytes()
+            file.write(_MAGIC + _SUM.pack(zlib.crc32(content)) + content)
         with memory.open("wb") as file:
             _copy(self._memory, file.fileno())
 
@@ -345,13 +350,14 @@ def _read_state(path: Path) -> tuple[Resources, bytes]:
         raise LoadFailed(
             f"{failed}Failed to open snapshot file: {error.strerror} (os error {error.errno})"
         ) from error
-    if content[: len(_MAGIC)] != _MAGIC:
+    begins = len(_MAGIC) + _SUM.size
+    head, content = content[:begins], content[begins:]
+    if head != _MAGIC + _SUM.pack(zlib.crc32(content)):
         raise LoadFailed(
             f"{failed}Failed to load snapshot state from file: CRC64 validation failed"
         )
-    start = len(_MAGIC) + _LENGTH.size
-    end = start + _LENGTH.unpack_from(content, len(_MAGIC))[0]
-    return Resources(**json.loads(content[start:end])), content[end:]
+    end = _LENGTH.size + _LENGTH.unpack_from(content)[0]
+    return Resources(**json.loads(content[_LENGTH.size : end])), content[end:]
 
 
 def _copy(source: int, target: int) -> None:

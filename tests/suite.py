@@ -40,6 +40,7 @@ _REASONS = {
     "qcow2": "about the layers of qcow2 disks",
     "user": "about user networking, by passt",
     "clients": "about clients of a machine that is saved: Firecracker resets its vsock",
+    "discard": "has the guest give up room on its disks, which Firecracker's do not hear of",
     "process": "looks at the machine's process, which the stand-in's is not",
     "outside": "fetches Debian's packages: a session on bridges has no way out",
     "own": "names its drivers itself",
@@ -56,6 +57,7 @@ about_qemu = about("qemu")
 about_layers = about("qcow2")
 about_user_networking = about("user")
 about_clients = about("clients")
+about_discards = about("discard")
 about_processes = about("process")
 needs_outside = about("outside")
 names_its_drivers = about("own")
@@ -86,7 +88,7 @@ class Suite:
         if not self.stands_in:
             words.add("process")
         if self.hypervisor == "qemu":
-            words |= {"clients", "outside"}
+            words |= {"clients", "discard", "outside"}
         return frozenset(words)
 
     def why_not(self, item: pytest.Item) -> str:
@@ -170,6 +172,13 @@ def outside() -> Iterator[bool]:
             _libc("setns", own, _CLONE_NEWNET)
     finally:
         os.close(own)
+
+
+def power_off() -> str:
+    """What root of a guest runs to end its machine at once. Firecracker has no power to switch off:
+    its machines end with a reset."""
+    resets = session.suite is not None and session.suite.hypervisor == "firecracker"
+    return f"echo {'b' if resets else 'o'} >/proc/sysrq-trigger"
 
 
 def have_image(banger: Banger, name: str, directory: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import suite
 from product import Banger, finish, read_until
 
 pytestmark = pytest.mark.guest
@@ -94,7 +95,7 @@ def test_a_vm_that_powers_itself_off_ends_its_sessions(
     banger: Banger, make_vm: Callable[..., str]
 ) -> None:
     name = make_vm()
-    script = "echo o > /proc/sysrq-trigger; sleep 1000"
+    script = f"{suite.power_off()}; sleep 1000"
     said = banger.fails("vm", "exec", name, "--", "sh", "-c", script, status=125)
     assert said.startswith("error: ")
     assert "Traceback" not in said

@@ -121,7 +121,7 @@ def test_waiting_ends_when_the_guest_powers_itself_off(banger: Banger, box: str)
     assert f'vm "{box}" is running, not stopped, after 0.5 s' in said
     assert banger.ok("vm", "wait", box, "--for", "healthy") == f"{box}\n"
     waiting = banger.start("vm", "wait", box)
-    banger.run("vm", "exec", box, "--", "sh", "-c", "echo o >/proc/sysrq-trigger")
+    banger.run("vm", "exec", box, "--", "sh", "-c", suite.power_off())
     assert finish(waiting)[:2] == (0, f"{box}\n".encode())
     assert banger.json("vm", "show", box)["runtime"]["last_error"].startswith("the guest powered")
     running = banger.start("vm", "wait", box, "--for", "running")

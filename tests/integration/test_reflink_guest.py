@@ -140,6 +140,7 @@ def test_disks_of_another_storage_are_not_touched(home: Home) -> None:
     assert banger.guest("box", "echo runs") == "runs\n"
 
 
+@suite.about_discards
 def test_sizes_are_what_a_disk_takes(raw: Home) -> None:
     banger = raw.banger
     banger.ok("vm", "create", "-q", *SMALL, "--name", "box")

@@ -44,10 +44,12 @@ def test_homes_of_other_sessions_say_nothing_of_drivers(tmp_path: Path) -> None:
     [
         ("qemu+qcow2", {"own", "guest"}),
         ("qemu+reflink", {"own", "guest", "qcow2"}),
-        ("firecracker+reflink", {"own", "guest", "qcow2", "qemu", "user", "clients", "process",
-                                 "outside"}),
+        (
+            "firecracker+reflink",
+            {"own", "guest", "qcow2", "qemu", "user", "clients", "discard", "process", "outside"},
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_drivers_have_not_is_known(
     drivers: str, left_out: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
