@@ -34,6 +34,9 @@ _BRIDGES = 99
 
 _BUILD_TIMEOUT_S = 800
 
+#: Set where nothing may stand in for Firecracker in its jails.
+JAILED_VARIABLE = "BANGER_TEST_JAILED"
+
 #: What tests are about that not every choice of drivers has, and why that is.
 _REASONS = {
     "qemu": "about QEMU itself: its words, its processes, what waits ready",
@@ -121,7 +124,11 @@ def parse(text: str) -> Suite:
         raise pytest.UsageError(f"--drivers: {text} is not a hypervisor and a storage of banger's")
     if hypervisor == "firecracker" and os.geteuid() != 0:
         raise pytest.UsageError("--drivers: only root makes bridges: run as root")
-    return Suite(hypervisor, storage)
+    suite = Suite(hypervisor, storage)
+    if JAILED_VARIABLE in os.environ and (suite.stands_in or firecrackers.jailer() is None):
+        why = "; ".join(firecrackers.missing()) or "no jailer"
+        raise pytest.UsageError(f"{JAILED_VARIABLE} is set, and there is none: {why}")
+    return suite
 
 
 def begin(suite: Suite) -> None:

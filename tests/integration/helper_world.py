@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pwd
 import re
 import secrets
@@ -19,7 +20,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-OWNER = "daemon"
+#: Of each worker another (`-n 2`): loop devices are of the whole host, and known by their owner.
+OWNER = "bin" if os.environ.get("PYTEST_XDIST_WORKER") == "gw1" else "daemon"
 OWNER_UID = pwd.getpwnam(OWNER).pw_uid
 HELPER = Path(sys.executable).parent / "banger-helper"
 START_S = 30.0

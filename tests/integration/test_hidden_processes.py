@@ -32,7 +32,7 @@ os.setgroups([])
 os.setgid(int(sys.argv[1]))
 os.setuid(int(sys.argv[1]))
 seen = [pid for pid, argv in procfs.own_processes() if "--id" in argv]
-print(json.dumps([procfs.hides_others(), procfs.hidden_machines(), seen]))
+print(json.dumps([procfs.hides_others(), list(procfs.hidden_machines()), seen]))
 """
 
 
@@ -43,13 +43,13 @@ def machine() -> Iterator[int]:
     if root is None:
         pytest.skip("there are no control groups of version 2: mount -t cgroup2 none /mnt")
     group = root / parent_group(OWNER_UID) / VM_ID
-    group.mkdir(parents=True)
     argv = [sys.executable, "-I", "-c", _MACHINE, str(jail_uid(VM_ID)), "--id", VM_ID]
     with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         pid = int(process.stdout.readline())
-        (group / "cgroup.procs").write_text(str(pid))
+        group.mkdir(parents=True, exist_ok=True)
         try:
+            (group / "cgroup.procs").write_text(str(pid))
             yield pid
         finally:
             process.communicate()

@@ -61,8 +61,8 @@ class Processes:
         self.ticks: dict[int, int] = {}
         self.killed: list[int] = []
         self.immortal: set[int] = set()
-        #: The ids of machines in jails that /proc does not show.
-        self.hidden: list[str] = []
+        #: The ids of machines in jails, and pids of theirs that /proc does not show.
+        self.hidden: dict[str, set[int]] = {}
         #: What else happens when a process ends: its sockets close, its network helper ends.
         self.on_end: dict[int, Callable[[], None]] = {}
         self._pidfds: dict[int, tuple[int, int]] = {}

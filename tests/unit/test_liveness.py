@@ -296,10 +296,12 @@ async def test_a_machine_that_is_hidden_from_now_on_is_not_taken_for_ended(
     monkeypatch.setattr(procfs, "start_ticks", lambda pid: 0)
     monkeypatch.setattr(procfs, "command_line", lambda pid: ())
     assert not liveness.vm_alive(vm)
-    processes.hidden = ["another", "v"]
+    pid = liveness._handles.get(vm.id).pid
+    processes.hidden = {"another": {pid}, "v": {pid}}
     assert liveness.vm_alive(vm)
-    processes.hidden = ["another"]
-    assert not liveness.vm_alive(vm)
+    for hidden in ({"another": {pid}}, {"v": {pid + 1}}):
+        processes.hidden = hidden
+        assert not liveness.vm_alive(vm)
 
 
 def test_a_machine_is_found_again_by_its_control_socket(

@@ -130,17 +130,17 @@ def test_machines_are_hidden_whose_jails_have_somebody_who_is_not_shown(
     monkeypatch.setattr(jail, "groups_root", lambda: tmp_path)
     monkeypatch.setattr(procfs, "_PROC", tmp_path)
     fake_process(tmp_path, 7, b"firecracker")
-    assert procfs.hidden_machines() == ["0123456789ab"]
+    assert procfs.hidden_machines() == {"0123456789ab": {8}}
     fake_process(tmp_path, 8, b"another")
-    assert procfs.hidden_machines() == []
+    assert procfs.hidden_machines() == {}
     monkeypatch.setattr(jail, "groups_root", lambda: None)
-    assert procfs.hidden_machines() == []
+    assert procfs.hidden_machines() == {}
 
 
 def test_who_ends_while_it_is_looked_was_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     looks = iter([{"0123456789ab": {2**22 + 1}}, {"0123456789ab": set()}])
     monkeypatch.setattr(procfs, "pids_in_jails", lambda _: next(looks))
-    assert procfs.hidden_machines() == []
+    assert procfs.hidden_machines() == {}
 
 
 def test_a_pidfd_is_given_for_the_expected_command_line_only() -> None:

@@ -131,9 +131,9 @@ def hides_others() -> bool:
     return not _stat(1)
 
 
-def hidden_machines() -> list[str]:
-    """The ids of machines that run in this user's jails and cannot be looked at: `own_processes`
-    lacks them, as it does those that have ended."""
+def hidden_machines() -> dict[str, set[int]]:
+    """The ids of machines that run in this user's jails and cannot be looked at, with the pids that
+    are not shown: `own_processes` lacks them, as it does those that have ended."""
     uid = os.getuid()
     hidden = {
         vm_id: unseen
@@ -141,7 +141,8 @@ def hidden_machines() -> list[str]:
         if (unseen := {pid for pid in pids if not _stat(pid)})
     }
     still_there = pids_in_jails(uid) if hidden else {}  # others have ended meanwhile
-    return sorted(vm_id for vm_id, pids in hidden.items() if pids & still_there.get(vm_id, set()))
+    left = {vm_id: pids & still_there.get(vm_id, set()) for vm_id, pids in hidden.items()}
+    return {vm_id: pids for vm_id, pids in left.items() if pids}
 
 
 def open_pidfd(pid: int, is_it: Callable[[tuple[str, ...]], bool]) -> int:

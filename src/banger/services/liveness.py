@@ -205,7 +205,8 @@ class Liveness:
 
         def is_it(argv: tuple[str, ...]) -> bool:
             if not argv:  # it has ended, or is hidden: then its jail says that it lives
-                return vm.id in procfs.hidden_machines()
+                hidden = procfs.hidden_machines().get(vm.id, ())
+                return self._handles.get(vm.id).pid in hidden
             return self._hypervisor.control_socket(argv) == socket
 
         return is_it

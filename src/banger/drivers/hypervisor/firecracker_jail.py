@@ -64,8 +64,10 @@ class Jailed:
         It is remembered until the file there is another, and `check` asks anew. Nothing but the
         shape of machines depends on it: who makes a jail looks himself at all that it takes.
         """
-        if self._found is not None and _identity(self._found[0]) == self._found[1]:
-            return self._found[0]
+        if self._found is not None:
+            path, identity = self._found
+            if identity and _identity(path) == identity:
+                return path
         return await self._ask()
 
     async def _ask(self) -> str:
