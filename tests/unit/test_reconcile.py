@@ -68,13 +68,13 @@ async def test_nothing_is_done_while_a_machine_cannot_be_seen(world: World) -> N
     pid, argv = world.liveness.pid(vm), world.processes.argv
     world.processes.argv = {}
     following = await world.restarted()
-    world.processes.hidden = ["of another home", vm.id]
+    world.processes.hidden = {"of another home": {1}, vm.id: {2}}
     with pytest.raises(PreconditionFailed, match=r"seen how box fares: .*hidepid") as caught:
         await following.reconcile()
     assert "mount -o remount,hidepid=0 /proc" in caught.value.hint
     assert await following.store.vms() == [vm]
     assert not following.hypervisor.cleared
-    world.processes.argv, world.processes.hidden = argv, ["of another home"]
+    world.processes.argv, world.processes.hidden = argv, {"of another home": {1}}
     await following.reconcile()
     assert following.liveness.pid(vm) == pid
     await following.close()
@@ -84,7 +84,7 @@ async def test_it_is_no_record_that_makes_a_hidden_machine_ours(world: World) ->
     """One of a template that is being made has none."""
     world.paths.jails_dir.mkdir(parents=True)
     (world.paths.jails_dir / "0123456789ab").touch()
-    world.processes.hidden = ["0123456789ab"]
+    world.processes.hidden = {"0123456789ab": {1}}
     with pytest.raises(PreconditionFailed, match="seen how 0123456789ab fares"):
         await world.reconcile()
 
