@@ -26,7 +26,7 @@ from banger.base.opid import current_op_id
 from banger.hostops import client, helper, wire
 from banger.hostops.client import HelperHost
 from banger.hostops.helper import Helper
-from banger.hostops.ops import BridgeDown, Done, OpenTap, Operation
+from banger.hostops.ops import URGENT, BridgeDown, Done, LookAtSnapshot, OpenTap, Operation
 
 OP_ID = "op-0123456789ab"
 TAP = OpenTap(bridge="banger0")
@@ -52,7 +52,8 @@ class Host:
         operation.check()
         self.asked.append((operation, current_op_id.get()))
         self.begun.set()
-        await self.go_on.wait()
+        if not isinstance(operation, URGENT):
+            await self.go_on.wait()
         if self.error is not None:
             raise self.error
         if isinstance(operation, OpenTap):
@@ -287,6 +288,26 @@ async def test_a_client_has_no_more_calls_than_a_helper_takes(short_path: Path) 
     async with serving(short_path) as served:
         many = [served.client.perform(BridgeDown(bridge="banger0")) for _ in range(100)]
         assert await asyncio.gather(*many) == [Done()] * 100
+
+
+async def test_what_keeps_a_machine_going_waits_for_no_other_call(short_path: Path) -> None:
+    async with serving(short_path) as served:
+        served.host.go_on.clear()
+        down = BridgeDown(bridge="banger0")
+        many = [asyncio.create_task(served.client.perform(down)) for _ in range(20)]
+        async with asyncio.timeout(_TIMEOUT_S):
+            while len(served.host.asked) < client._CALLS_MAX:
+                await asyncio.sleep(0)
+            urgent = [served.client.perform(LookAtSnapshot(vm_id=f"{n:012x}")) for n in range(20)]
+            assert await asyncio.gather(*urgent) == [Done()] * 20
+        assert not any(each.done() for each in many)
+        served.host.go_on.set()
+        assert await asyncio.gather(*many) == [Done()] * 20
+
+
+def test_a_helper_takes_the_calls_of_two_daemons() -> None:
+    """The owner's and root's."""
+    assert 2 * (client._CALLS_MAX + client._URGENT_MAX) <= helper.CONNECTIONS_MAX
 
 
 async def test_a_stop_answers_what_has_begun_and_waits_for_nobody_else(short_path: Path) -> None:

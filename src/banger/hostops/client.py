@@ -12,12 +12,13 @@ from banger.base.errors import BadRequest, BangerError, PermissionDenied, Unavai
 from banger.base.install import HELPER_SOCKET, INSTALL_FILE, load_installation
 from banger.base.opid import current_op_id, new_op_id
 from banger.hostops import wire
-from banger.hostops.ops import Done, Operation
+from banger.hostops.ops import URGENT, Done, Operation
 
 #: The longest that one may take there, and those before it: the helper performs one at a time.
 _TIMEOUT_S = 120.0
-#: Fewer than the helper takes: there may be another daemon, root's.
+#: Fewer than the helper takes, together: there may be another daemon, root's.
 _CALLS_MAX = 8
+_URGENT_MAX = 4
 #: systemd starts it again after 0.1 s; on a slow host Python takes seconds to get there.
 RESTART_TIMEOUT_S = 10.0
 _LOOK_AGAIN_S = 0.05
@@ -31,6 +32,8 @@ class HelperHost:
         self._path = path
         self._install_file = install_file
         self._calls = asyncio.Semaphore(_CALLS_MAX)
+        #: Of `URGENT` operations, which do not wait for what others wait for.
+        self._urgent = asyncio.Semaphore(_URGENT_MAX)
 
     @property
     def problem(self) -> str:
@@ -64,7 +67,7 @@ class HelperHost:
         problem = self.problem
         if problem and (self._path.is_socket() or not self.installed):
             raise PermissionDenied(f"{type(operation).__name__}: {problem}", hint=self.hint)
-        async with self._calls:
+        async with self._urgent if isinstance(operation, URGENT) else self._calls:
             try:
                 async with asyncio.timeout(_TIMEOUT_S):
                     return await self._call(operation)

@@ -392,6 +392,10 @@ class EndJail(Operation, frozen=True, tag="end_jail"):
         _check_vm_id(self.vm_id)
 
 
+#: Those that keep machines going: they wait for no other, at either end. A machine whose changes
+#: find no room loses them while another is put into its jail.
+URGENT = (GrowSnapshot, LookAtSnapshot)
+
 #: The set, for whoever decodes one that came over a socket.
 AnyOperation: TypeAlias = (
     BridgeUp
