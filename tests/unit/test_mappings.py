@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from banger.base.errors import Conflict
+from banger.drivers.storage import cow_file
 from banger.hostops import mappings
 from banger.hostops.ops import SnapshotState
 
@@ -36,6 +37,12 @@ def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, ...
     return calls
 
 
+async def test_what_is_busy_is_not_waited_for_here(said: list[tuple[str, ...]]) -> None:
+    """All others would wait, too: who wants it gone tries again."""
+    await mappings.remove(ID, 7)
+    assert said[-1] == ("remove", "--noudevrules", "--verifyudev", f"banger-{ID}")
+
+
 @pytest.mark.usefixtures("said")
 @pytest.mark.parametrize(
     ("instance", "uid", "found"),
@@ -53,6 +60,11 @@ async def test_anothers_is_never_removed(said: list[tuple[str, ...]]) -> None:
             await mappings.remove(vm_id, 7)
     await mappings.remove("dddddddddddd", 7)  # there is none
     assert {words[0] for words in said} == {"info"}
+
+
+@pytest.mark.parametrize("size", [512, 4096, 64 << 20, (64 << 20) + 512, 4 << 30])
+def test_changes_have_the_bound_that_they_are_given_room_by(size: int) -> None:
+    assert mappings.full_bytes(size) == cow_file.full_bytes(size)
 
 
 async def test_a_kernel_without_device_mapper_has_none_and_is_not_asked(

@@ -82,10 +82,14 @@ def attach(file: int, owner_uid: int, *, writable: bool) -> str:
 def detach_unused(owner_uid: int) -> None:
     """Detach all devices of ours that nothing is made of. Idempotent."""
     for name in _with_files():
-        with suppress(OSError), _opened(name) as device:  # it may go meanwhile
-            if _status(device).mark == _mark(owner_uid) and not block_devices.users(name):
-                # Whoever else has it open keeps it until he closes it.
-                fcntl.ioctl(device, _LOOP_CLR_FD)
+        with suppress(OSError):  # it may go meanwhile
+            # First: for its status the kernel asks after the file, on a server that hangs, say.
+            if block_devices.users(name):
+                continue
+            with _opened(name) as device:
+                if _status(device).mark == _mark(owner_uid):
+                    # Whoever else has it open keeps it until he closes it.
+                    fcntl.ioctl(device, _LOOP_CLR_FD)
 
 
 def resize(name: str, owner_uid: int) -> None:

@@ -24,12 +24,22 @@ _GROUP = "0"
 #: Kept beyond a reboot (P), in chunks of 8 sectors: what is changed costs 4 KiB at least. Where
 #: there is no room for a change that write fails, and what there is stays good (O, of Linux 4.4).
 _KIND = "PO 8"
+_CHUNK_BYTES = 8 * 512
+#: Of a chunk with struct disk_exception (drivers/md/dm-snap-persistent.c), of 16 bytes each.
+_EXCEPTIONS = _CHUNK_BYTES // 16
 _INSTANCE = "[0-9a-f]{8}"
 _STATES = {"Overflow": SnapshotState.OVERFLOWED, "Invalid": SnapshotState.INVALID}
 
 
 def mapping_name(vm_id: str) -> str:
     return f"banger-{vm_id}"
+
+
+def full_bytes(base_bytes: int) -> int:
+    """The most that changes take: a header, and for every 256 chunks of the base as many and one
+    that says whose they are; and such an area that is there before it is needed."""
+    areas = -(-base_bytes // (_CHUNK_BYTES * _EXCEPTIONS)) + 1
+    return (1 + areas * (1 + _EXCEPTIONS)) * _CHUNK_BYTES
 
 
 async def create(vm_id: str, instance: str, base: str, changes: str, owner_uid: int) -> str:
@@ -79,7 +89,8 @@ async def remove(vm_id: str, owner_uid: int) -> None:
     if has_jail(vm_id, owner_uid):
         raise Conflict(f"{name} is in use: its machine is in a jail", hint="stop the machine")
     try:
-        await _dmsetup("remove", "--retry", *_OWN_NODE, name)  # udev looks at what was just closed
+        # Not --retry: that waits for five seconds with all others waiting. Callers try again.
+        await _dmsetup("remove", *_OWN_NODE, name)
     except proc.ProcessFailed as error:
         if b"busy" not in error.completed.stderr.lower():
             raise

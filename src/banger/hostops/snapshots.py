@@ -16,8 +16,8 @@ import time
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 
-from banger.base.errors import BadRequest, Conflict
-from banger.hostops import loops, mappings
+from banger.base.errors import BadRequest, Conflict, Unavailable
+from banger.hostops import block_devices, loops, mappings
 from banger.hostops.ops import MapSnapshot
 
 #: Others make one, or take one away, which is done in milliseconds, but for what is busy.
@@ -44,7 +44,18 @@ def _attach(operation: MapSnapshot, owner_uid: int) -> tuple[str, str]:
     base = loops.attach(operation.base, owner_uid, writable=False)
     changes = loops.attach(operation.changes, owner_uid, writable=True)
     loops.resize(changes, owner_uid)  # one that was there already has the size of then
+    _check_sizes(block_devices.size_bytes(base), block_devices.size_bytes(changes))
     return base, changes
+
+
+def _check_sizes(base_bytes: int, changes_bytes: int) -> None:
+    """Raise BadRequest for changes that no disk of this size could have: for each that a file
+    tells of, the kernel keeps some memory, whichever part of the disk they are of."""
+    most = mappings.full_bytes(base_bytes)
+    if changes_bytes > most:
+        raise BadRequest(
+            f"{changes_bytes} bytes are more than the changes of {base_bytes} need: {most} at most"
+        )
 
 
 def grow(vm_id: str, owner_uid: int) -> None:
@@ -84,7 +95,8 @@ async def sweep(instance: str, keep: Collection[str], owner_uid: int) -> None:
 @asynccontextmanager
 async def _alone() -> AsyncIterator[None]:
     """Nobody else makes any of it, or takes it away, until the block ends: flock(2) of the device
-    that all who make loop devices open. Raises Conflict where somebody keeps it."""
+    that all who make loop devices open. Raises Unavailable where somebody keeps it: a Conflict is
+    what callers try again at once."""
     control = loops.open_control()
     try:
         await _lock(control)
@@ -101,7 +113,7 @@ async def _lock(control: int) -> None:
             fcntl.flock(control, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > until:
-                raise Conflict(
+                raise Unavailable(
                     "another banger makes devices, or takes them away", hint="try again"
                 ) from None
         else:
