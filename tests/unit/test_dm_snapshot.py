@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -314,6 +317,47 @@ async def test_room_is_made_before_it_is_needed_and_told_when_there_is_none(
     assert await world.storage.tend(ID, disk) is Room.SHORT
     free(2 * GIB)
     assert await world.storage.tend(ID, disk) is Room.AMPLE
+
+
+async def test_what_was_allocated_in_vain_leaves_no_size_that_nobody_chose(
+    world: World, monkeypatch: pytest.MonkeyPatch, free: Callable[[int], None]
+) -> None:
+    os.truncate(world.base, 8 * GIB)
+    free(2 * GIB)
+    disk = await world.opened()
+    size = disk.stat().st_size
+    written(disk, 50_000)
+    os.truncate(disk, size)
+
+    def allocate(path: Path, size_bytes: int) -> None:
+        os.truncate(path, size_bytes - MIB)  # as far as there was room
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cow_file, "allocate", allocate)
+        await world.storage.tend(ID, disk)
+    assert disk.stat().st_size == world.host.sizes[world.host.changes] == size
+    await world.storage.tend(ID, disk)
+    assert disk.stat().st_size == world.host.sizes[world.host.changes] > size
+
+
+async def test_room_is_kept_while_all_threads_that_are_shared_copy_disks(world: World) -> None:
+    disk, begun, done = await world.opened(), threading.Event(), threading.Event()
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+
+    def copy_disks() -> None:
+        begun.set()
+        done.wait()
+
+    copying = asyncio.ensure_future(asyncio.to_thread(copy_disks))
+    try:
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            assert await world.storage.tend(ID, disk) is Room.AMPLE
+    finally:
+        done.set()
+        await copying
 
 
 async def test_a_machine_that_writes_nothing_is_not_looked_at_again(

@@ -18,8 +18,10 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -43,6 +45,8 @@ from banger.hostops.ops import (
     UnmapSnapshot,
 )
 
+T = TypeVar("T")
+
 _MIB = 1 << 20
 _SUFFIX = ".cow"
 _MAPPED = Path("/dev/mapper")
@@ -62,6 +66,8 @@ _DIRTY_MOST_BYTES = 128 * _MIB
 _KEEP_FREE_BYTES = 64 * _MIB
 #: What is allocated is so many times this, at least once; loop devices are whole sectors.
 _STEP_BYTES = 4 * _MIB
+
+_TENDING_THREADS = 4
 
 #: What is busy may be so for a moment: udev, or another daemon, looks at it.
 _TRIES = 20
@@ -96,6 +102,8 @@ class DmSnapshotStorage:
         self._raw = ReflinkStorage(directory)
         #: Where to look for the end of what is used.
         self._areas: dict[Path, int] = {}
+        #: Of `tend` alone: in those that all share it would wait for copies of whole disks.
+        self._tending = ThreadPoolExecutor(_TENDING_THREADS, "disk-room")
         #: When files were changed last that had room for whatever was under way.
         self._ample: dict[Path, int] = {}
 
@@ -275,7 +283,7 @@ class DmSnapshotStorage:
         changed_ns = disk.stat().st_mtime_ns  # noqa: ASYNC240 - of a file that is in use
         if self._ample.get(disk) == changed_ns:
             return Room.AMPLE
-        space = await asyncio.to_thread(self._space, vm_id, disk)
+        space = await self._in_thread(self._space, vm_id, disk)
         if space is None:
             return Room.AMPLE  # it has ended
         if space.left_bytes < 2 * cow_file.CHUNK_BYTES and await self._is_lost(vm_id):
@@ -294,6 +302,10 @@ class DmSnapshotStorage:
         if space.size_bytes >= space.full_bytes or space.left_bytes >= 2 * short:
             return Room.AMPLE
         return Room.SHORT if space.left_bytes < short else Room.TIGHT
+
+    async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tending, work, *arguments)
 
     async def _is_lost(self, vm_id: str) -> bool:
         state = (await self._host.perform(LookAtSnapshot(vm_id=vm_id))).name
@@ -316,9 +328,11 @@ class DmSnapshotStorage:
         """With more room, if there is; as it was otherwise."""
         size = _good_size(space.size_bytes + more_bytes, space.full_bytes)
         try:
-            await asyncio.to_thread(cow_file.allocate, disk, size)
-        except OSError:
-            return space  # somebody else was quicker
+            await self._in_thread(cow_file.allocate, disk, size)
+        except OSError:  # somebody else was quicker
+            # What was allocated may end anywhere: the next one begins where the device ends.
+            await self._in_thread(os.truncate, disk, space.size_bytes)
+            return space
         await self._host.perform(GrowSnapshot(vm_id=vm_id))
         return replace(space, size_bytes=size)
 
