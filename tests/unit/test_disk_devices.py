@@ -16,7 +16,7 @@ from banger.services import disk_room
 from banger.services.disk_room import DiskRoom
 from banger.services.operations import Progress
 from fakes import DiskDevicesMade
-from test_snapshots import cancellable, snapshot, suspend
+from test_snapshots import cancellable, fork, snapshot, suspend
 from world import World, made_world
 
 
@@ -270,6 +270,24 @@ async def test_the_next_daemon_lets_run_on_what_was_paused_for_another_reason(
     await following.close()
 
 
+async def test_the_next_daemon_asks_again_whether_one_is_held(world: World) -> None:
+    vm = await world.create()
+    await world.hypervisor.pause(socket_of(vm))
+    following = await world.restarted()
+    following.hypervisor.can_quit = False  # nor does it answer to anything
+    await following.disk_room.adopt([vm])
+    assert following.disk_room.is_held(vm.id)
+    following.hypervisor.can_quit = True
+    devices(following).rooms[vm.id] = Room.SHORT
+    async with following.disk_room.running():
+        await until_tended(following, vm)
+        assert is_paused(following, vm)
+        devices(following).rooms[vm.id] = Room.AMPLE
+        await until_runs(following, vm)
+    assert not following.disk_room.is_held(vm.id)
+    await following.close()
+
+
 @pytest.mark.parametrize(
     "act",
     [
@@ -327,6 +345,66 @@ async def test_what_is_under_way_is_waited_for_by_who_wants_it_left_alone(world:
         await asyncio.gather(*waiting, return_exceptions=True)
 
 
+async def test_who_is_cancelled_at_forgetting_a_machine_can_forget_it_again(world: World) -> None:
+    vm = await world.create()
+    tended, go_on = devices(world).tended, asyncio.Event()
+    tend = devices(world).tend
+
+    async def slow(vm_id: str, disk: Path) -> Room:
+        room = await tend(vm_id, disk)
+        await go_on.wait()
+        return room
+
+    devices(world).tend = slow  # type: ignore[method-assign]
+    async with world.disk_room.running():
+        await until_tended(world, vm, 1)
+        forgetting = asyncio.ensure_future(world.disk_room.forget(vm.id))
+        await asyncio.sleep(0.01)
+        forgetting.cancel()
+        go_on.set()
+        await until_tended(world, vm)
+        await world.disk_room.forget(vm.id)
+        tended.clear()
+        await asyncio.sleep(0.01)
+        assert tended == []
+
+
+async def test_a_pause_that_nobody_heard_of_does_not_stay(world: World) -> None:
+    vm = await world.create()
+    pause = world.hypervisor.pause
+
+    async def unheard(control_socket: Path) -> None:
+        await pause(control_socket)
+        raise Unavailable("no answer in time")
+
+    world.hypervisor.pause = unheard  # type: ignore[method-assign]
+    async with world.disk_room.running():
+        devices(world).rooms[vm.id] = Room.SHORT
+        await until_tended(world, vm)
+        assert is_paused(world, vm)
+        devices(world).rooms[vm.id] = Room.AMPLE
+        await until_tended(world, vm)
+        assert not is_paused(world, vm)
+
+
+async def until_runs(world: World, vm: Vm) -> None:
+    async with asyncio.timeout(20):
+        while is_paused(world, vm):
+            await asyncio.sleep(0)
+
+
+async def test_one_that_is_lost_while_it_is_left_alone_is_let_go_then(world: World) -> None:
+    vm = await world.create()
+    async with world.disk_room.running():
+        devices(world).rooms[vm.id] = Room.SHORT
+        await until_tended(world, vm)
+        async with world.disk_room.left_alone(vm.id):
+            devices(world).rooms[vm.id] = Room.LOST
+            assert await world.disk_room.looked_at(vm.id) is Room.LOST
+            assert is_paused(world, vm)
+        await until_runs(world, vm)
+
+
 async def alone(room: DiskRoom, vm: Vm) -> None:
     async with room.left_alone(vm.id):
         pass
@@ -353,6 +431,53 @@ async def test_one_that_powers_off_is_not_held(world: World) -> None:
         await world.stop("box")
         await asyncio.gather(*looking)
     assert seen == [False]
+
+
+@pytest.mark.parametrize("room", [Room.AMPLE, Room.TIGHT, Room.LOST])
+async def test_one_that_is_held_can_power_off_when_there_is_room(world: World, room: Room) -> None:
+    vm = await world.create()
+    looking: list[asyncio.Future[None]] = []
+
+    async def powers_off() -> None:
+        devices(world).rooms[vm.id] = room
+        await until_runs(world, vm)
+        world.processes.end(world.hypervisor.pids[socket_of(vm)])
+
+    world.agent.on_shutdown = lambda: looking.append(asyncio.ensure_future(powers_off()))
+    async with world.disk_room.running():
+        devices(world).rooms[vm.id] = Room.SHORT
+        await until_tended(world, vm)
+        assert is_paused(world, vm)
+        await world.stop("box")
+        await asyncio.gather(*looking)
+    assert len(looking) == 1
+
+
+@pytest.mark.parametrize("rooms", [[Room.LOST], [Room.AMPLE, Room.LOST]], ids=["before", "after"])
+@pytest.mark.parametrize("act", [snapshot, suspend, fork])
+async def test_a_memory_of_a_disk_that_is_lost_is_not_kept(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[World], Awaitable[object]],
+    rooms: list[Room],
+) -> None:
+    """It believes in what was never written."""
+    vm = await world.create()
+    found = iter(rooms)
+
+    async def tended(_vm_id: str, _disk: Path) -> Room:
+        await asyncio.sleep(0)
+        return next(found)
+
+    monkeypatch.setattr(devices(world), "tend", tended)
+    with pytest.raises(Conflict, match="had no room for what") as refused:
+        await act(world)
+    assert "banger vm restart box" in refused.value.hint
+    assert (await world.vms.show("box")).runtime.state is VmState.RUNNING
+    assert not is_paused(world, vm)
+    assert not world.paths.vm(vm.id).memory.exists()
+    assert await world.snapshots.all() == []
+    assert len(await world.store.vms()) == 1
 
 
 async def test_a_template_is_not_made_of_a_machine_without_room(

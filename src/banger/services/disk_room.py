@@ -5,7 +5,8 @@ at that write. A device whose changes find no room fails for good: so it is look
 machine runs, four times a second, and the machine is held before. Each by itself: one that takes
 long makes no other wait. As long as the daemon lives; without such machines it takes no time.
 
-Who pauses a machine for a purpose of his own, and lets it run on, does that in `left_alone`.
+Who pauses a machine for a purpose of his own, and lets it run on, does that in `left_alone`; who
+keeps its memory asks `check_whole`, before and after.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from banger.base.errors import PreconditionFailed
+from banger.base.errors import Conflict, PreconditionFailed
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm
 from banger.base.opid import current_op_id, new_op_id
@@ -33,8 +34,12 @@ class _Watched:
     room: Room = Room.AMPLE
     #: Whether it is held by us, or was when we found it.
     held: bool = False
+    #: Whether it may be held by an earlier daemon: nobody could tell us yet.
+    unknown: bool = False
     #: How many want it to be left alone.
     left_alone: int = 0
+    #: How many want it to end, and not to be held before.
+    powering_off: int = 0
     #: What was told last of looking after it that failed.
     failure: str = ""
     looking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -68,10 +73,14 @@ class DiskRoom:
 
     async def forget(self, vm_id: str) -> None:
         """The machine has ended. When this returns nobody looks at it any more. Idempotent."""
-        watched = self._watched.pop(vm_id, None)
-        if watched is not None:
-            async with watched.looking:
-                await _end(watched)
+        watched = self._watched.get(vm_id)
+        if watched is None:
+            return
+        async with watched.looking:
+            await _end(watched)
+        # Not before: whoever is cancelled at that has to find it again.
+        if self._watched.get(vm_id) is watched:
+            del self._watched[vm_id]
 
     def room(self, vm_id: str) -> Room:
         """How it stood when it was last looked at."""
@@ -84,10 +93,21 @@ class DiskRoom:
             await self._look(watched)
         return self.room(vm_id)
 
+    async def check_whole(self, vm: Vm) -> None:
+        """Raise Conflict for a machine of whose disk something is lost: its memory is of another
+        disk than the one that there is."""
+        if await self.looked_at(vm.id) is Room.LOST:
+            raise Conflict(
+                f'the host\'s disk had no room for what vm "{vm.name}" wrote: its memory believes'
+                " in what is not there",
+                hint=f"make room on the host, then: banger vm restart {vm.name}",
+            )
+
     def is_held(self, vm_id: str) -> bool:
-        """Whether its machine is held, until there is room again."""
+        """Whether its machine is held, until there is room again, or may be for all that is known
+        yet."""
         watched = self._watched.get(vm_id)
-        return watched is not None and watched.held
+        return watched is not None and (watched.held or watched.unknown)
 
     @asynccontextmanager
     async def left_alone(self, vm_id: str) -> AsyncIterator[None]:
@@ -104,6 +124,22 @@ class DiskRoom:
             yield
         finally:
             watched.left_alone -= 1
+
+    @asynccontextmanager
+    async def powering_off(self, vm_id: str) -> AsyncIterator[None]:
+        """The machine is to end: nobody holds it until the block ends, for what it has yet to write
+        may fit. One that is held already runs on as soon as there is any room for that."""
+        watched = self._watched.get(vm_id)
+        if watched is None:
+            yield
+            return
+        watched.powering_off += 1
+        try:
+            async with watched.looking:  # what is under way is done
+                pass
+            yield
+        finally:
+            watched.powering_off -= 1
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -129,12 +165,13 @@ class DiskRoom:
 
     async def _look(self, watched: _Watched, *, adopted: bool = False) -> None:
         async with watched.looking:
-            if watched.room is Room.LOST:
-                return  # for as long as it runs
             try:
-                if adopted:  # and nobody knows how it stands: it may be held
-                    watched.held = await self._is(watched, MachineStatus.PAUSED)
-                await self._tend(watched)
+                if adopted:
+                    await self._find_out(watched)
+                if watched.room is not Room.LOST:  # which it is for as long as it runs
+                    await self._tend(watched)
+                if watched.unknown:
+                    await self._find_out(watched)
                 if adopted and _may_run(watched):  # it is for others to say whether it does
                     watched.held = False
                 await self._act(watched)
@@ -144,6 +181,12 @@ class DiskRoom:
                     get_logger().error(
                         "disk not looked after", error=str(error), **vm_attributes(watched.vm)
                     )
+
+    async def _find_out(self, watched: _Watched) -> None:
+        """Whether an earlier daemon holds it: where that cannot be told, the next look does."""
+        watched.unknown = True
+        watched.held = await self._is(watched, MachineStatus.PAUSED)
+        watched.unknown = False
 
     async def _tend(self, watched: _Watched) -> None:
         assert self._devices is not None  # or nothing would be watched
@@ -163,14 +206,16 @@ class DiskRoom:
         if watched.left_alone:
             return
         vm, socket = watched.vm, Path(watched.vm.runtime.api_socket)
-        if watched.room is Room.SHORT and await self._is(watched, MachineStatus.RUNNING):
+        if watched.room is Room.SHORT:
+            if watched.powering_off or not await self._is(watched, MachineStatus.RUNNING):
+                return
+            watched.held = True  # also when nobody hears that it is
             await self._hypervisor.pause(socket)
-            watched.held = True
             get_logger().error("vm held: the disk is full", **vm_attributes(vm))
         elif watched.held and _may_run(watched):
             if await self._is(watched, MachineStatus.PAUSED):
                 await self._hypervisor.resume(socket)
-                why = "has room" if watched.room is Room.AMPLE else "is lost"
+                why = "is lost" if watched.room is Room.LOST else "has room"
                 get_logger().warning(f"vm runs on: the disk {why}", **vm_attributes(vm))
             watched.held = False
 
@@ -180,7 +225,9 @@ class DiskRoom:
 
 def _may_run(watched: _Watched) -> bool:
     """With too little room for now it stays as it is, held or not; holding what is lost mends
-    nothing."""
+    nothing. What ends needs little."""
+    if watched.powering_off and watched.room is Room.TIGHT:
+        return True
     return watched.room in (Room.AMPLE, Room.LOST)
 
 

@@ -164,7 +164,7 @@ class Lifecycle:
                 # Watched no longer: that it ends now is no surprise.
                 self._liveness.unwatch(vm.id)
                 # What it has yet to write may fit: held, it could not even say so.
-                async with self._room.left_alone(vm.id):
+                async with self._room.powering_off(vm.id):
                     await self._power_off(vm, stages)
             stages.stage("cleanup")
             return await self._vms.mark_ended(vm, reason)

@@ -176,6 +176,7 @@ class SnapshotService:
                 f'the machine of vm "{vm.name}" is held: nothing of it can be copied now',
                 hint=f"why: banger vm health {vm.name}",
             )
+        await self._room.check_whole(vm)
         shape = await self.shape(vm)
         try:
             _, overlays = await self._layers.add(vm)
@@ -194,6 +195,7 @@ class SnapshotService:
                 ) from error
             if overlays:
                 await self._share(vm, directory)
+            await self._room.check_whole(vm)  # what it had in flight was written in that pause
         except BaseException:
             await to_its_end(self._settled(vm))
             raise

@@ -73,9 +73,11 @@ class Suspension:
                 f'the machine of vm "{vm.name}" is held: it cannot be suspended now',
                 hint=f"why: banger vm health {vm.name}",
             )
+        await self._room.check_whole(vm)
         shape = await self._snapshots.shape(vm)
         try:
             await self._save(vm, stages)
+            await self._room.check_whole(vm)  # what it had in flight is written by now
             runtime = msgspec.structs.replace(vm.runtime, saved_shape=shape)
             stages.stage("cleanup")
             return await to_its_end(
