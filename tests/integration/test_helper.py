@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -121,13 +121,16 @@ async def test_a_cancelled_caller_leaves_neither_tap_nor_descriptor(world: World
         open_before = await asyncio.to_thread(at_rest, world)
         links_before = world.inside("ip", "-br", "link")
         ours_before = sorted(Path("/proc/self/fd").iterdir())
+        answered = 0
         for turns in range(12):
             task = asyncio.create_task(host.perform(OpenTap(bridge=BRIDGE.name)))
             for _ in range(turns):
                 await asyncio.sleep(0)
             task.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await task
+            with suppress(asyncio.CancelledError):
+                os.close((await task).fd)  # on busy processors the answer may be there already
+                answered += 1
+        assert answered < 12
         # One at a time: when this is done, so are all before it.
         await host.perform(BridgeUp(bridge=BRIDGE, resolver_port=RESOLVER_PORT))
         await asyncio.to_thread(settled, world, open_before)
