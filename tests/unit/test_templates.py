@@ -405,7 +405,9 @@ async def test_one_that_goes_leaves_the_making_to_others(world: World) -> None:
     first = world.begin(REQUEST)
     await world.hypervisor.save_gate.reached.wait()
     second = world.begin(CreateRequest(name="other", image="base"))
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(20):
+        while "save" not in second.record.detail:  # it hears of the making that it has joined
+            await asyncio.sleep(0.01)
     await world.operations.cancel(first.record.id)
     making = [each for each in world.operations.all() if each.kind == "template.make"]
     assert [each.state for each in making] == [OperationState.RUNNING]
