@@ -12,9 +12,11 @@ keeps its memory asks `check_whole`, before and after.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from pathlib import Path
 
 from banger.base.errors import Conflict, PreconditionFailed
@@ -24,6 +26,14 @@ from banger.base.opid import current_op_id, new_op_id
 from banger.drivers.base import DiskDeviceMaker, Hypervisor, MachineStatus, Room
 
 _INTERVAL_S = 0.25
+
+
+class _Wish(Enum):
+    """What somebody may want of a machine for a while."""
+
+    LEFT_ALONE = auto()
+    #: That it is not held before it ends.
+    POWERING_OFF = auto()
 
 
 @dataclass
@@ -36,10 +46,8 @@ class _Watched:
     held: bool = False
     #: Whether it may be held by an earlier daemon: nobody could tell us yet.
     unknown: bool = False
-    #: How many want it to be left alone.
-    left_alone: int = 0
-    #: How many want it to end, and not to be held before.
-    powering_off: int = 0
+    #: How many want each of it.
+    wishes: Counter[_Wish] = field(default_factory=Counter)
     #: What was told last of looking after it that failed.
     failure: str = ""
     looking: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -109,37 +117,30 @@ class DiskRoom:
         watched = self._watched.get(vm_id)
         return watched is not None and (watched.held or watched.unknown)
 
-    @asynccontextmanager
-    async def left_alone(self, vm_id: str) -> AsyncIterator[None]:
+    def left_alone(self, vm_id: str) -> AbstractAsyncContextManager[None]:
         """Nobody but the block holds the machine, or lets it run on, until it ends. What it writes
         finds room as long as there is any."""
-        watched = self._watched.get(vm_id)
-        if watched is None:
-            yield
-            return
-        watched.left_alone += 1
-        try:
-            async with watched.looking:  # what is under way is done
-                pass
-            yield
-        finally:
-            watched.left_alone -= 1
+        return self._wished(vm_id, _Wish.LEFT_ALONE)
 
-    @asynccontextmanager
-    async def powering_off(self, vm_id: str) -> AsyncIterator[None]:
+    def powering_off(self, vm_id: str) -> AbstractAsyncContextManager[None]:
         """The machine is to end: nobody holds it until the block ends, for what it has yet to write
         may fit. One that is held already runs on as soon as there is any room for that."""
+        return self._wished(vm_id, _Wish.POWERING_OFF)
+
+    @asynccontextmanager
+    async def _wished(self, vm_id: str, wish: _Wish) -> AsyncIterator[None]:
+        """When the block begins what is under way is done, and the wish holds until it ends."""
         watched = self._watched.get(vm_id)
         if watched is None:
             yield
             return
-        watched.powering_off += 1
+        watched.wishes[wish] += 1
         try:
-            async with watched.looking:  # what is under way is done
+            async with watched.looking:
                 pass
             yield
         finally:
-            watched.powering_off -= 1
+            watched.wishes[wish] -= 1
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -203,11 +204,13 @@ class DiskRoom:
     async def _act(self, watched: _Watched) -> None:
         """Hold the machine, or let it run on. One that is paused for another reason (a standby) is
         left to that; one that somebody else has let run on is held again."""
-        if watched.left_alone:
+        if watched.wishes[_Wish.LEFT_ALONE]:
             return
         vm, socket = watched.vm, Path(watched.vm.runtime.api_socket)
         if watched.room is Room.SHORT:
-            if watched.powering_off or not await self._is(watched, MachineStatus.RUNNING):
+            if watched.wishes[_Wish.POWERING_OFF]:
+                return
+            if not await self._is(watched, MachineStatus.RUNNING):
                 return
             watched.held = True  # also when nobody hears that it is
             await self._hypervisor.pause(socket)
@@ -226,7 +229,7 @@ class DiskRoom:
 def _may_run(watched: _Watched) -> bool:
     """With too little room for now it stays as it is, held or not; holding what is lost mends
     nothing. What ends needs little."""
-    if watched.powering_off and watched.room is Room.TIGHT:
+    if watched.wishes[_Wish.POWERING_OFF] and watched.room is Room.TIGHT:
         return True
     return watched.room in (Room.AMPLE, Room.LOST)
 

@@ -167,16 +167,22 @@ class SnapshotService:
         hint = f"first: banger vm start {vm.name}" if vm.runtime.state is VmState.SUSPENDED else ""
         raise Conflict(f'vm "{vm.name}" is {vm.runtime.state}', hint=hint)
 
+    async def check_capturable(self, vm: Vm, why_not: str) -> None:
+        """Raise Conflict for a machine that is held, which says `why_not`, and for one whose disk
+        has lost something."""
+        socket = Path(vm.runtime.api_socket)
+        if await self._hypervisor.status(socket) is not MachineStatus.RUNNING:
+            raise Conflict(
+                f'the machine of vm "{vm.name}" is held: {why_not}',
+                hint=f"why: banger vm health {vm.name}",
+            )
+        await self._room.check_whole(vm)
+
     async def _captured(self, vm: Vm, directory: Path, stages: Stages) -> tuple[str, float]:
         """Copy the machine, and have its disks go on in new layers or copy them; its shape, and
         for how many seconds it was paused."""
         socket = Path(vm.runtime.api_socket)
-        if await self._hypervisor.status(socket) is not MachineStatus.RUNNING:
-            raise Conflict(
-                f'the machine of vm "{vm.name}" is held: nothing of it can be copied now',
-                hint=f"why: banger vm health {vm.name}",
-            )
-        await self._room.check_whole(vm)
+        await self.check_capturable(vm, "nothing of it can be copied now")
         shape = await self.shape(vm)
         try:
             _, overlays = await self._layers.add(vm)

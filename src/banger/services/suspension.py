@@ -14,7 +14,6 @@ import msgspec
 from banger.base.cancellation import to_its_end
 from banger.base.errors import (
     BangerError,
-    Conflict,
     NotRunning,
     PreconditionFailed,
     Unavailable,
@@ -23,7 +22,7 @@ from banger.base.files import sync_file
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths
-from banger.drivers.base import Capture, Hypervisor, MachineStatus
+from banger.drivers.base import Capture, Hypervisor
 from banger.services.capabilities import Saved
 from banger.services.disk_room import DiskRoom
 from banger.services.liveness import Liveness
@@ -67,13 +66,7 @@ class Suspension:
                 return await self._suspended(vm, stages)
 
     async def _suspended(self, vm: Vm, stages: Stages) -> Vm:
-        socket = Path(vm.runtime.api_socket)
-        if await self._hypervisor.status(socket) is not MachineStatus.RUNNING:
-            raise Conflict(
-                f'the machine of vm "{vm.name}" is held: it cannot be suspended now',
-                hint=f"why: banger vm health {vm.name}",
-            )
-        await self._room.check_whole(vm)
+        await self._snapshots.check_capturable(vm, "it cannot be suspended now")
         shape = await self._snapshots.shape(vm)
         try:
             await self._save(vm, stages)
