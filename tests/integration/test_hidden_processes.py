@@ -74,6 +74,6 @@ def test_a_machine_that_is_hidden_is_known_to_be(machine: int, option: str) -> N
     assert _look(option) == (True, [VM_ID], [])
 
 
-@pytest.mark.parametrize("option", ["hidepid=0", f"hidepid=2,gid={OWNER_UID}"])
+@pytest.mark.parametrize("option", ["hidepid=0", "hidepid=2,gid={owner}"])
 def test_nobody_is_hidden_from_who_may_look(machine: int, option: str) -> None:
-    assert _look(option) == (False, [], [machine])
+    assert _look(option.format(owner=OWNER_UID)) == (False, [], [machine])
