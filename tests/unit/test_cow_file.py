@@ -103,15 +103,6 @@ def test_what_is_no_such_file_is_refused_and_never_cut(
     assert path.stat().st_size == len(header) + 2 * CHUNK
 
 
-@pytest.mark.parametrize("mib", [1, 2, 1024, 8192])
-def test_when_every_chunk_is_changed_it_is_not_full_yet(mib: int) -> None:
-    chunks = mib * 256
-    areas = chunks // 256 + 1  # an area that is full has one after it
-    full = cow_file.full_bytes(mib * MIB)
-    assert full >= (1 + areas + chunks) * CHUNK
-    assert full - chunks * CHUNK < chunks * CHUNK // 200 + 300 * CHUNK
-
-
 def test_room_is_allocated_and_what_was_written_stays(tmp_path: Path) -> None:
     path = written(tmp_path / "system.cow", 5)
     before = path.read_bytes()

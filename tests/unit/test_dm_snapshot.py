@@ -20,7 +20,7 @@ from banger.base.model import DiskDevices
 from banger.drivers.base import Level, Room
 from banger.drivers.storage import cow_file, dm_snapshot
 from banger.drivers.storage.dm_snapshot import DmSnapshotStorage
-from banger.hostops import block_devices
+from banger.hostops import block_devices, mappings
 from banger.hostops.block_devices import Mapping
 from banger.hostops.ops import (
     Done,
@@ -273,7 +273,7 @@ async def test_without_anybody_who_makes_devices_there_are_none_to_take_away(
 async def test_its_room_is_there_while_it_runs_and_is_given_back(world: World) -> None:
     disk = await world.opened()
     assert disk.stat().st_blocks * 512 >= 64 * MIB  # all that it could ever need
-    assert disk.stat().st_size == cow_file.full_bytes(64 * MIB)
+    assert disk.stat().st_size == mappings.full_bytes(64 * MIB)
     written(disk, 10, ahead=1000)
     await world.storage.close(ID, disk)
     assert disk.stat().st_size == 12 * 4096
@@ -498,7 +498,7 @@ def test_sysfs_says_what_is_made_of_what(tmp_path: Path) -> None:
 
 
 def test_no_size_ends_where_the_kernels_next_area_would_begin() -> None:
-    full = cow_file.full_bytes(4 * GIB)
+    full = mappings.full_bytes(4 * GIB)
     for area in (1, 2, 77):
         bad = (1 + area * cow_file.AREA_CHUNKS) * cow_file.CHUNK_BYTES
         for size in (bad, bad + 512):
@@ -513,7 +513,7 @@ async def test_a_nearly_full_file_gets_the_last_of_its_room(world: World) -> Non
     """However little that is, for else its machine would be held for ever."""
     disk = await world.opened()
     changes = world.host.changes
-    full = cow_file.full_bytes(64 * MIB)
+    full = mappings.full_bytes(64 * MIB)
     os.truncate(disk, full - MIB)
     world.host.sizes[changes] = full - MIB
     written(disk, 15_000)

@@ -110,17 +110,20 @@ class Reconciler:
             await self._kernels.remove_leftovers()
             await self._templates.remove_leftovers(machines.items())
             await self._snapshots.remove_leftovers()
-            await self._sweep_disks()
+            await self._sweep_disks(machines)
             shutil.rmtree(self._paths.scratch_dir, ignore_errors=True)
 
-    async def _sweep_disks(self) -> None:
+    async def _sweep_disks(self, machines: Mapping[Path, int]) -> None:
         """Devices of machines that are gone, of which no record tells any more: of templates that
         were being made, of standbys. Whichever storage is configured: it may have been another."""
         if self._devices is None:
             return
-        machines = self._liveness.machines(procfs.own_processes())
         running = {vm.id for vm in await self._store.vms() if self._liveness.vm_alive(vm)}
-        running |= {id_ for socket in machines if is_vm_id(id_ := socket.parent.name)}
+        running |= {
+            vm_id
+            for socket, pid in machines.items()
+            if is_vm_id(vm_id := socket.parent.name) and procfs.command_line(pid)
+        }
         try:
             await self._devices.sweep(running)
         except (BangerError, OSError) as error:

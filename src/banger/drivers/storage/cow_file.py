@@ -65,12 +65,6 @@ def extent(path: Path, area: int = 0) -> Extent:
             area += 1
 
 
-def full_bytes(disk_bytes: int) -> int:
-    """What every chunk of a disk could need, were all of them changed."""
-    areas = -(-disk_bytes // (CHUNK_BYTES * _EXCEPTIONS)) + 1  # the next is zeroed beforehand
-    return (1 + areas * AREA_CHUNKS) * CHUNK_BYTES
-
-
 def cut(path: Path) -> None:
     """Give back what was allocated ahead, when nobody has it open. One that cannot be read stays
     as it is."""

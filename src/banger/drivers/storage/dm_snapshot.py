@@ -32,7 +32,7 @@ from banger.drivers.base import Check, DiskFormat, Level, Room
 from banger.drivers.storage import cow_file
 from banger.drivers.storage.dm_kernel import kernel_checks
 from banger.drivers.storage.reflink import ReflinkStorage, copy_file, nearest
-from banger.hostops import block_devices
+from banger.hostops import block_devices, mappings
 from banger.hostops.block_devices import Mapping
 from banger.hostops.mappings import DMSETUP, mapping_name
 from banger.hostops.ops import (
@@ -234,7 +234,7 @@ class DmSnapshotStorage:
         used = cow_file.extent(disk)
         self._areas[disk] = used.area
         free = _free_bytes(disk.parent)
-        full = cow_file.full_bytes(base.stat().st_size)
+        full = mappings.full_bytes(base.stat().st_size)
         size = _good_size(used.end_bytes + _ahead_bytes(free), full)
         try:
             if size - used.end_bytes > free - _KEEP_FREE_BYTES:
@@ -317,7 +317,7 @@ class DmSnapshotStorage:
             return None
         used = cow_file.extent(disk, self._areas.get(disk, 0))
         self._areas[disk] = used.area
-        full = cow_file.full_bytes(mapping.size_bytes)
+        full = mappings.full_bytes(mapping.size_bytes)
         _, changes = _loops_of(mapping)
         if not changes:
             return None
