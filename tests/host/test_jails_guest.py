@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(1200)]
 
 _HERE = Path(__file__).parent
 _PLACE = "/usr/local/bin"
+_DROP_INS = "/etc/systemd/system/bangerd.service.d"
 _RUN = "banger vm run -q -d --memory 256M --vcpu 1"
 
 
@@ -172,8 +173,15 @@ def test_it_outlives_the_helper_and_a_daemon_that_is_killed(installed: GuestHost
 def test_a_daemon_that_cannot_see_jailed_machines_makes_none_and_ends_none(
     installed: GuestHost,
 ) -> None:
+    """Its unit has a /proc of its own, which the host's ``hidepid`` does not change."""
     pid = installed.root("pgrep -f ^/firecracker")
     installed.root("mount -o remount,hidepid=2 /proc")
+    checks = {each["name"]: each for each in json.loads(installed.alice("banger doctor --json"))}
+    assert checks["jailer"]["level"] == "ok"
+    installed.root(
+        "mount -o remount,hidepid=0 /proc; daemon=$(systemctl show -P MainPID bangerd);"
+        " nsenter -t $daemon -m mount -o remount,hidepid=2 /proc"
+    )
     try:
         found = json.loads(installed.alice("banger doctor --json || true"))
         (check,) = [each for each in found if each["name"] == "jailer"]
@@ -184,12 +192,18 @@ def test_a_daemon_that_cannot_see_jailed_machines_makes_none_and_ends_none(
         assert b"hidepid" in refused.stderr
         # The daemon that knows it goes on with it, the next one does not start.
         assert installed.alice("banger vm exec box -- hostname") == "box\n"
-        installed.root("systemctl kill --signal KILL bangerd; systemctl stop bangerd")
+        installed.root(
+            f"mkdir {_DROP_INS}; cd {_DROP_INS};"
+            " printf '[Service]\nProtectProc=invisible\n' >sight.conf; systemctl daemon-reload;"
+            " systemctl kill --signal KILL bangerd; systemctl stop bangerd"
+        )
         assert installed.run("systemctl", "start", "bangerd").returncode != 0
-        assert "it cannot be seen how box fares" in installed.root("journalctl -u bangerd")
+        # A copy of a machine has another machine-id than its journal began with.
+        said = installed.root("journalctl --merge -o cat -u bangerd")
+        assert "it cannot be seen how box fares" in said
         assert installed.root("pgrep -f ^/firecracker") == pid
     finally:
-        installed.root("mount -o remount,hidepid=0 /proc")
+        installed.root(f"rm -rf {_DROP_INS}; systemctl daemon-reload")
         installed.root("systemctl stop bangerd; systemctl reset-failed bangerd || true")
         installed.root("systemctl start bangerd")
     assert installed.alice("banger vm exec box -- hostname") == "box\n"

@@ -25,7 +25,8 @@ HIDDEN = (
 )
 HIDDEN_HINT = (
     "show them: mount -o remount,hidepid=0 /proc, and so in /etc/fstab, or with gid= of a group"
-    " that you are in (proc(5))"
+    " that you are in (proc(5)); the unit bangerd has a /proc of its own, which hides them by"
+    " ProtectProc= in its drop-in: systemctl edit bangerd"
 )
 
 _VM_ID = re.compile(r"[0-9a-f]{12}")
