@@ -21,8 +21,10 @@ test-firecracker: setup  ## the Firecracker driver; with the real one where it i
 	@.venv/bin/python -m pytest tests/unit/test_firecracker_machine.py tests/integration/test_firecracker_*.py
 	@.venv/bin/python -m pytest --all-hosts tests/host/test_firecracker_suite_guest.py
 
-faults: setup  ## the whole fault matrix; writes docs/reliability.md
-	@.venv/bin/python -m pytest tests/faults --all-faults
+faults: setup  ## the whole fault matrix, over all drivers; writes docs/reliability*.md
+	@for drivers in qemu+qcow2 qemu+reflink firecracker+reflink; do \
+		.venv/bin/python -m pytest -n 2 tests/faults --all-faults --drivers $$drivers || exit; \
+	done
 
 bench: setup  ## measure, print a table, write bench/results.json
 	@.venv/bin/python -m bench

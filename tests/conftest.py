@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--all-faults",
         action="store_true",
-        help="walk the whole fault matrix, and write docs/reliability.md",
+        help="walk the whole fault matrix, and write its page",
     )
     parser.addoption(
         "--all-hosts",
@@ -55,7 +55,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="HYPERVISOR+STORAGE",
         default="",
         help="run the integration tests over these drivers, like firecracker+reflink; of the fault"
-        " matrix, walk that of these, and write nothing",
+        " matrix, walk that of these as a whole, and write its page",
     )
     parser.addoption(
         "--images",

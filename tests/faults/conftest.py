@@ -1,22 +1,56 @@
-"""The fault matrix: its cells as parameters, its scenes, and what was found in each."""
+"""The fault matrix: its cells as parameters, its scenes, and what was found in each, for its page.
+
+What is found is a property of its test: so it comes to whoever writes the page from whichever of
+pytest-xdist's workers it was found by.
+"""
 
 from __future__ import annotations
 
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 import matrix
 from homes import Home, new_home
 from matrix import SMALL, Cell
-from reliability import Finding, write_report
+from reliability import Finding, write_page
 from scenes import Scenes
 
-_REPORT = Path(__file__).parents[2] / "docs/reliability.md"
+_DOCS = Path(__file__).parents[2] / "docs"
+_FINDING = "finding"
+
+
+class _Findings:
+    """A plugin of pytest's: writes the page when there is a finding for every cell of it."""
+
+    def __init__(self, drivers: matrix.Drivers) -> None:
+        self._drivers = drivers
+        self._cells = {cell.id: cell for cell in matrix.cells(drivers)}
+        self._found: dict[Cell, Finding] = {}
+        self._began = time.monotonic()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call":
+            return
+        for name, said in report.user_properties:
+            if name == _FINDING:
+                cell_id, finding = msgspec.json.decode(str(said), type=tuple[str, Finding])
+                if cell := self._cells.get(cell_id):
+                    self._found[cell] = finding
+
+    def pytest_sessionfinish(self) -> None:
+        if len(self._found) == len(self._cells):
+            write_page(_DOCS, self._drivers, self._found, time.monotonic() - self._began)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # a worker's reports go to the process that began it
+        config.pluginmanager.register(_Findings(_drivers(config)))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -75,11 +109,13 @@ def scenes(seed: Home) -> Iterator[Scenes]:
     made.close()
 
 
-@pytest.fixture(scope="session")
-def findings(request: pytest.FixtureRequest) -> Iterator[dict[Cell, Finding]]:
-    """What was found in each cell. All of them go to docs/reliability.md."""
-    found: dict[Cell, Finding] = {}
-    began = time.monotonic()
-    yield found
-    if found.keys() == set(matrix.ALL):
-        write_report(_REPORT, found, time.monotonic() - began)
+@pytest.fixture
+def has_found(
+    record_property: Callable[[str, object], None],
+) -> Callable[[Cell, Finding], None]:
+    """To be told what was found in a cell."""
+
+    def tell(cell: Cell, finding: Finding) -> None:
+        record_property(_FINDING, msgspec.json.encode((cell.id, finding)).decode())
+
+    return tell

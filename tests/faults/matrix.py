@@ -27,6 +27,8 @@ class Drivers:
     options: tuple[str, ...] = ()
     #: Stages that its operations do not have.
     leaves_out: frozenset[str] = frozenset()
+    #: What their page says of them.
+    note: str = ""
 
     @property
     def name(self) -> str:
@@ -36,8 +38,12 @@ class Drivers:
 DEFAULT = Drivers()
 DRIVERS = (
     DEFAULT,
-    Drivers(storage="reflink", suffix="raw"),
-    # By the stand-in for Firecracker. Bridges are of the whole host: these machines have none.
+    Drivers(
+        storage="reflink",
+        suffix="raw",
+        note="Disks are raw files: clones where the file system makes them, else sparse copies.",
+    ),
+    # Bridges are of the whole host: these machines have none.
     Drivers(
         hypervisor="firecracker",
         storage="reflink",
@@ -45,6 +51,10 @@ DRIVERS = (
         runtime_files=frozenset({"firecracker", "metrics"}),
         options=("--network", "none"),
         leaves_out=frozenset({"memory"}),
+        note=(
+            "Firecracker is stood in for: by a server that speaks its API, and runs guests by QEMU."
+            " What is walked is the driver, and all that is above it. Machines have no network."
+        ),
     ),
 )
 
@@ -68,14 +78,15 @@ class Fault(StrEnum):
 #: What each is, for docs/reliability.md.
 EXPLAINED = {
     Fault.DAEMON_KILLED: "SIGKILL to the daemon.",
-    Fault.MACHINE_KILLED: "SIGKILL to the VM's QEMU.",
+    Fault.MACHINE_KILLED: "SIGKILL to the VM's hypervisor.",
     Fault.DISK_FULL: (
         "not a byte is free any more on the file system that holds the database, the log and the "
         "files of all VMs (in image builds: the images and kernels). It gets room again when the "
         "command has ended, or after 20 s."
     ),
     Fault.MACHINE_HANGS: (
-        "SIGSTOP to the VM's QEMU, for good: neither the guest's agent nor QMP answers any more."
+        "SIGSTOP to the VM's hypervisor, for good: neither it nor the guest's agent answers any"
+        " more."
     ),
     Fault.AGENT_CUT: "the agent's socket is removed, so that nobody can connect to the agent.",
 }
@@ -355,7 +366,7 @@ def cells(drivers: Drivers) -> Iterator[Cell]:
                     yield Cell(operation, stage, fault, drivers)
 
 
-#: Those of docs/reliability.md.
+#: Those of the default drivers.
 ALL = tuple(cells(DEFAULT))
 
 #: Cells of the reduced form besides those of daemons killed in operations on VMs: one or two of

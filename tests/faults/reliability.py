@@ -1,4 +1,5 @@
-"""docs/reliability.md: what was found in every cell of the fault matrix."""
+"""The pages that say what was found in every cell of the fault matrix: docs/reliability.md, and one
+for each of the other drivers."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from banger import __version__
 from banger.base.files import write_atomically
-from matrix import BUILDS, EXPLAINED, OPERATIONS, Cell, Fault
+from matrix import BUILDS, DEFAULT, DRIVERS, EXPLAINED, OPERATIONS, Cell, Drivers, Fault
 
 #: The state of a VM that has no record.
 GONE = "gone"
@@ -40,7 +41,8 @@ _INTRODUCTION = """\
 # Reliability
 
 What is found after something broke in the middle of an operation. `make faults` breaks it, looks,
-and writes this page; nothing here is written by hand.
+and writes this page; nothing here is written by hand. Machines are QEMU's here, on qcow2 disks;
+with other drivers: {others}.
 
 An operation goes through stages, which are in the daemon's log (`operation stage`). At the moment
 it enters one, the daemon kills itself, or stops itself (`BANGER_FAULT`) so that something else can
@@ -60,14 +62,26 @@ ordinary call, `banger vm list`; then:
 - **Nothing is left over**: no process, socket, file, directory, mount or loop device that a record
   does not account for. (Locks are the kernel's, and go with the process that held them.)
 - **The records are true**: a VM is running, stopped, in error or gone, and never "in creation" or
-  "starting"; a running one has exactly one QEMU, any other has none.
+  "starting"; a running one has exactly one process of its hypervisor's, any other has none.
 - **The VM can be used**: it is started if it does not run (ended first if it hangs, made anew if
   it is gone before it was ever there), runs a command, and has the file that was written to its
   work disk before. An image can be built.
 - **It can be deleted**, and then nothing of it is left.
-- **The bystander never noticed**: same QEMU, same boot, same process, which has gone on counting
+- **The bystander never noticed**: same process, same boot, same process, which has gone on counting
   and is reached by `vm exec`.
 
+"""
+
+_OTHER_INTRODUCTION = """\
+# Reliability: {name}
+
+The fault matrix of [reliability.md](reliability.md), which says what is broken and what is checked
+in every cell, with other drivers. {note} Builds of images are as they are there. `make faults`
+writes this page.
+
+"""
+
+_RESULTS = """\
 ## Results
 
 What the record says after the fault, and the seconds until the next call has its answer (the start
@@ -84,16 +98,33 @@ as {user}.
 """
 
 
-def write_report(path: Path, findings: Mapping[Cell, Finding], took_s: float) -> None:
-    """Replace the page at `path`."""
-    write_atomically(path, report(findings, took_s).encode(), mode=0o644)
+def write_page(
+    folder: Path, drivers: Drivers, findings: Mapping[Cell, Finding], took_s: float
+) -> Path:
+    """Replace these drivers' page in `folder`."""
+    path = folder / _page(drivers)
+    text = _introduction(drivers) + _results(drivers, findings, took_s)
+    write_atomically(path, text.encode(), mode=0o644)
+    return path
 
 
-def report(findings: Mapping[Cell, Finding], took_s: float) -> str:
-    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, check=True)
+def _page(drivers: Drivers) -> str:
+    return "reliability.md" if drivers is DEFAULT else f"reliability-{drivers.name}.md"
+
+
+def _introduction(drivers: Drivers) -> str:
+    if drivers is not DEFAULT:
+        return _OTHER_INTRODUCTION.format(name=drivers.name, note=drivers.note)
     return _INTRODUCTION.format(
         faults="\n".join(f"- **{_title(fault)}**: {EXPLAINED[fault]}" for fault in Fault),
-        table="\n".join(_table(findings)),
+        others=", ".join(f"[{each.name}]({_page(each)})" for each in DRIVERS[1:]),
+    )
+
+
+def _results(drivers: Drivers, findings: Mapping[Cell, Finding], took_s: float) -> str:
+    qemu = subprocess.run(["qemu-system-x86_64", "--version"], capture_output=True, check=True)
+    return _RESULTS.format(
+        table="\n".join(_table(drivers, findings)),
         count=len(findings),
         answered_s=max(each.answered_s for each in findings.values()),
         ended_s=max(each.ended_s for each in findings.values()),
@@ -112,10 +143,10 @@ def _title(fault: Fault) -> str:
     return fault.replace("-", " ")
 
 
-def _table(findings: Mapping[Cell, Finding]) -> Iterator[str]:
+def _table(drivers: Drivers, findings: Mapping[Cell, Finding]) -> Iterator[str]:
     yield " | ".join(("| operation", "stage", *map(_title, Fault))) + " |"
     yield "|---" * (2 + len(Fault)) + "|"
-    for operation in (*OPERATIONS, *BUILDS):
-        for stage in operation.stages:
-            found = (findings.get(Cell(operation, stage, fault), "") for fault in Fault)
+    for operation in (*OPERATIONS, *(BUILDS if drivers is DEFAULT else ())):
+        for stage in operation.stages_of(drivers):
+            found = (findings.get(Cell(operation, stage, fault, drivers), "") for fault in Fault)
             yield f"| {operation.title} | {stage.name} | " + " | ".join(map(str, found)) + " |"

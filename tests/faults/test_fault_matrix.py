@@ -1,7 +1,8 @@
 """What is found after a fault: nothing left over, true records, a VM that can be used, and a
 bystander that never noticed.
 
-`make faults` runs all cells and writes docs/reliability.md, `make test` the reduced form.
+`make faults` runs all cells of all drivers and writes docs/reliability*.md; `make test` the reduced
+form.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import itertools
 import json
 import os
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -65,7 +67,7 @@ def test_every_stage_of_an_operation_is_in_the_matrix(
 
 
 def test_after_a_fault(
-    cell: Cell, scenes: Scenes, findings: dict[Cell, Finding], all_faults: bool
+    cell: Cell, scenes: Scenes, has_found: Callable[[Cell, Finding], None], all_faults: bool
 ) -> None:
     if cell.fault is Fault.DISK_FULL and os.geteuid() != 0:
         pytest.skip("run the tests as root, which can mount a small file system")
@@ -73,9 +75,9 @@ def test_after_a_fault(
         small = cell.fault is Fault.DISK_FULL
         missing = cell.operation.builds
         with scenes.scene(cell.drivers, without_image=missing, small=small) as scene:
-            findings[cell] = _walk(scene, cell, thorough=all_faults)
+            has_found(cell, _walk(scene, cell, thorough=all_faults))
     except BaseException as error:
-        findings[cell] = Finding(failed=str(error).partition("\n")[0].replace("|", "/"))
+        has_found(cell, Finding(failed=str(error).partition("\n")[0].replace("|", "/")))
         raise
 
 

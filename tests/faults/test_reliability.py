@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 import matrix
-from reliability import Finding, write_report
+from reliability import Finding, write_page
 
 
-def test_every_cell_is_in_the_page_and_a_failure_shows(tmp_path: Path) -> None:
+@pytest.mark.parametrize("drivers", matrix.DRIVERS, ids=lambda drivers: drivers.name)
+def test_every_cell_is_in_the_page_and_a_failure_shows(
+    drivers: matrix.Drivers, tmp_path: Path
+) -> None:
+    cells = tuple(matrix.cells(drivers))
     findings = {
         cell: Finding(f"state-{number}", answered_s=number / 10)
-        for number, cell in enumerate(matrix.ALL)
+        for number, cell in enumerate(cells)
     }
-    findings[matrix.ALL[3]] = Finding(failed="left behind: a process")
-    page = tmp_path / "page.md"
-    write_report(page, findings, took_s=600)
-    text = page.read_text()
-    for number, cell in enumerate(matrix.ALL):
+    findings[cells[3]] = Finding(failed="left behind: a process")
+    text = write_page(tmp_path, drivers, findings, took_s=600).read_text()
+    for number, cell in enumerate(cells):
         row = next(
             line
             for line in text.splitlines()
@@ -26,6 +30,7 @@ def test_every_cell_is_in_the_page_and_a_failure_shows(tmp_path: Path) -> None:
         assert (f" state-{number}, " in row) == (number != 3)
     assert text.count("**left behind: a process**") == 1
     assert "in 10 minutes" in text
+    assert drivers.note in text
 
 
 def test_the_reduced_form_has_every_killed_daemon_of_vms_and_each_fault() -> None:
