@@ -19,7 +19,7 @@ test-drivers: setup  ## the integration suite over the other hypervisor and the 
 test-firecracker: setup  ## the Firecracker driver; with the real one where it is on PATH
 	@.venv/bin/python tests/firecrackers.py
 	@.venv/bin/python -m pytest tests/unit/test_firecracker_machine.py tests/integration/test_firecracker_*.py
-	@.venv/bin/python -m pytest --all-hosts tests/host/test_firecracker_suite_guest.py
+	@.venv/bin/python -m pytest --all-hosts --whole-suite tests/host/test_jails_guest.py tests/host/test_firecracker_suite_guest.py
 
 faults: setup  ## the whole fault matrix, over all drivers; writes docs/reliability*.md
 	@for drivers in qemu+qcow2 qemu+reflink firecracker+reflink; do \

@@ -124,6 +124,13 @@ def missing() -> list[str]:
     return found
 
 
+def missing_jailer() -> list[str]:
+    """What keeps the real one's machines out of jails here; nothing when it is there."""
+    if jailer() is not None:
+        return []
+    return ["jailer, of the same release, is not on PATH: put it there, or beside firecracker"]
+
+
 if __name__ == "__main__":
-    for each in missing():
-        print(f"not with the real Firecracker: {each}")
+    for each in (*missing(), *missing_jailer()):
+        print(f"not with the real Firecracker in jails: {each}")

@@ -125,9 +125,11 @@ def parse(text: str) -> Suite:
     if hypervisor == "firecracker" and os.geteuid() != 0:
         raise pytest.UsageError("--drivers: only root makes bridges: run as root")
     suite = Suite(hypervisor, storage)
-    if JAILED_VARIABLE in os.environ and (suite.stands_in or firecrackers.jailer() is None):
-        why = "; ".join(firecrackers.missing()) or "no jailer"
-        raise pytest.UsageError(f"{JAILED_VARIABLE} is set, and there is none: {why}")
+    if JAILED_VARIABLE in os.environ:
+        missing = (*firecrackers.missing(), *firecrackers.missing_jailer())
+        if suite.hypervisor != "firecracker" or missing:
+            why = "; ".join(missing) or f"{suite.hypervisor} has none"
+            raise pytest.UsageError(f"{JAILED_VARIABLE} is set, and there are no jails: {why}")
     return suite
 
 

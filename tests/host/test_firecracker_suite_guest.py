@@ -1,8 +1,9 @@
 """The integration suite with Firecracker itself, in its jails, on a guest as the host, whose nested
 KVM runs guests whatever the KVM of the machine that runs the tests does.
 
-It is slow there, so what runs is what every machine needs (`_PARTS`), unless `--whole-suite` asks
-for the rest. The tests are this checkout's, banger is the wheel that is installed there.
+It is slow there, so what runs with `--all-hosts` is what every machine needs (`_PARTS`), and with
+`--whole-suite` the rest, too, as by `make test-firecracker`. The tests are this checkout's, banger
+is the wheel that is installed there.
 """
 
 from __future__ import annotations
