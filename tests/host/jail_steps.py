@@ -217,8 +217,8 @@ async def killed_after(directory: Path, delay_s: float) -> list[str]:
 
 
 async def launcher_killed(directory: Path, in_group: bool, delay_s: float) -> list[Any]:
-    """What we are told when the process that makes a jail for us was killed then, and what is left
-    as we are told it. One that was killed too late has made the jail."""
+    """What we are told when the process that makes a jail for us was killed then; and what is left
+    as we are told it, and after `EndJail`. One that was killed too late has made the jail."""
     launching = asyncio.create_task(launch(operation(directory, await tap())))
     pid = await launcher(in_group=in_group)
     await asyncio.sleep(delay_s)
@@ -226,11 +226,12 @@ async def launcher_killed(directory: Path, in_group: bool, delay_s: float) -> li
         os.kill(pid, signal.SIGKILL)
     try:
         done = await launching
+        os.close(done.fd)
+        told, there = "done", []
     except BangerError as error:
-        return [f"{error.code}: {error.message}", left()]
-    os.close(done.fd)
+        told, there = f"{error.code}: {error.message}", left()
     await host.perform(EndJail(vm_id=ID))
-    return ["done", await left_soon()]
+    return [told, [*there, *await left_soon()]]
 
 
 async def launcher(*, in_group: bool) -> int:
