@@ -372,6 +372,8 @@ async def _serve_client(
                 body += event.data
             case h11.EndOfMessage():
                 status, answer = await api.answer(method, path, bytes(body))
+                # As Firecracker does, before it answers.
+                print(f"{method} {path} {bytes(body).decode()} -> {status} {answer}", flush=True)
                 content = b"" if answer is None else json.dumps(answer).encode()
                 headers = [("Server", "Firecracker API"), ("Content-Type", "application/json")]
                 if answer is not None:
@@ -383,7 +385,6 @@ async def _serve_client(
                 ):
                     writer.write(connection.send(each) or b"")
                 await writer.drain()
-                print(f"{method} {path} {bytes(body).decode()} -> {status} {answer}", flush=True)
                 connection.start_next_cycle()
             case _:
                 break

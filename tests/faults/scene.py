@@ -20,7 +20,8 @@ from matrix import SMALL, Drivers
 from product import until
 
 #: What may be in the directories of a VM, by the state of its record; and the layers of its disks.
-_FILES = {"hypervisor.log", "network.log", "console.log", "console.log.old"}
+_FILES = {"network.log"}
+_FILES |= {"console.log", "console.log.old", "hypervisor.log", "hypervisor.log.old"}
 _FILES_OF = {"running": {"handles.json"}, "suspended": {"memory", "machine-state"}}
 _LAYER = re.compile(r"(system|work)-[0-9a-f]{12}\.qcow2")
 _SOCKETS = {"control.sock", "agent.sock"}

@@ -177,7 +177,7 @@ async def mapped(directory: Path) -> Path:
 
 
 async def killed(directory: Path) -> None:
-    """A machine that ends by itself, and whoever makes a jail killed at any moment."""
+    """A machine that ends by itself, and who asks for a jail, or makes it, killed at any moment."""
     done = await launch(operation(directory, await tap()))
     os.kill(done.pid, signal.SIGKILL)
     os.waitstatus_to_exitcode  # noqa: B018
@@ -185,10 +185,11 @@ async def killed(directory: Path) -> None:
     os.close(done.fd)
     seen["ended by itself"] = await left_but_groups()
     await host.perform(EndJail(vm_id=ID))
-    outcomes: list[str] = []
-    for step in range(12):
-        outcomes += await killed_after(directory, step * 0.12, launcher=step % 2 == 1)
-    seen["killed"] = outcomes
+    seen["killed"] = []
+    for step in range(6):
+        seen["killed"] += await killed_after(directory, step * 0.24)
+    moments = [(False, 0.0), *((True, step * 0.05) for step in range(5))]
+    seen["launcher killed"] = [await launcher_killed(directory, *each) for each in moments]
 
 
 async def left_but_groups() -> list[str]:
@@ -198,8 +199,8 @@ async def left_but_groups() -> list[str]:
     return [each for each in left() if "cgroup" not in each]
 
 
-async def killed_after(directory: Path, delay_s: float, *, launcher: bool) -> list[str]:
-    """What is left when who launches a jail, or his launcher, was killed then; after `EndJail`."""
+async def killed_after(directory: Path, delay_s: float) -> list[str]:
+    """What is left when who launches a jail was killed then; after `EndJail`."""
     name = await tap()
     child = os.fork()
     if child == 0:
@@ -209,16 +210,43 @@ async def killed_after(directory: Path, delay_s: float, *, launcher: bool) -> li
         finally:
             os._exit(0)
     await asyncio.sleep(0.2 + delay_s)
-    victims = [child]
-    if launcher:
-        victims = [int(each) for each in run("pgrep -f jail_launche[r] || true").split()]
-    for victim in victims:
-        with suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     await host.perform(EndJail(vm_id=ID))
     return await left_soon()
+
+
+async def launcher_killed(directory: Path, in_group: bool, delay_s: float) -> list[Any]:
+    """What we are told when the process that makes a jail for us was killed then; and what is left
+    as we are told it, and after `EndJail`. One that was killed too late has made the jail."""
+    launching = asyncio.create_task(launch(operation(directory, await tap())))
+    pid = await launcher(in_group=in_group)
+    await asyncio.sleep(delay_s)
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    try:
+        done = await launching
+        os.close(done.fd)
+        told, there = "done", []
+    except BangerError as error:
+        told, there = f"{error.code}: {error.message}", left()
+    await host.perform(EndJail(vm_id=ID))
+    return [told, [*there, *await left_soon()]]
+
+
+async def launcher(*, in_group: bool) -> int:
+    """The process that makes a jail for us, as soon as there is one; or once it is in the machine's
+    control group, if it was seen there."""
+    until = time.monotonic() + 60
+    while not (found := run("pgrep -o -f jail_launche[r] || true").strip()):
+        assert time.monotonic() < until
+        await asyncio.sleep(0.002)
+    while in_group and Path("/proc", found).exists():
+        with suppress(FileNotFoundError):
+            if found in (GROUP / "cgroup.procs").read_text().split():
+                break
+        await asyncio.sleep(0.002)
+    return int(found)
 
 
 async def refusals(directory: Path) -> None:

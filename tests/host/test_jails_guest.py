@@ -113,6 +113,16 @@ def test_nothing_is_left_of_one_whoever_was_killed_and_when(seen: dict[str, Any]
     assert seen["left after refusals"] == []
 
 
+def test_who_asked_for_a_jail_clears_it_when_its_making_was_killed(seen: dict[str, Any]) -> None:
+    told = [message for message, _ in seen["launcher killed"]]
+    failed = [message for message in told if message != "done"]
+    # Before it was in the jail's control group, and at least once in it.
+    assert failed[0] == told[0]
+    assert len(failed) > 1, told
+    assert set(failed) == {"unavailable: a jail cannot be made: -9"}
+    assert [left for _, left in seen["launcher killed"]] == [[]] * len(told)
+
+
 def test_what_cannot_be_jailed_is_refused_with_what_to_do(seen: dict[str, Any]) -> None:
     assert "cannot be shown to a jail as another user's" in seen["in memory"]
     for step in ("deleted", "another"):

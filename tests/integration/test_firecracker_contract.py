@@ -24,6 +24,7 @@ from banger.base.errors import BangerError, PreconditionFailed, Unavailable
 from banger.drivers.hypervisor.firecracker_api import FirecrackerClient, conversation
 from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused
 from banger.drivers.hypervisor.firecracker_metrics import Meter
+from banger.drivers.hypervisor.firecracker_place import firecracker_argv
 from banger.drivers.hypervisor.firecracker_requests import (
     Action,
     ActionType,
@@ -46,6 +47,7 @@ from banger.drivers.hypervisor.firecracker_requests import (
     Vsock,
     VsockOverride,
 )
+from banger.services import machine_logs
 from firecracker_schema import Description
 from tiny_guest import speaking_guest
 
@@ -139,10 +141,10 @@ class running:  # noqa: N801 - a context
     async def __aenter__(self) -> Peer:
         real = firecrackers.real() if self._kind == "real" else None
         program = real or firecrackers.stand_in(self._directory)
-        self._process = proc.spawn_detached(
-            [program, "--api-sock", self._socket, "--id", "contract"],
-            log=self._directory / "output",
+        argv = firecracker_argv(
+            str(program), "contract", str(self._socket), str(self._socket.with_suffix(".log"))
         )
+        self._process = proc.spawn_detached(argv, log=self._directory / "output")
         self._ended = proc.watch(self._process)
         self._conversation = conversation(self._socket)
         await _listens(self._socket, self._ended)
@@ -310,6 +312,19 @@ async def test_it_counts_into_one_file_for_good(peer: Peer) -> None:
     await peer.client.tell(Metrics(metrics_path=str(peer.directory / "metrics")))
     again = await peer.refusal(Metrics(metrics_path=str(peer.directory / "other")))
     assert "cannot count into a file" in again.message
+
+
+async def test_what_it_logs_goes_on_at_its_place_when_the_log_is_cut(peer: Peer) -> None:
+    """The daemon counts on it: what is before that place takes no room."""
+    log = peer.directory / "api.log"
+    await peer.refusal(Metrics(metrics_path="/nowhere/metrics"))
+    length = log.stat().st_size
+    assert machine_logs.cut(log, 0)
+    assert log.with_name("api.log.old").stat().st_size == length
+    await peer.refusal(Metrics(metrics_path="/nowhere/metrics"))
+    content = log.read_bytes()
+    assert content[:length] == bytes(length)
+    assert content[length:].strip(b"\0")
 
 
 async def test_a_balloon_is_not_larger_than_the_memory(peer: Peer) -> None:

@@ -93,7 +93,7 @@ def test_an_interface_is_joined_to_its_tap_again_when_a_machine_goes_on() -> Non
 
 
 @given(st.text())
-def test_a_context_id_is_the_machines_for_life_and_a_guests(vm_id: str) -> None:
+def test_a_context_id_is_a_guests_and_the_same_at_each_boot(vm_id: str) -> None:
     assert 3 <= told.context_id(vm_id) < (1 << 32) - 1
     assert told.context_id(vm_id) == told.context_id(vm_id)
 

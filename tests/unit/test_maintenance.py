@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from banger.base.model import Vm, VmState, now
 from banger.daemon import maintenance as module
 from banger.daemon.maintenance import Maintenance
 from banger.drivers.base import Check, Level, MachineStatus
 from banger.guest import requests
+from banger.services.machine_logs import LIMIT_BYTES
 from banger.services.vm_spec import CreateRequest
 from world import World, made_world
 
@@ -105,6 +108,41 @@ async def test_a_guest_that_is_held_while_it_boots_boots_on(world: World) -> Non
     await maintenance(world).once()
     assert held not in world.hypervisor.statuses
     await world.operations.cancel(progress.record.id)
+
+
+@pytest.mark.parametrize("name", ["console.log", "hypervisor.log"])
+async def test_logs_that_a_guest_has_filled_are_cut_whatever_has_become_of_it(
+    world: World, name: str
+) -> None:
+    running, stopped = await world.create("running"), await world.create("stopped")
+    await unused(world, stopped, 25)
+    await maintenance(world, 24 * 3600).once()
+    logs = [Path(vm.runtime.vm_dir, name) for vm in (running, stopped)]
+    for log in logs:
+        with log.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, LIMIT_BYTES)
+            file.seek(0, os.SEEK_END)
+            file.write(b"the end")
+    with capture_logs() as told:
+        await maintenance(world).once()
+    assert [log.stat().st_size for log in logs] == [0, 0]
+    assert all(log.with_name(f"{name}.old").read_bytes().endswith(b"the end") for log in logs)
+    assert [(each["vm_name"], each["log"]) for each in told if each["event"] == "log cut"] == [
+        ("running", name),
+        ("stopped", name),
+    ]
+
+
+async def test_a_log_that_cannot_be_cut_keeps_no_other_from_it(world: World) -> None:
+    one, two = await world.create("one"), await world.create("two")
+    Path(one.runtime.vm_dir, "hypervisor.log").symlink_to("elsewhere")
+    log = Path(two.runtime.vm_dir, "hypervisor.log")
+    with log.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, LIMIT_BYTES + 4096)
+    with capture_logs() as told:
+        await maintenance(world).once()
+    assert log.stat().st_size == 0
+    assert [each["vm_name"] for each in told if each["event"] == "log not cut"] == ["one"]
 
 
 async def test_a_machine_that_somebody_paused_stays_paused(world: World) -> None:

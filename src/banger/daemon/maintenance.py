@@ -17,7 +17,7 @@ from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths
 from banger.base.units import format_age
 from banger.drivers.base import Hypervisor, Level, MachineStatus
-from banger.services import consoles
+from banger.services import machine_logs
 from banger.services.lifecycle import Lifecycle
 from banger.services.preflight import check_free_disk
 from banger.services.vm import VmService
@@ -72,7 +72,7 @@ class Maintenance:
         """One round."""
         vms = await self._vms.all()
         running = [vm for vm in vms if vm.runtime.state is VmState.RUNNING]
-        await consoles.bound(running)
+        await asyncio.to_thread(machine_logs.bound, self._paths, vms)
         # A guest that boots may be held, too.
         await self._resume_held([vm for vm in vms if self._vms.has_machine(vm)])
         await self._stop_stale(running)

@@ -146,7 +146,11 @@ def kernel_parameters(machine: Machine) -> tuple[str, ...]:
 
 
 def context_id(vm_id: str) -> int:
-    """The guest's vsock address, for life. (The host knows it by its socket: two may have one.)"""
+    """The vsock address that a guest boots with.
+
+    One that goes on from a saved state has that of the state, which cannot be told another. The
+    host knows each by its socket: two may have the same.
+    """
     digest = hashlib.sha256(vm_id.encode()).digest()
     return _CID_FIRST + int.from_bytes(digest[:8], "big") % (_CID_LAST - _CID_FIRST + 1)
 
