@@ -26,7 +26,10 @@ from banger.base.files import remove_hostile_tree
 from banger.base.jail import UID_FIRST, UID_LAST, is_vm_id, jail_uid
 from banger.drivers.base import Level, Machine
 from banger.drivers.hypervisor import firecracker_jail
+from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_jail import Jailed
+from banger.drivers.hypervisor.firecracker_place import Direct, Place
+from banger.drivers.hypervisor.kvm import KvmProbe
 from banger.hostops import jail_files, jail_launcher, jails, links, mappings
 from banger.hostops.client import HelperHost
 from banger.hostops.jail_files import Owner
@@ -403,6 +406,13 @@ def test_whose_machine_a_process_is_its_control_group_says(
     assert jail.jailed_vm(8, 1000) == ""
 
 
+def _firecracker(first: Place, *earlier: Place) -> FirecrackerHypervisor:
+    async def probe() -> KvmProbe:
+        raise AssertionError("no machine is started")
+
+    return FirecrackerHypervisor(first, probe, earlier=earlier)
+
+
 def _jailed(*directories: Path) -> Jailed:
     return Jailed(HelperHost(Path("/nowhere")), directories, Path("/nowhere/jails"))
 
@@ -640,11 +650,29 @@ async def test_a_jail_is_ended_once(prisons: Prisons) -> None:
     assert not prisons.socket.is_symlink()
 
 
-async def test_a_jail_is_ended_though_its_sockets_are_gone(prisons: Prisons) -> None:
+@pytest.mark.parametrize("jailed_first", [True, False])
+async def test_a_jail_is_ended_though_its_sockets_are_gone(
+    prisons: Prisons, jailed_first: bool
+) -> None:
+    """And whether machines are started in jails now or not."""
     prisons.marks.mkdir()
     (prisons.marks / VM_ID).touch()
-    await prisons.place.clear(prisons.socket)
+    places = (prisons.place, Direct(""))
+    hypervisor = _firecracker(*(places if jailed_first else reversed(places)))
+    for _ in range(2):
+        await hypervisor.clear(prisons.socket)
     assert prisons.host.ended == [VM_ID]
+    assert list(prisons.marks.iterdir()) == []
+
+
+async def test_a_jail_that_is_no_more_takes_no_machine_with_it(prisons: Prisons) -> None:
+    """One that was started without a jail after it, and whose process is the daemon's to end."""
+    prisons.marks.mkdir()
+    (prisons.marks / VM_ID).touch()
+    prisons.socket.touch()
+    await _firecracker(Direct(""), prisons.place).clear(prisons.socket)
+    assert prisons.socket.exists()
+    assert list(prisons.marks.iterdir()) == []
 
 
 async def test_only_a_jail_that_nobody_is_in_may_be_forgotten_without_its_end(

@@ -301,8 +301,10 @@ class FirecrackerHypervisor:
         await self._of(control_socket).quit(control_socket)
 
     async def clear(self, control_socket: Path) -> None:
-        """See `Hypervisor.clear`."""
-        await self._of(control_socket).clear(control_socket)
+        """See `Hypervisor.clear`: in each place, for its socket, which tells where it runs, may be
+        gone."""
+        for place in self._places:
+            await place.clear(control_socket)
 
     async def end_strays(self, running: Collection[str]) -> None:
         """See `Hypervisor.end_strays`."""

@@ -151,14 +151,16 @@ class Jailed:
         if not (self.runs(control_socket) or self._mark(vm_id).exists()):
             return
         await self._end_jail(vm_id)
+        traces = [self._mark(vm_id)]
         if self.runs(control_socket):
+            traces.append(control_socket)
             try:
                 # Two at once would be in each other's way.
                 out = _out_of(control_socket)
                 await to_its_end(asyncio.to_thread(remove_hostile_tree, out))
             except OSError as error:
                 get_logger().warning("a jail's files stay", vm_id=vm_id, error=str(error))
-        for trace in (control_socket, self._mark(vm_id)):
+        for trace in traces:
             trace.unlink(missing_ok=True)
 
     async def _try_to_clear(self, control_socket: Path) -> None:
