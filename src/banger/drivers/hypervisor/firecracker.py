@@ -22,6 +22,7 @@ from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
 from banger.base.log import get_logger
 from banger.base.paths import check_socket_path
+from banger.base.procfs import Process
 from banger.drivers.base import (
     Capture,
     Check,
@@ -354,9 +355,9 @@ class FirecrackerHypervisor:
         async with conversation(control_socket) as client:
             await client.tell(SetState(state=VmState.RESUMED))
 
-    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+    def control_socket(self, process: Process) -> Path | None:
         """See `Hypervisor.control_socket`."""
-        found = (place.control_socket(argv) for place in self._places)
+        found = (place.control_socket(process) for place in self._places)
         return next((each for each in found if each is not None), None)
 
 
