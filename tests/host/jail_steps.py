@@ -138,6 +138,10 @@ async def a_jail(directory: Path) -> None:
     seen["uid"] = jail_uid(ID)
     process = Path(f"/proc/{done.pid}")
     seen["group"] = (process / "cgroup").read_text().strip()
+    look = f"from banger.base import procfs; print(procfs.look_at({done.pid}))"
+    seen["seen by its owner"] = run(
+        f"setpriv --reuid {OWNER} --regid {OWNER} --clear-groups {sys.executable} -c '{look}'"
+    )
     limits = ("memory.max", "cpu.max", "pids.max", "memory.oom.group")
     seen["limits"] = [(GROUP / each).read_text().strip() for each in limits]
     seen["namespaces of its own"] = [

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import firecrackers
+from banger.base.procfs import Process
 from guest_host import GuestHost, GuestHosts
 
 # The first test may have to make the host.
@@ -65,6 +66,11 @@ def test_it_is_alone_with_its_limits(seen: dict[str, Any]) -> None:
     assert seen["group"] == "0::/banger-1000/0123456789ab"
     assert seen["limits"] == [str(384 << 20), "200000 100000", "17", "1"]
     assert (said["open files"], said["core"]) == ("1024", "0")
+
+
+def test_its_owner_knows_it_by_its_jail(seen: dict[str, Any]) -> None:
+    """Its uid and its place in its namespace are those that `procfs` expects."""
+    assert seen["seen by its owner"] == f"{Process(jail='0123456789ab')}\n"
 
 
 def test_it_has_its_files_and_no_others(seen: dict[str, Any]) -> None:

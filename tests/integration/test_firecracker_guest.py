@@ -206,8 +206,7 @@ async def ends(pid: int) -> None:
 async def test_a_guest_boots_finds_its_disks_and_ends_by_itself(scene: Scene) -> None:
     machine = scene.machine("a")
     pid = await scene.hypervisor.launch(machine, None)
-    argv = procfs.command_line(pid)
-    assert scene.hypervisor.control_socket(argv) == machine.control_socket
+    assert scene.hypervisor.control_socket(procfs.look_at(pid)) == machine.control_socket
     mounts = await scene.run(machine, "mount")
     assert "/dev/vda on / type ext4 (rw" in mounts
     assert "/dev/vdb on /root type ext4 (rw" in mounts
@@ -357,7 +356,8 @@ async def test_a_machine_without_its_kernel_leaves_nothing(scene: Scene) -> None
 
 
 def _firecrackers_of(directory: Path) -> list[int]:
-    return [pid for pid, argv in procfs.own_processes() if str(directory) in " ".join(argv)]
+    own = procfs.own_processes()
+    return [pid for pid, process in own if str(directory) in " ".join(process.argv)]
 
 
 async def test_the_agent_is_reached_by_a_vsock(scene: Scene, tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ async def test_a_machine_boots_answers_and_quits(
     network = await PasstNetwork(KEPT_FROM).attach(Plug(VM_ID, tmp_path / "network.log", Reach()))
     pid = await hypervisor.launch(machine, network)
     try:
-        assert hypervisor.control_socket(procfs.command_line(pid)) == machine.control_socket
+        assert hypervisor.control_socket(procfs.look_at(pid)) == machine.control_socket
         await console_says(machine, "hello, host")
         with socket.socket(socket.AF_UNIX) as agent:
             agent.connect(str(machine.agent_socket))
@@ -205,7 +205,8 @@ async def test_a_machine_that_cannot_be_restored_says_why_and_leaves_nothing(
     assert harm == "missing" or "inspect" in str(caught.value)
     with pytest.raises(Unavailable):
         await hypervisor.status(machine.control_socket)
-    left = [pid for pid, argv in procfs.own_processes() if str(machine.control_socket) in str(argv)]
+    ours = str(machine.control_socket)
+    left = [pid for pid, process in procfs.own_processes() if ours in str(process.argv)]
     assert left == []
 
 
@@ -299,8 +300,8 @@ async def test_a_cancelled_launch_leaves_no_process(
         await asyncio.sleep(0)
         started = [
             pid
-            for pid, argv in procfs.own_processes()
-            if hypervisor.control_socket(argv) == machine.control_socket
+            for pid, process in procfs.own_processes()
+            if hypervisor.control_socket(process) == machine.control_socket
         ]
     launching.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -9,14 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from ipaddress import IPv4Network
 from pathlib import Path
 
 import pytest
 
-from banger.base import procfs
+from banger.base import jail, procfs
 from banger.base.errors import PreconditionFailed, Unavailable
+from banger.base.jail import jail_uid, parent_group
 from banger.base.model import DiskDevices, Egress, NetworkMode, Reach
 from banger.drivers.base import (
     Capture,
@@ -71,8 +72,8 @@ class Processes:
     def install(self, patch: pytest.MonkeyPatch) -> None:
         patch.setattr(procfs, "start_ticks", lambda pid: self.ticks.get(pid, 0))
         patch.setattr(procfs, "usage", self._usage)
-        patch.setattr(procfs, "command_line", lambda pid: self.argv.get(pid, ()))
-        patch.setattr(procfs, "own_processes", lambda: iter(list(self.argv.items())))
+        patch.setattr(procfs, "look_at", lambda pid: procfs.Process(self.argv.get(pid, ())))
+        patch.setattr(procfs, "own_processes", self._own)
         patch.setattr(procfs, "hidden_machines", lambda: self.hidden)
         patch.setattr(procfs, "open_pidfd", self._open)
         patch.setattr(procfs, "kill", self._kill)
@@ -106,8 +107,11 @@ class Processes:
             return None
         return procfs.ProcessUsage(cpu_s=1.0, resident_bytes=1 << 20)
 
-    def _open(self, pid: int, is_it: Callable[[tuple[str, ...]], bool]) -> int:
-        if pid not in self.argv or not is_it(self.argv[pid]):
+    def _own(self) -> Iterator[tuple[int, procfs.Process]]:
+        return iter([(pid, procfs.Process(argv)) for pid, argv in self.argv.items()])
+
+    def _open(self, pid: int, is_it: Callable[[procfs.Process], bool]) -> int:
+        if pid not in self.argv or not is_it(procfs.look_at(pid)):
             return -1
         readable, writable = os.pipe()
         if before := self._pidfds.get(readable):  # its reader has closed it: the number is free
@@ -123,6 +127,46 @@ class Processes:
                 return False
             self.end(pid)
         return True
+
+
+class JailedProcess:
+    """What a /proc at `proc`, which is read instead of the kernel's, says of one process with a
+    jail's uid: pid 7."""
+
+    def __init__(self, proc: Path, vm_id: str, patch: pytest.MonkeyPatch) -> None:
+        self._of_it, self._vm_id = proc / "7", vm_id
+        self._of_it.mkdir(parents=True)
+        for module in (procfs, jail):
+            patch.setattr(module, "_PROC", proc)
+        real, shown = Path.stat, os.stat_result((0o40555, 0, 0, 0, jail_uid(vm_id), 0, 0, 0, 0, 0))
+
+        def stat(path: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+            if path == self._of_it:
+                return shown  # only root could have it so
+            return real(path, follow_symlinks=follow_symlinks)
+
+        patch.setattr(Path, "stat", stat)
+
+    def says(
+        self,
+        *argv: str,
+        name: str = "firecracker",
+        state: str = "S (sleeping)",
+        namespaces: str = "7\t1",
+        group: str = "",
+    ) -> None:
+        """By default it is the machine of its jail."""
+        group = group or f"{parent_group(os.getuid())}/{self._vm_id}"
+        status = f"Name:\t{name}\nUmask:\t0077\nState:\t{state}\nNSpid:\t{namespaces}\n"
+        for file, text in (
+            ("cmdline", "\0".join(argv)),
+            ("status", status),
+            ("cgroup", f"0::/{group}\n"),
+        ):
+            (self._of_it / file).write_bytes(text.encode())
+
+    def ends(self) -> None:
+        (self._of_it / "status").unlink()
 
 
 class Gate:
@@ -414,8 +458,8 @@ class Hypervisor:
         if not self.can_quit:
             raise Unavailable("no answer")
 
-    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
-        return Path(argv[1]) if argv[:1] == ("machine",) else None
+    def control_socket(self, process: procfs.Process) -> Path | None:
+        return Path(process.argv[1]) if process.argv[:1] == ("machine",) else None
 
 
 class Storage:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from banger.base.errors import PermissionDenied, PreconditionFailed, Unavailable
+from banger.base.procfs import Process
 from banger.drivers.base import Disk, DiskFormat, Link, Machine
 from banger.drivers.hypervisor import firecracker_machine as told
 from banger.drivers.hypervisor.firecracker import parse_version
@@ -118,10 +119,9 @@ def test_a_shape_has_no_paths_and_no_names_in_it() -> None:
 @pytest.mark.parametrize("program", ["firecracker", "/opt/firecracker-v1.16.1-x86_64"])
 def test_its_command_line_is_recognised_and_no_other(program: str) -> None:
     argv = firecracker_argv(program, "a", "/r/control.sock", "/v/log")
-    assert Direct(program).control_socket(argv) == Path("/r/control.sock")
-    assert Direct(program).control_socket(("sh", *argv[1:])) is None
-    assert Direct(program).control_socket(argv[:2]) is None
-    assert Direct(program).control_socket(()) is None
+    assert Direct(program).control_socket(Process(argv)) == Path("/r/control.sock")
+    for wrong in (("sh", *argv[1:]), argv[:2], (), (*argv[:4], "out/api.sock")):
+        assert Direct(program).control_socket(Process(wrong)) is None
 
 
 @pytest.mark.parametrize(

@@ -24,16 +24,22 @@ from banger.base.errors import (
 )
 from banger.base.files import remove_hostile_tree
 from banger.base.jail import UID_FIRST, UID_LAST, is_vm_id, jail_uid
+from banger.base.procfs import UNKNOWN, Process
 from banger.drivers.base import Level, Machine
 from banger.drivers.hypervisor import firecracker_jail
+from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_jail import Jailed
+from banger.drivers.hypervisor.firecracker_place import Direct, Place
+from banger.drivers.hypervisor.kvm import KvmProbe
+from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.hostops import jail_files, jail_launcher, jails, links, mappings
 from banger.hostops.client import HelperHost
 from banger.hostops.jail_files import Owner
 from banger.hostops.jail_launcher import JailFile, JailOrder, jail_root, jailer_argv
 from banger.hostops.ops import CheckJail, Done, EndJail, InJail, LaunchJail, Operation
+from fakes import JailedProcess
 
-VM_ID = "0123456789ab"
+VM_ID, OTHER_ID = "0123456789ab", "ba9876543210"
 OWNER = Owner(os.getuid(), frozenset({os.getgid()}))
 LAUNCH = LaunchJail(
     vm_id=VM_ID,
@@ -403,18 +409,52 @@ def test_whose_machine_a_process_is_its_control_group_says(
     assert jail.jailed_vm(8, 1000) == ""
 
 
+def _firecracker(first: Place, *earlier: Place) -> FirecrackerHypervisor:
+    async def probe() -> KvmProbe:
+        raise AssertionError("no machine is started")
+
+    return FirecrackerHypervisor(first, probe, earlier=earlier)
+
+
 def _jailed(*directories: Path) -> Jailed:
     return Jailed(HelperHost(Path("/nowhere")), directories, Path("/nowhere/jails"))
 
 
 def test_a_jailed_machine_is_known_by_its_id_where_its_sockets_are(tmp_path: Path) -> None:
-    argv = ("/firecracker", "--id", VM_ID, *jailer_argv(ORDER)[-6:])
     place = _jailed(tmp_path / "vms", tmp_path / "templates")
-    assert place.control_socket(argv) is None  # another home's
+    assert place.control_socket(Process(jail=VM_ID)) is None  # another home's
     (tmp_path / "templates" / VM_ID).mkdir(parents=True)
-    assert place.control_socket(argv) == tmp_path / "templates" / VM_ID / "control.sock"
-    for wrong in ((), ("sh", *argv[1:]), argv[:2], (argv[0], "--id", "../x", *argv[3:])):
+    socket = tmp_path / "templates" / VM_ID / "control.sock"
+    assert place.control_socket(Process(jail=VM_ID)) == socket
+    argv = ("/firecracker", "--id", VM_ID, *jailer_argv(ORDER)[-6:])
+    for wrong in (UNKNOWN, Process(argv), Process(jail="ffffff000000")):
         assert place.control_socket(wrong) is None
+
+
+@pytest.mark.parametrize("claim", ["qemu", "direct", "jailed"])
+def test_a_jailed_machine_cannot_pose_as_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, claim: str
+) -> None:
+    """Whatever it makes of its arguments, to no hypervisor is it any machine but the one it is."""
+    own, others = (tmp_path / each / "control.sock" for each in (VM_ID, OTHER_ID))
+    for socket in (own, others):
+        socket.parent.mkdir()
+    chardev = f"socket,id=control,path={others},server=on,wait=off"
+    claims = {
+        "qemu": ("qemu-system-x86_64", "-chardev", chardev),
+        "direct": ("firecracker", "--api-sock", str(others)),
+        "jailed": ("/firecracker", "--id", OTHER_ID, "--api-sock", "out/api.sock"),
+    }
+    place, direct, qemu = _jailed(tmp_path), Direct(""), QemuHypervisor("tcg", tmp_path)
+    argv = (*claims[claim], "--id", VM_ID)
+    # Of a process of ours, which is no machine in a jail, it would be believed.
+    said = [each.control_socket(Process(argv)) for each in (qemu, direct)]
+    assert said == {"qemu": [others, None], "direct": [None, others], "jailed": [None, None]}[claim]
+    JailedProcess(tmp_path / "proc", VM_ID, monkeypatch).says(*argv)
+    ((_, process),) = procfs.own_processes()
+    for first, second in ((place, direct), (direct, place)):
+        assert _firecracker(first, second).control_socket(process) == own
+    assert (direct.control_socket(process), qemu.control_socket(process)) == (None, None)
 
 
 async def test_without_a_helper_no_machine_is_jailed_and_it_is_said_why() -> None:
@@ -640,11 +680,29 @@ async def test_a_jail_is_ended_once(prisons: Prisons) -> None:
     assert not prisons.socket.is_symlink()
 
 
-async def test_a_jail_is_ended_though_its_sockets_are_gone(prisons: Prisons) -> None:
+@pytest.mark.parametrize("jailed_first", [True, False])
+async def test_a_jail_is_ended_though_its_sockets_are_gone(
+    prisons: Prisons, jailed_first: bool
+) -> None:
+    """And whether machines are started in jails now or not."""
     prisons.marks.mkdir()
     (prisons.marks / VM_ID).touch()
-    await prisons.place.clear(prisons.socket)
+    places = (prisons.place, Direct(""))
+    hypervisor = _firecracker(*(places if jailed_first else reversed(places)))
+    for _ in range(2):
+        await hypervisor.clear(prisons.socket)
     assert prisons.host.ended == [VM_ID]
+    assert list(prisons.marks.iterdir()) == []
+
+
+async def test_a_jail_that_is_no_more_takes_no_machine_with_it(prisons: Prisons) -> None:
+    """One that was started without a jail after it, and whose process is the daemon's to end."""
+    prisons.marks.mkdir()
+    (prisons.marks / VM_ID).touch()
+    prisons.socket.touch()
+    await _firecracker(Direct(""), prisons.place).clear(prisons.socket)
+    assert prisons.socket.exists()
+    assert list(prisons.marks.iterdir()) == []
 
 
 async def test_only_a_jail_that_nobody_is_in_may_be_forgotten_without_its_end(

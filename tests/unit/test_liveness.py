@@ -43,8 +43,8 @@ class Ourselves(Hypervisor):
         super().__init__(Processes(), Agent())
         self.is_it = True
 
-    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
-        ours = argv == procfs.command_line(os.getpid())
+    def control_socket(self, process: procfs.Process) -> Path | None:
+        ours = process.argv == procfs.command_line(os.getpid())
         return Path(SOCKET) if self.is_it and ours else None
 
 
@@ -294,7 +294,7 @@ async def test_a_machine_that_is_hidden_from_now_on_is_not_taken_for_ended(
 ) -> None:
     vm = started(liveness, processes, hypervisor)
     monkeypatch.setattr(procfs, "start_ticks", lambda pid: 0)
-    monkeypatch.setattr(procfs, "command_line", lambda pid: ())
+    monkeypatch.setattr(procfs, "look_at", lambda pid: procfs.UNKNOWN)
     assert not liveness.vm_alive(vm)
     pid = liveness._handles.get(vm.id).pid
     processes.hidden = {"another": {pid}, "v": {pid}}

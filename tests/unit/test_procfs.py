@@ -10,6 +10,8 @@ import pytest
 
 from banger.base import jail, procfs
 from banger.base.jail import parent_group
+from banger.base.procfs import UNKNOWN, Process
+from fakes import JailedProcess
 
 
 def fake_process(root: Path, pid: int, comm: bytes, ticks: int = 4242) -> None:
@@ -100,7 +102,54 @@ def test_arguments_are_read_as_they_are(
 
 
 def test_this_process_is_among_our_own() -> None:
-    assert (os.getpid(), procfs.command_line(os.getpid())) in list(procfs.own_processes())
+    ours = Process(procfs.command_line(os.getpid()))
+    assert (os.getpid(), ours) in list(procfs.own_processes())
+
+
+JAILED = "0123456789ab"
+
+
+@pytest.fixture
+def jailed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> JailedProcess:
+    return JailedProcess(tmp_path, JAILED, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "name", ["firecracker", "a\vNSpid:\t7 2", "a\rNSpid:\t7 2", "a\u2028State:\tZ"]
+)
+def test_a_jailed_machine_is_recognised_by_its_jail_and_by_nothing_that_it_says(
+    jailed: JailedProcess, name: str
+) -> None:
+    jailed.says("qemu-system-x86_64", "--id", "ffffff000000", name=name)
+    assert procfs.look_at(7) == Process(jail=JAILED)
+    assert list(procfs.own_processes()) == [(7, Process(jail=JAILED))]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"group": f"banger-{os.getuid() + 1}/{JAILED}"},
+        {"group": f"banger-{os.getuid()}/ffffff000000"},  # whose uid is another
+        {"group": "user.slice"},
+        {"namespaces": "7\t2"},  # a child of the machine's
+        {"namespaces": "7\t5\t1"},
+        {"namespaces": "7"},
+        {"state": "Z (zombie)"},
+        {"state": "X (dead)"},
+    ],
+)
+def test_who_has_a_jails_uid_and_is_not_its_machine_is_nobody(
+    jailed: JailedProcess, wrong: dict[str, str]
+) -> None:
+    jailed.says("/firecracker", "--id", JAILED, **wrong)
+    assert procfs.look_at(7) == UNKNOWN
+    assert list(procfs.own_processes()) == []
+
+
+def test_a_jailed_process_that_ends_while_it_is_looked_at_is_nobody(jailed: JailedProcess) -> None:
+    jailed.says("/firecracker", "--id", JAILED)
+    jailed.ends()
+    assert procfs.look_at(7) == UNKNOWN
 
 
 def test_processes_of_others_are_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,18 +192,18 @@ def test_who_ends_while_it_is_looked_was_not_hidden(monkeypatch: pytest.MonkeyPa
     assert procfs.hidden_machines() == {}
 
 
-def test_a_pidfd_is_given_for_the_expected_command_line_only() -> None:
-    seen: list[tuple[str, ...]] = []
+def test_a_pidfd_is_given_for_the_expected_process_only() -> None:
+    seen: list[Process] = []
     before = len(list(Path("/proc/self/fd").iterdir()))
 
-    def refuse(argv: tuple[str, ...]) -> bool:
-        seen.append(argv)
+    def refuse(process: Process) -> bool:
+        seen.append(process)
         return False
 
     assert procfs.open_pidfd(os.getpid(), refuse) == -1
-    assert seen == [procfs.command_line(os.getpid())]
+    assert seen == [Process(procfs.command_line(os.getpid()))]
     assert len(list(Path("/proc/self/fd").iterdir())) == before
-    pidfd = procfs.open_pidfd(os.getpid(), lambda argv: argv == seen[0])
+    pidfd = procfs.open_pidfd(os.getpid(), lambda process: process == seen[0])
     assert pidfd >= 0
     os.close(pidfd)
 
@@ -164,22 +213,22 @@ def test_no_process_no_pidfd(pid: int) -> None:
     assert procfs.open_pidfd(pid, lambda _: True) == -1
 
 
-def test_the_command_line_is_read_after_the_pidfd_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_is_looked_at_after_the_pidfd_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    real_open, real_read = os.pidfd_open, procfs.command_line
+    real_open, real_look = os.pidfd_open, procfs.look_at
 
     def note_open(pid: int) -> int:
         order.append("open")
         return real_open(pid)
 
-    def note_read(pid: int) -> tuple[str, ...]:
-        order.append("read")
-        return real_read(pid)
+    def note_look(pid: int) -> Process:
+        order.append("look")
+        return real_look(pid)
 
     monkeypatch.setattr(os, "pidfd_open", note_open)
-    monkeypatch.setattr(procfs, "command_line", note_read)
+    monkeypatch.setattr(procfs, "look_at", note_look)
     os.close(procfs.open_pidfd(os.getpid(), lambda _: True))
-    assert order == ["open", "read"]
+    assert order == ["open", "look"]
 
 
 async def test_waiting_for_a_process_that_runs_on_ends_in_time() -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from banger.base.procfs import UNKNOWN, Process
 from banger.drivers.base import Disk, DiskFormat, Link, Machine, MemoryFile
 from banger.drivers.hypervisor.qemu import QemuHypervisor, tsc_khz
 from banger.drivers.hypervisor.qemu_argv import (
@@ -145,10 +146,11 @@ def test_every_path_with_commas_is_quoted() -> None:
 def test_a_process_is_recognised_by_its_control_socket() -> None:
     argv = qemu_argv(MACHINE, TCG, Inherited(7))
     found = QemuHypervisor("auto", Path("/nowhere")).control_socket
-    assert found(argv) == MACHINE.control_socket
-    assert found(("/usr/bin/qemu-system-x86_64", *argv[1:])) == MACHINE.control_socket
-    assert found(("tail", *argv[1:])) is None
-    assert found(()) is None
+    assert found(Process(argv)) == MACHINE.control_socket
+    elsewhere = Process(("/usr/bin/qemu-system-x86_64", *argv[1:]))
+    assert found(elsewhere) == MACHINE.control_socket
+    assert found(Process(("tail", *argv[1:]))) is None
+    assert found(UNKNOWN) is None
 
 
 @given(st.text(st.characters(exclude_characters="\0/"), min_size=1))

@@ -50,7 +50,7 @@ async def test_nothing_is_done_while_another_hypervisor_runs_machines(world: Wor
     earlier = Hypervisor(world.processes, world.agent)
     earlier.name = "another"
     changed = World(world.paths, world.processes, world.agent, world.store, earlier=earlier)
-    changed.hypervisor.control_socket = lambda argv: None  # type: ignore[method-assign]
+    changed.hypervisor.control_socket = lambda process: None  # type: ignore[method-assign]
     with pytest.raises(PreconditionFailed, match=r"^another runs box, and ") as caught:
         await changed.reconcile()
     assert caught.value.hint.startswith('set hypervisor = "another" again')

@@ -1,13 +1,13 @@
 """What /proc says about processes that are not (or no longer) our children.
 
 A pid alone proves nothing: it is used again. A process is known by its pid with its start time in
-one boot of the host, and recognised by its command line; it is signalled through a pidfd.
+one boot of the host, and recognised by its command line. One in a jail may have been taken over,
+and says there what it likes: it is recognised by its jail. It is signalled through a pidfd.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import select
 import signal
@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from banger.base.jail import jailed_vm, may_be_jailed, pids_in_jails
+from banger.base.jail import jail_uid, jailed_vm, may_be_jailed, pids_in_jails
 
 _PROC = Path("/proc")
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -29,6 +29,23 @@ class ProcessUsage:
 
     cpu_s: float
     resident_bytes: int
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a live process is recognised by: one of the two.
+
+    ``jail`` is the id of the machine that it is, in a jail of this user's. Nothing that such a
+    process says of itself is ever in ``argv``, its arguments.
+    """
+
+    argv: tuple[str, ...] = ()
+    jail: str = ""
+
+
+#: One that has ended, a zombie, a kernel's, one that /proc does not show, and who is in a jail
+#: without being its machine.
+UNKNOWN = Process()
 
 
 def boot_id() -> str:
@@ -90,7 +107,10 @@ def _stat(pid: int) -> list[bytes]:
 
 
 def command_line(pid: int) -> tuple[str, ...]:
-    """The arguments of a process; empty for one that is gone, a zombie or a kernel thread."""
+    """The arguments of a process; empty for one that is gone, a zombie or a kernel thread.
+
+    It may have changed them: `look_at` tells whose are to be believed.
+    """
     try:
         raw = (_PROC / str(pid) / "cmdline").read_bytes()
     except OSError:
@@ -98,27 +118,53 @@ def command_line(pid: int) -> tuple[str, ...]:
     return tuple(os.fsdecode(word) for word in raw.rstrip(b"\0").split(b"\0")) if raw else ()
 
 
-def own_processes() -> Iterator[tuple[int, tuple[str, ...]]]:
-    """(pid, arguments) of every live process of this user, and of those in his jails.
+def look_at(pid: int) -> Process:
+    """What there is to recognise a process by; `UNKNOWN` where there is nothing."""
+    try:
+        # Of the directory itself: of what is in it root may be the owner (PR_SET_DUMPABLE).
+        status = (_PROC / str(pid)).stat()
+    except OSError:
+        return UNKNOWN
+    if not may_be_jailed(status):
+        return Process(command_line(pid))
+    vm_id = jailed_vm(pid, os.getuid())
+    if vm_id and status.st_uid == jail_uid(vm_id) and _is_first(pid):
+        return Process(jail=vm_id)
+    return UNKNOWN
 
-    Whose jail it is the kernel says: a process may change its own arguments, and those that name
-    another machine's are not believed.
-    """
+
+def _is_first(pid: int) -> bool:
+    """Whether a process lives and is the first one of a namespace in ours, with which all others of
+    that end: what was started in a jail, and not what that has started."""
+    status = _status(pid)
+    is_zombie = status.get("State", "").startswith(("Z", "X"))
+    return status.get("NSpid", "").split() == [str(pid), "1"] and not is_zombie
+
+
+def _status(pid: int) -> dict[str, str]:
+    """The fields of /proc/PID/status (proc(5)); none of one that is gone."""
+    try:
+        lines = (_PROC / str(pid) / "status").read_bytes().split(b"\n")
+    except OSError:
+        return {}
+    # The first is the name, which the process chooses: the kernel escapes nothing in it but \n.
+    fields = (line.decode(errors="replace").partition(":") for line in lines[1:])
+    return {key: value.strip() for key, _, value in fields}
+
+
+def own_processes() -> Iterator[tuple[int, Process]]:
+    """Every live process of this user, and the machines in his jails, with their pids."""
     uid = os.getuid()
     for entry in _PROC.iterdir():
         if entry.name.isdigit():
-            pid = int(entry.name)
             try:
                 status = entry.stat()
             except OSError:
                 continue
-            if status.st_uid == uid:
-                if argv := command_line(pid):
-                    yield pid, argv
-            elif may_be_jailed(status) and (vm_id := jailed_vm(pid, uid)):
-                argv = command_line(pid)
-                if ("--id", vm_id) in itertools.pairwise(argv):
-                    yield pid, argv
+            if status.st_uid == uid or may_be_jailed(status):
+                process = look_at(int(entry.name))
+                if process != UNKNOWN:
+                    yield int(entry.name), process
 
 
 def hides_others() -> bool:
@@ -145,16 +191,16 @@ def hidden_machines() -> dict[str, set[int]]:
     return {vm_id: pids for vm_id, pids in left.items() if pids}
 
 
-def open_pidfd(pid: int, is_it: Callable[[tuple[str, ...]], bool]) -> int:
-    """A pidfd of this process if its command line is the expected one, else -1.
+def open_pidfd(pid: int, is_it: Callable[[Process], bool]) -> int:
+    """A pidfd of this process if it is the expected one, else -1.
 
-    The command line is read after the pidfd is open: what it names is then what is signalled.
+    It is looked at after the pidfd is open: what is seen there is then what is signalled.
     """
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return -1
-    if is_it(command_line(pid)):
+    if is_it(look_at(pid)):
         return pidfd
     os.close(pidfd)
     return -1

@@ -122,7 +122,7 @@ class Reconciler:
         running |= {
             vm_id
             for socket, pid in machines.items()
-            if is_vm_id(vm_id := socket.parent.name) and procfs.command_line(pid)
+            if is_vm_id(vm_id := socket.parent.name) and procfs.look_at(pid) != procfs.UNKNOWN
         }
         try:
             await self._devices.sweep(running)
@@ -146,12 +146,12 @@ class Reconciler:
             )
 
     def _check_hypervisor(
-        self, processes: Sequence[tuple[int, tuple[str, ...]]], names: Mapping[str, str]
+        self, processes: Sequence[tuple[int, procfs.Process]], names: Mapping[str, str]
     ) -> None:
         """Machines of another hypervisor would be taken for gone, and run on beside their next."""
         places = (self._paths.vms_runtime_dir, self._paths.templates_runtime_dir)
         for other in self._others:
-            sockets = [other.control_socket(argv) for _, argv in processes]
+            sockets = [other.control_socket(process) for _, process in processes]
             ours = [
                 socket.parent.name
                 for socket in sockets

@@ -17,6 +17,7 @@ from typing import Protocol
 
 from banger.base.errors import Unavailable
 from banger.base.model import DiskDevices, NetworkMode, Reach
+from banger.base.procfs import Process
 
 
 class Level(StrEnum):
@@ -321,8 +322,8 @@ class Hypervisor(Protocol):
         """Let a machine that is held run on. Raises Unavailable when it cannot be asked."""
         ...
 
-    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
-        """The control socket of the machine that a process with this command line is, if it is."""
+    def control_socket(self, process: Process) -> Path | None:
+        """The control socket of the machine that a process is, if it is one."""
         ...
 
 

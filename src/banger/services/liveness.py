@@ -13,6 +13,7 @@ from banger.base import procfs
 from banger.base.errors import BangerError, Internal
 from banger.base.log import get_logger
 from banger.base.model import DiskDevices, Handles, ProcessId, Vm, VmState
+from banger.base.procfs import UNKNOWN, Process
 from banger.drivers.base import Hypervisor, Networks
 from banger.services.handles import HandleCache
 
@@ -42,7 +43,7 @@ class Liveness:
             and handles.boot_id == self._boot_id
             # Of one that is hidden from us since it was recorded we read nothing.
             and procfs.start_ticks(handles.pid) in (handles.pid_start_ticks, 0)
-            and self._is_machine(vm)(procfs.command_line(handles.pid))
+            and self._is_machine(vm)(procfs.look_at(handles.pid))
         )
 
     def is_whole(self, vm: Vm) -> bool:
@@ -80,11 +81,11 @@ class Liveness:
         handles = self._handles.get(vm.id)
         self._handles.set(vm.id, msgspec.structs.replace(handles, disk=devices))
 
-    def machines(self, processes: Iterable[tuple[int, tuple[str, ...]]]) -> dict[Path, int]:
+    def machines(self, processes: Iterable[tuple[int, Process]]) -> dict[Path, int]:
         """The pids of all machines among these processes, by their control sockets."""
         found: dict[Path, int] = {}
-        for pid, argv in processes:
-            if (socket := self._hypervisor.control_socket(argv)) is not None:
+        for pid, process in processes:
+            if (socket := self._hypervisor.control_socket(process)) is not None:
                 found.setdefault(socket, pid)
         return found
 
@@ -165,7 +166,7 @@ class Liveness:
             # They end by themselves when the machine does; only one that hangs is killed.
             # (passt 2023-03 can spin for ever over a connection whose peer has closed.)
             pidfd = procfs.open_pidfd(
-                process.pid, lambda argv: any(each.owns(argv, vm.id) for each in networks)
+                process.pid, lambda it: any(each.owns(it.argv, vm.id) for each in networks)
             )
             if pidfd >= 0:
                 try:
@@ -200,13 +201,13 @@ class Liveness:
         pid = self._handles.get(vm.id).pid
         return procfs.open_pidfd(pid, self._is_machine(vm)) if pid else -1
 
-    def _is_machine(self, vm: Vm) -> Callable[[tuple[str, ...]], bool]:
+    def _is_machine(self, vm: Vm) -> Callable[[Process], bool]:
         socket = Path(vm.runtime.api_socket)
 
-        def is_it(argv: tuple[str, ...]) -> bool:
-            if not argv:  # it has ended, or is hidden: then its jail says that it lives
+        def is_it(process: Process) -> bool:
+            if process == UNKNOWN:  # it has ended, or is hidden: then its jail says that it lives
                 hidden = procfs.hidden_machines().get(vm.id, ())
                 return self._handles.get(vm.id).pid in hidden
-            return self._hypervisor.control_socket(argv) == socket
+            return self._hypervisor.control_socket(process) == socket
 
         return is_it

@@ -66,7 +66,7 @@ async def make_machine(
         async with capabilities.with_disks(start), _interface(vm, networks) as attachment:
             pid = await hypervisor.launch(machine, attachment)
             pidfd = procfs.open_pidfd(
-                pid, lambda argv: hypervisor.control_socket(argv) == machine.control_socket
+                pid, lambda each: hypervisor.control_socket(each) == machine.control_socket
             )
             try:
                 await _boot_and_save(machine, paths, pidfd, hypervisor, room, progress)

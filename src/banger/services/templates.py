@@ -243,7 +243,7 @@ class TemplateService:
     async def _end_stray(self, control_socket: Path, pid: int) -> None:
         get_logger().warning("a template was being made", pid=pid, socket=str(control_socket))
         pidfd = procfs.open_pidfd(
-            pid, lambda argv: self._hypervisor.control_socket(argv) == control_socket
+            pid, lambda each: self._hypervisor.control_socket(each) == control_socket
         )
         try:
             await self._hypervisor.clear(control_socket)

@@ -22,6 +22,7 @@ from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
 from banger.base.log import get_logger
 from banger.base.paths import check_socket_path
+from banger.base.procfs import Process
 from banger.drivers.base import (
     Capture,
     Check,
@@ -301,8 +302,10 @@ class FirecrackerHypervisor:
         await self._of(control_socket).quit(control_socket)
 
     async def clear(self, control_socket: Path) -> None:
-        """See `Hypervisor.clear`."""
-        await self._of(control_socket).clear(control_socket)
+        """See `Hypervisor.clear`: in each place, for its socket, which tells where it runs, may be
+        gone."""
+        for place in self._places:
+            await place.clear(control_socket)
 
     async def end_strays(self, running: Collection[str]) -> None:
         """See `Hypervisor.end_strays`."""
@@ -352,9 +355,9 @@ class FirecrackerHypervisor:
         async with conversation(control_socket) as client:
             await client.tell(SetState(state=VmState.RESUMED))
 
-    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+    def control_socket(self, process: Process) -> Path | None:
         """See `Hypervisor.control_socket`."""
-        found = (place.control_socket(argv) for place in self._places)
+        found = (place.control_socket(process) for place in self._places)
         return next((each for each in found if each is not None), None)
 
 

@@ -19,24 +19,15 @@ from banger.base import procfs
 from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
 from banger.base.files import remove_hostile_tree
-from banger.base.jail import (
-    API_SOCKET,
-    HIDDEN,
-    HIDDEN_HINT,
-    OUT,
-    TAP,
-    has_jail,
-    is_vm_id,
-)
+from banger.base.jail import API_SOCKET, HIDDEN, HIDDEN_HINT, OUT, TAP, has_jail
 from banger.base.log import get_logger
+from banger.base.procfs import Process
 from banger.drivers.base import Check, Level, Machine, NetworkAttachment
 from banger.drivers.hypervisor.firecracker_place import (
     Lent,
     Started,
     check_name,
     closing_tap,
-    is_firecracker,
-    option,
     prepare_links,
 )
 from banger.hostops.ops import CheckJail, EndJail, HostOps, InJail, LaunchJail
@@ -151,14 +142,16 @@ class Jailed:
         if not (self.runs(control_socket) or self._mark(vm_id).exists()):
             return
         await self._end_jail(vm_id)
+        traces = [self._mark(vm_id)]
         if self.runs(control_socket):
+            traces.append(control_socket)
             try:
                 # Two at once would be in each other's way.
                 out = _out_of(control_socket)
                 await to_its_end(asyncio.to_thread(remove_hostile_tree, out))
             except OSError as error:
                 get_logger().warning("a jail's files stay", vm_id=vm_id, error=str(error))
-        for trace in (control_socket, self._mark(vm_id)):
+        for trace in traces:
             trace.unlink(missing_ok=True)
 
     async def _try_to_clear(self, control_socket: Path) -> None:
@@ -219,15 +212,12 @@ class Jailed:
             await asyncio.to_thread(_remove, path)
             raise Unavailable(f"Firecracker's {path.name} cannot be had: {error}") from error
 
-    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
-        """See `Place.control_socket`: by the machine's id, in the directory that there is."""
-        vm_id = option(argv, "--id")
-        jailed = option(argv, "--api-sock") == f"{OUT}/{API_SOCKET}" and is_vm_id(vm_id)
-        if not jailed or not is_firecracker(argv[0]):
-            return None
-        for directory in self._runtime_dirs:
-            if (directory / vm_id).is_dir():
-                return directory / vm_id / "control.sock"
+    def control_socket(self, process: Process) -> Path | None:
+        """See `Place.control_socket`: by whose jail it is, in the directory that there is."""
+        if process.jail:
+            for directory in self._runtime_dirs:
+                if (directory / process.jail).is_dir():
+                    return directory / process.jail / "control.sock"
         return None
 
 

@@ -25,6 +25,7 @@ from typing import Protocol, TypeAlias
 
 from banger.base import proc, procfs
 from banger.base.errors import PreconditionFailed, Unavailable
+from banger.base.procfs import Process
 from banger.drivers.base import Check, Level, Machine, NetworkAttachment
 from banger.drivers.hypervisor import firecracker_tap
 
@@ -125,7 +126,7 @@ class Place(Protocol):
         """The process has made what `name_of` was asked for: have it at `path`."""
         ...
 
-    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+    def control_socket(self, process: Process) -> Path | None:
         """See `Hypervisor.control_socket`."""
         ...
 
@@ -209,7 +210,7 @@ class Direct:
         """See `Place.quit`. Firecracker has no such request: its process is killed, which is found
         by who listens on its socket."""
         pid = await asyncio.to_thread(_listener, control_socket)
-        pidfd = procfs.open_pidfd(pid, lambda argv: self.control_socket(argv) == control_socket)
+        pidfd = procfs.open_pidfd(pid, lambda each: self.control_socket(each) == control_socket)
         if pidfd < 0:
             raise Unavailable(f"what listens at {control_socket} is not its Firecracker")
         try:
@@ -237,12 +238,12 @@ class Direct:
     async def collect(self, control_socket: Path, path: Path) -> None:
         """See `Place.collect`: it is there."""
 
-    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+    def control_socket(self, process: Process) -> Path | None:
         """See `Place.control_socket`: in a command line of `firecracker_argv`."""
-        if not argv or not is_firecracker(argv[0]):
+        argv = process.argv
+        if not argv or not _is_firecracker(argv[0]):
             return None
-        socket = option(argv, "--api-sock")
-        # One that is relative is a jail's, and says nothing here.
+        socket = _option(argv, "--api-sock")
         return Path(socket) if socket.startswith("/") else None
 
 
@@ -285,15 +286,15 @@ def links_of(control_socket: Path) -> Path:
 
 def check_name(path: str) -> None:
     """Raise PreconditionFailed for a program whose machines would not be known by their command
-    lines."""
-    if not is_firecracker(path):
+    lines; the jailer, too, goes by the name."""
+    if not _is_firecracker(path):
         raise PreconditionFailed(
             f"{path} is not called firecracker, which its machines are known by",
             hint="rename it, or link to it: firecracker, or a name that begins so",
         )
 
 
-def is_firecracker(program: str) -> bool:
+def _is_firecracker(program: str) -> bool:
     """Whether a program is called so. Releases are installed under names that begin so."""
     return program.rpartition("/")[2].startswith("firecracker")
 
@@ -309,7 +310,7 @@ def firecracker_argv(program: str, machine_id: str, socket: str, log: str) -> tu
     )
 
 
-def option(argv: tuple[str, ...], name: str) -> str:
+def _option(argv: tuple[str, ...], name: str) -> str:
     """The value of an option in a command line; empty without it."""
     return next((value for word, value in itertools.pairwise(argv) if word == name), "")
 

@@ -24,6 +24,7 @@ from banger.base import proc
 from banger.base.cancellation import to_its_end
 from banger.base.errors import OperationTimeout, Unavailable
 from banger.base.paths import check_socket_path
+from banger.base.procfs import Process
 from banger.drivers.base import (
     Capture,
     Check,
@@ -331,9 +332,9 @@ class QemuHypervisor:
         async with conversation(control_socket) as client:
             await client.execute("cont")
 
-    def control_socket(self, argv: tuple[str, ...]) -> Path | None:
+    def control_socket(self, process: Process) -> Path | None:
         """See `Hypervisor.control_socket`."""
-        return control_socket_in(argv)
+        return control_socket_in(process.argv)
 
 
 async def _stop(client: QMPClient) -> None:

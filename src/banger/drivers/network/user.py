@@ -190,7 +190,9 @@ def _signalled(pid: int, vm_id: str, number: signal.Signals) -> bool:
     """Whether the process was a filter of this VM's that knows the signal, and has got it. One of
     an earlier version would die of it."""
     words = len(filter_argv(vm_id, 0, 0, Egress.ALL, _NOWHERE))
-    pidfd = procfs.open_pidfd(pid, lambda argv: _is_filter_of(argv, vm_id) and len(argv) == words)
+    pidfd = procfs.open_pidfd(
+        pid, lambda each: _is_filter_of(each.argv, vm_id) and len(each.argv) == words
+    )
     if pidfd < 0:
         return False
     try:
