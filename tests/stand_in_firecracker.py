@@ -21,6 +21,7 @@ import sys
 import time
 import traceback
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -355,8 +356,28 @@ _AFTER: dict[str, Handler] = _ALWAYS | {
 }
 
 
-async def _serve_client(
-    api: Api, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+#: Of a request's method, path and body: status and body, None for an empty one.
+Answer = Callable[[str, str, bytes], Awaitable[tuple[int, object | None]]]
+
+
+async def serve_client(
+    answer: Answer,
+    turn: asyncio.Lock,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+) -> None:
+    """A connection, to its end. Firecracker has one thread for its API: one request of all clients'
+    has its `turn`, and who has gone by then is not served."""
+    with suppress(ConnectionError):
+        await _serve_requests(answer, turn, reader, writer)
+    writer.close()
+
+
+async def _serve_requests(
+    answer: Answer,
+    turn: asyncio.Lock,
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
 ) -> None:
     connection = h11.Connection(h11.SERVER)
     method = path = ""
@@ -371,12 +392,15 @@ async def _serve_client(
             case h11.Data():
                 body += event.data
             case h11.EndOfMessage():
-                status, answer = await api.answer(method, path, bytes(body))
+                async with turn:
+                    if reader.at_eof():
+                        break
+                    status, said = await answer(method, path, bytes(body))
                 # As Firecracker does, before it answers.
-                print(f"{method} {path} {bytes(body).decode()} -> {status} {answer}", flush=True)
-                content = b"" if answer is None else json.dumps(answer).encode()
+                print(f"{method} {path} {bytes(body).decode()} -> {status} {said}", flush=True)
+                content = b"" if said is None else json.dumps(said).encode()
                 headers = [("Server", "Firecracker API"), ("Content-Type", "application/json")]
-                if answer is not None:
+                if said is not None:
                     headers.append(("Content-Length", str(len(content))))
                 for each in (
                     h11.Response(status_code=status, headers=headers),
@@ -388,13 +412,13 @@ async def _serve_client(
                 connection.start_next_cycle()
             case _:
                 break
-    writer.close()
 
 
 async def serve(socket: str, instance_id: str) -> int:
     """Until the machine ends: the status to exit with."""
     api = Api(instance_id, Description())
     clients: set[asyncio.Task[None]] = set()
+    turn = asyncio.Lock()
 
     def done(task: asyncio.Task[None]) -> None:
         clients.discard(task)
@@ -403,7 +427,7 @@ async def serve(socket: str, instance_id: str) -> int:
             api.end(1)  # an error of the stand-in's own: nobody waits for it
 
     def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.ensure_future(_serve_client(api, reader, writer))
+        task = asyncio.ensure_future(serve_client(api.answer, turn, reader, writer))
         clients.add(task)
         task.add_done_callback(done)
 

@@ -459,6 +459,8 @@ async def test_who_does_not_answer_is_told_of_with_the_time_that_it_had(
                 await peer.client.instance()
         finally:
             os.kill(peer.process.pid, signal.SIGCONT)
+        monkeypatch.undo()
+        assert (await peer.client.instance()).state is InstanceState.NOT_STARTED
 
 
 async def test_who_is_not_there_or_is_somebody_else_is_told_of(tmp_path: Path) -> None:

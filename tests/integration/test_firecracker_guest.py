@@ -35,9 +35,10 @@ from banger.drivers.base import (
     NetworkAttachment,
     StateRefused,
 )
-from banger.drivers.hypervisor import kvm
+from banger.drivers.hypervisor import firecracker_api, kvm
 from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_place import Direct
+from banger.drivers.hypervisor.firecracker_requests import SetState, SnapshotCreate
 from banger.drivers.hypervisor.kvm import KvmProbe
 from banger.guest.binary import agent_binary
 from banger.guest.channel import AgentChannel, call
@@ -335,6 +336,32 @@ async def test_a_machine_is_captured_while_it_runs(scene: Scene) -> None:
     await scene.hypervisor.restore(copy, None, state)
     assert await scene.run(copy, "cat /run/when") == "before\n"
     assert await scene.run(machine, "cat /run/when") == "after\n"
+
+
+async def test_a_machine_whose_copy_takes_too_long_runs_on_once_it_is_written(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then nobody is answered."""
+    machine = scene.machine("a")
+    pid = await scene.hypervisor.launch(machine, None)
+    await scene.run(machine, "echo kept > /run/kept")
+    memory, state = scene.directory / "memory", scene.directory / "state"
+    os.mkfifo(state)  # it waits for who reads from that
+    monkeypatch.setattr(SnapshotCreate, "timeout_s", 2.0)
+    monkeypatch.setattr(SetState, "timeout_s", 1.0)
+    monkeypatch.setattr(firecracker_api, "ANSWER_TIMEOUT_S", 1.0)
+    try:
+        capture = Capture(memory, state, {})
+        with pytest.raises(Unavailable, match="PUT /snapshot/create within 2 s"):
+            await scene.hypervisor.capture(machine.control_socket, pid, capture, lambda _: None)
+        with pytest.raises(Unavailable, match="GET / within 1 s"):
+            await scene.hypervisor.status(machine.control_socket)
+    finally:
+        await asyncio.to_thread(state.read_bytes)
+    monkeypatch.undo()
+    await scene.hypervisor.status(machine.control_socket)
+    await scene.hypervisor.resume(machine.control_socket)
+    assert await scene.run(machine, "cat /run/kept") == "kept\n"
 
 
 async def test_what_cannot_be_gone_on_from_is_refused_and_leaves_nothing(scene: Scene) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
 import pytest
 
 import firecrackers
 import suite
 from homes import Home
-from product import IMAGE, Banger
+from product import IMAGE, Banger, finish, until
 
 pytestmark = [
     pytest.mark.guest,
@@ -15,6 +21,9 @@ pytestmark = [
     firecrackers.needs_description,
     firecrackers.needs_kvm_device,
 ]
+
+#: The next daemon; it would wait 15 s for each answer.
+STARTS_S = 10.0
 
 SMALL = (
     *("--image", IMAGE),
@@ -71,6 +80,45 @@ def test_machines_outlive_the_daemon(firecracker: Home) -> None:
     banger.guest(vm, "echo kept > /run/kept")
     firecracker.kill_daemon(9)
     assert banger.guest(vm, "cat /run/kept") == "kept\n"
+
+
+def test_a_machine_whose_daemon_dies_while_it_is_written_runs_on_once_it_is(
+    firecracker: Home,
+) -> None:
+    """The next daemon is there at once, though nobody is answered until then."""
+    banger = firecracker.banger
+    vm = made(banger, "--cold")
+    banger.guest(vm, "echo kept > /run/kept")
+    runtime = banger.json("vm", "show", vm)["runtime"]
+    state = Path(runtime["vm_dir"], "machine-state")
+    os.mkfifo(state)  # it waits for who reads from that
+    suspending = banger.start("vm", "stop", "--suspend", vm)
+    until(lambda: not answers(runtime["api_socket"]), "its state is written")
+    firecracker.kill_daemon(9)
+    assert finish(suspending)[0] != 0
+    began = time.monotonic()
+    assert banger.state(vm) == "running"
+    assert time.monotonic() - began < STARTS_S
+    health = json.loads(banger.run("vm", "health", vm, "--json").stdout)
+    (machine,) = (each for each in health["checks"] if each["name"] == "machine")
+    assert machine["detail"].startswith("paused, and its hypervisor does not answer")
+    assert state.exists(), "it is written still"
+    state.read_bytes()
+    assert banger.guest(vm, "cat /run/kept") == "kept\n"
+    assert not state.exists()
+    assert not state.with_name("memory").exists()
+
+
+def answers(api_socket: str) -> bool:
+    """Whether Firecracker does, within a second."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(1)
+        client.connect(api_socket)
+        client.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        try:
+            return bool(client.recv(1))
+        except TimeoutError:
+            return False
 
 
 def test_a_network_that_it_cannot_join_is_refused(firecracker: Home) -> None:

@@ -51,6 +51,9 @@ from banger.guest.frames import field as hello_field
 #: Above any pid_max: no real process can be hit by mistake.
 _FIRST_PID = 1 << 30
 
+#: Within which a hypervisor has to answer.
+ANSWER_TIMEOUT_S = 0.05
+
 EXIT_0 = bytes(5)
 
 
@@ -322,6 +325,11 @@ class Hypervisor:
         self.spared: set[str] | None = None
         self.hears_button = False
         self.statuses: dict[Path, MachineStatus] = {}
+        #: Of hypervisors at work: who asks one meanwhile waits, and is not answered in time.
+        self.idle: dict[Path, asyncio.Event] = {}
+        self.waiting = 0
+        #: What captures have left unfinished was removed of these.
+        self.discarded: list[Path] = []
         self.traffics: dict[Path, Traffic] = {}
 
     async def checks(self) -> list[Check]:
@@ -370,6 +378,10 @@ class Hypervisor:
         if capture.runs_on:
             self.statuses.pop(control_socket)
         return 0.01
+
+    async def discard(self, control_socket: Path, paths: Collection[Path]) -> None:
+        assert [path.name for path in paths] == ["memory", "machine-state"]
+        self.discarded.append(control_socket)
 
     async def disks(self, control_socket: Path) -> dict[str, Path]:
         self._check_answers()
@@ -439,6 +451,7 @@ class Hypervisor:
 
     async def status(self, control_socket: Path) -> MachineStatus:
         self._check_answers()
+        await self._its_turn(control_socket)
         return self.statuses.get(control_socket, MachineStatus.RUNNING)
 
     async def traffic(self, control_socket: Path) -> Traffic:
@@ -452,7 +465,20 @@ class Hypervisor:
 
     async def resume(self, control_socket: Path) -> None:
         self._check_answers()
+        await self._its_turn(control_socket)
         self.statuses.pop(control_socket, None)
+
+    async def _its_turn(self, control_socket: Path) -> None:
+        if (idle := self.idle.get(control_socket)) is None:
+            return
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(ANSWER_TIMEOUT_S):
+                await idle.wait()
+        except TimeoutError:
+            raise Unavailable("no answer in time") from None
+        finally:
+            self.waiting -= 1
 
     def _check_answers(self) -> None:
         if not self.can_quit:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import fakes
 from banger.base.errors import Conflict, PreconditionFailed, Unavailable
 from banger.base.model import DiskDevices, Vm, VmState
 from banger.drivers.base import Level, MachineStatus, Room
@@ -285,6 +286,24 @@ async def test_the_next_daemon_asks_again_whether_one_is_held(world: World) -> N
         devices(following).rooms[vm.id] = Room.AMPLE
         await until_runs(following, vm)
     assert not following.disk_room.is_held(vm.id)
+    await following.close()
+
+
+async def test_the_next_daemon_does_not_wait_for_a_hypervisor_that_is_at_work(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_room, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(fakes, "ANSWER_TIMEOUT_S", 60.0)
+    vm = await world.create()
+    await world.hypervisor.pause(socket_of(vm))
+    following = await world.restarted()
+    idle = following.hypervisor.idle[socket_of(vm)] = asyncio.Event()
+    async with asyncio.timeout(20):
+        await following.disk_room.adopt([vm])
+    assert following.disk_room.is_held(vm.id)
+    idle.set()
+    async with following.disk_room.running():
+        await until_runs(following, vm)
     await following.close()
 
 

@@ -126,6 +126,7 @@ class World(Parts):
         following.hypervisor.pids = self.hypervisor.pids
         following.hypervisor.tops = self.hypervisor.tops
         following.hypervisor.statuses = self.hypervisor.statuses
+        following.hypervisor.idle = self.hypervisor.idle
         return following
 
     def begin(self, request: CreateRequest) -> Progress:

@@ -41,6 +41,7 @@ from banger.services.ports import PortService
 from banger.services.prune import Prune
 from banger.services.publishing import Publishing
 from banger.services.results import ResultsService
+from banger.services.resumption import Resumption
 from banger.services.snapshots import SnapshotService
 from banger.services.ssh import SshService
 from banger.services.standby import Standbys
@@ -173,6 +174,9 @@ class Parts:
         self.layers = DiskLayers(
             self.drivers.hypervisor, self.drivers.storage, self.vms, self.liveness
         )
+        self.resumption = Resumption(
+            self.paths, self.drivers.hypervisor, self.vms, self.layers, self.disk_room
+        )
         self.snapshots = SnapshotService(
             paths=self.paths,
             store=self.store,
@@ -187,6 +191,7 @@ class Parts:
             layers=self.layers,
             agents=self.agents,
             room=self.disk_room,
+            resumption=self.resumption,
         )
         self.suspension = Suspension(
             self.paths,
@@ -195,6 +200,7 @@ class Parts:
             self.liveness,
             self.snapshots,
             self.disk_room,
+            self.resumption,
         )
 
     def _put_lives_together(self) -> None:
@@ -245,7 +251,12 @@ class Parts:
         )
         self.forks = ForkService(self.vms, self.snapshots, self.creator, self.lifecycle)
         self.health = Health(
-            self.paths, self.drivers.hypervisor, self.liveness, self.agents, self.disk_room
+            self.paths,
+            self.drivers.hypervisor,
+            self.liveness,
+            self.agents,
+            self.disk_room,
+            self.resumption,
         )
         self.prune = Prune(self.vms, self.lifecycle, self.drivers.storage)
         self.ports = PortService(
@@ -287,8 +298,8 @@ class Parts:
             hypervisor=self.drivers.hypervisor,
             devices=self.drivers.devices,
             disk_room=self.disk_room,
+            resumption=self.resumption,
             others=self.drivers.others,
-            layers=self.layers,
             snapshots=self.snapshots,
         ).run()
         await self.image_cache.remove_leftovers()
@@ -306,6 +317,7 @@ class Parts:
     async def close(self) -> None:
         """Wait for clean-ups, close listeners and channels. VMs run on."""
         await self.standbys.close()
+        await self.resumption.close()
         await self.vms.close()
         await self.automatic_ports.close()
         await self.forwards.close()

@@ -18,15 +18,15 @@ from banger.base.jail import HIDDEN, HIDDEN_HINT, is_vm_id
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
-from banger.drivers.base import DiskDeviceMaker, Hypervisor, MachineStatus
+from banger.drivers.base import DiskDeviceMaker, Hypervisor
 from banger.services.capabilities import Capabilities
 from banger.services.disk_room import DiskRoom
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
-from banger.services.layers import DiskLayers
 from banger.services.liveness import Liveness
 from banger.services.machine import nobody
 from banger.services.network import Networking
+from banger.services.resumption import Resumption
 from banger.services.snapshots import SnapshotService
 from banger.services.standby import MARKER
 from banger.services.templates import TemplateService
@@ -50,8 +50,8 @@ class Reconciler:
         hypervisor: Hypervisor,
         devices: DiskDeviceMaker | None,
         disk_room: DiskRoom,
+        resumption: Resumption,
         others: Sequence[Hypervisor],
-        layers: DiskLayers,
         snapshots: SnapshotService,
     ) -> None:
         self._paths = paths
@@ -66,8 +66,8 @@ class Reconciler:
         self._hypervisor = hypervisor
         self._devices = devices
         self._disk_room = disk_room
+        self._resumption = resumption
         self._others = others
-        self._layers = layers
         self._snapshots = snapshots
 
     async def run(self) -> None:
@@ -103,6 +103,7 @@ class Reconciler:
                 except Exception:
                     # A supervisor's boundary: one VM's trouble must not keep the daemon down.
                     get_logger().exception("vm not reconciled", **vm_attributes(vm))
+            await self._resumption.adopt(await self._store.vms())
             log.stage("leftovers")
             await self._end_standbys({vm.id for vm in records}, machines)
             self._report_strangers({vm.id for vm in records}, machines)
@@ -193,7 +194,6 @@ class Reconciler:
         elif alive:
             get_logger().info("vm runs on", pid=self._liveness.pid(vm), **vm_attributes(vm))
             self._vms.watch(vm)
-            await self._let_run_on(vm)
             vm = await self._addressed(vm)
             await self._capabilities.resume(vm)
         else:
@@ -214,21 +214,6 @@ class Reconciler:
             except Exception:
                 # A supervisor's boundary: what cannot be ended must not keep the daemon down.
                 get_logger().exception("standby stays", path=str(entry))
-
-    async def _let_run_on(self, vm: Vm) -> None:
-        """Whatever was being made of it: it is not paused, unless its disk has no room, and its
-        record says where its disks are."""
-        socket = Path(vm.runtime.api_socket)
-        try:
-            async with self._disk_room.left_alone(vm.id):
-                paused = await self._hypervisor.status(socket) is MachineStatus.PAUSED
-                if paused and not self._disk_room.is_held(vm.id):
-                    get_logger().warning("vm was paused", **vm_attributes(vm))
-                    await self._hypervisor.resume(socket)
-            self._vms.drop_memory(vm)
-            await self._layers.settle(vm)
-        except (BangerError, OSError) as error:
-            get_logger().error("vm not looked at", error=str(error), **vm_attributes(vm))
 
     async def _addressed(self, vm: Vm) -> Vm:
         """The VM with an address: a banger that knew of none may have made its record."""

@@ -256,6 +256,11 @@ class Hypervisor(Protocol):
         """
         ...
 
+    async def discard(self, control_socket: Path, paths: Collection[Path]) -> None:
+        """Remove what captures to files with these names may have left unfinished elsewhere than
+        there, while none is under way. Idempotent; what stays is logged."""
+        ...
+
     async def disks(self, control_socket: Path) -> dict[str, Path]:
         """The file that each disk of a machine is written to, by the disk's name.
 

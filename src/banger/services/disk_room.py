@@ -26,6 +26,8 @@ from banger.base.opid import current_op_id, new_op_id
 from banger.drivers.base import DiskDeviceMaker, Hypervisor, MachineStatus, Room
 
 _INTERVAL_S = 0.25
+#: A daemon that starts waits so long for an answer: a hypervisor that is at work gives none.
+_PATIENCE_S = 2.0
 
 
 class _Wish(Enum):
@@ -168,7 +170,8 @@ class DiskRoom:
         async with watched.looking:
             try:
                 if adopted:
-                    await self._find_out(watched)
+                    async with asyncio.timeout(_PATIENCE_S):
+                        await self._find_out(watched)
                 if watched.room is not Room.LOST:  # which it is for as long as it runs
                     await self._tend(watched)
                 if watched.unknown:

@@ -16,6 +16,7 @@ from banger.services.agents import Agents
 from banger.services.disk_room import DiskRoom
 from banger.services.liveness import Liveness
 from banger.services.preflight import check_free_disk
+from banger.services.resumption import Resumption
 
 #: Alone an agent answers in milliseconds; on a loaded host under emulation it may need seconds.
 _AGENT_TIMEOUT_S = 10.0
@@ -40,12 +41,14 @@ class Health:
         liveness: Liveness,
         agents: Agents,
         room: DiskRoom,
+        resumption: Resumption,
     ) -> None:
         self._paths = paths
         self._hypervisor = hypervisor
         self._liveness = liveness
         self._agents = agents
         self._room = room
+        self._resumption = resumption
 
     async def check(self, vm: Vm) -> VmHealth:
         """Look at everything; takes no lock, and some seconds when a guest does not answer."""
@@ -65,6 +68,10 @@ class Health:
         return Check("process", Level.FAIL, f"the VM is {vm.runtime.state}{why}", hint)
 
     async def _machine(self, vm: Vm) -> Check:
+        if self._resumption.is_due(vm.id):
+            detail = "paused, and its hypervisor does not answer: it may be writing a copy still"
+            hint = f"it runs on by itself once that is done; or: banger vm restart {vm.name}"
+            return Check("machine", Level.FAIL, detail, hint)
         try:
             status = await self._hypervisor.status(Path(vm.runtime.api_socket))
         except BangerError as error:

@@ -47,6 +47,7 @@ from banger.services.machine import machine_of
 from banger.services.operations import Progress, Stages
 from banger.services.preflight import check_room_for_memory, require
 from banger.services.references import find
+from banger.services.resumption import Resumption
 from banger.services.vm import VmService
 from banger.store.store import Store, snapshot_exists
 
@@ -72,6 +73,7 @@ class SnapshotService:
         layers: DiskLayers,
         agents: Agents,
         room: DiskRoom,
+        resumption: Resumption,
     ) -> None:
         self._paths = paths
         self._store = store
@@ -86,6 +88,7 @@ class SnapshotService:
         self._layers = layers
         self._agents = agents
         self._room = room
+        self._resumption = resumption
         self._users: Counter[str] = Counter()
 
     # Taking one.
@@ -230,10 +233,7 @@ class SnapshotService:
         try:
             current = await self._store.get_vm(vm.id)
             if current is not None:
-                socket = Path(current.runtime.api_socket)
-                if await self._hypervisor.status(socket) is MachineStatus.PAUSED:
-                    await self._hypervisor.resume(socket)
-                await self._layers.settle(current)
+                await self._resumption.let_run_on(current)
         except (BangerError, OSError) as error:
             get_logger().error("layers not settled", error=str(error), **vm_attributes(vm))
 

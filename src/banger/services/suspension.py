@@ -28,6 +28,7 @@ from banger.services.disk_room import DiskRoom
 from banger.services.liveness import Liveness
 from banger.services.operations import Stages
 from banger.services.preflight import check_room_for_memory, require
+from banger.services.resumption import Resumption
 from banger.services.snapshots import SnapshotService
 from banger.services.vm import VmService
 
@@ -41,6 +42,7 @@ class Suspension:
         liveness: Liveness,
         snapshots: SnapshotService,
         room: DiskRoom,
+        resumption: Resumption,
     ) -> None:
         self._paths = paths
         self._hypervisor = hypervisor
@@ -48,6 +50,7 @@ class Suspension:
         self._liveness = liveness
         self._snapshots = snapshots
         self._room = room
+        self._resumption = resumption
 
     async def suspend(self, reference: str, stages: Stages) -> Vm:
         """End a VM that runs and keep its memory. A suspended one stays as it is.
@@ -102,7 +105,7 @@ class Suspension:
             if current.runtime.state is not VmState.RUNNING:
                 return
             self._vms.drop_memory(vm)
-            await self._hypervisor.resume(Path(vm.runtime.api_socket))
+            await self._resumption.let_run_on(current)
         except (BangerError, OSError) as error:
             get_logger().error("machine stays paused", error=str(error), **vm_attributes(vm))
 

@@ -238,17 +238,18 @@ class FirecrackerHypervisor:
             raise Unavailable("Firecracker's disks have no layers")
         async with conversation(control_socket) as client:
             stages("freeze")
-            frozen, began = False, time.monotonic()
+            began = time.monotonic()
             try:
                 # One request at a time: the machine could not be let run on while it is written.
                 await to_its_end(self._paused(client, control_socket, capture))
                 if capture.at_rest is not None:
                     await capture.at_rest()
-                frozen = True
-            finally:
-                if capture.runs_on or not frozen:
-                    # The machine is not left paused by a cancellation.
-                    await to_its_end(client.tell(SetState(state=VmState.RESUMED)))
+            except BaseException:
+                # The machine is not left paused by a cancellation, either.
+                await to_its_end(_try_to_resume(client, control_socket))
+                raise
+            if capture.runs_on:
+                await to_its_end(client.tell(SetState(state=VmState.RESUMED)))
             paused_s = time.monotonic() - began
         await _dig_holes(capture.memory)
         return paused_s
@@ -264,9 +265,20 @@ class FirecrackerHypervisor:
     ) -> None:
         place = self._of(control_socket)
         names = [place.name_of(path) for path in (state, memory)]
-        await client.tell(SnapshotCreate(snapshot_path=names[0], mem_file_path=names[1]))
-        for path in (state, memory):
-            await place.collect(control_socket, path)
+        try:
+            await client.tell(SnapshotCreate(snapshot_path=names[0], mem_file_path=names[1]))
+            for path in (state, memory):
+                await place.collect(control_socket, path)
+        except BaseException:
+            # It may have filled the disk, and make no room before its machine ends.
+            await to_its_end(self.discard(control_socket, (state, memory)))
+            raise
+
+    async def discard(self, control_socket: Path, paths: Collection[Path]) -> None:
+        """See `Hypervisor.discard`."""
+        place = self._of(control_socket)
+        for path in paths:
+            await place.discard(control_socket, path)
 
     async def disks(self, control_socket: Path) -> dict[str, Path]:
         """See `Hypervisor.disks`: those that it was started with, for there are no layers."""
@@ -416,6 +428,15 @@ async def _grow(client: FirecrackerClient, disks: Sequence[Disk]) -> None:
             await asyncio.to_thread(os.truncate, disk.path, disk.size_mib << 20)
             path = told.disk_name(disk.name)
             await client.tell(DriveUpdate(drive_id=disk.name, path_on_host=path))
+
+
+async def _try_to_resume(client: FirecrackerClient, control_socket: Path) -> None:
+    """What went wrong before says more than that this does, too."""
+    try:
+        await client.tell(SetState(state=VmState.RESUMED))
+    except BangerError as error:
+        socket = str(control_socket)
+        get_logger().error("machine stays paused", control_socket=socket, error=error.message)
 
 
 async def _dig_holes(memory: Path) -> None:

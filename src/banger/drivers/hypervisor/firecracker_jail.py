@@ -203,6 +203,16 @@ class Jailed:
         """See `Place.metrics`: it stays where it was made."""
         return _out_of(control_socket) / "metrics"
 
+    async def discard(self, control_socket: Path, path: Path) -> None:
+        """See `Place.discard`. A directory, which no Firecracker makes, stays as long as the jail:
+        whoever is in there could fill it for as long as it is emptied."""
+        try:
+            made = _out_of(control_socket) / path.name
+            await asyncio.to_thread(made.unlink, missing_ok=True)  # a link itself, where it is one
+        except OSError as error:
+            vm_id = control_socket.parent.name
+            get_logger().warning("a jail's file stays", vm_id=vm_id, error=str(error))
+
     async def collect(self, control_socket: Path, path: Path) -> None:
         """See `Place.collect`. Raises Unavailable for what no Firecracker makes; nothing is at
         `path` then."""

@@ -122,6 +122,11 @@ class Place(Protocol):
         """Where the process is to count, for as long as it runs: `name_of` has its name for it."""
         ...
 
+    async def discard(self, control_socket: Path, path: Path) -> None:
+        """What the process was to make for `path` is wanted no more: have it gone, where that is
+        elsewhere. Idempotent; what stays is logged."""
+        ...
+
     async def collect(self, control_socket: Path, path: Path) -> None:
         """The process has made what `name_of` was asked for: have it at `path`."""
         ...
@@ -234,6 +239,9 @@ class Direct:
     def metrics(self, control_socket: Path) -> Path:
         """See `Place.metrics`: beside its sockets."""
         return control_socket.with_name("metrics")
+
+    async def discard(self, control_socket: Path, path: Path) -> None:
+        """See `Place.discard`: it is there."""
 
     async def collect(self, control_socket: Path, path: Path) -> None:
         """See `Place.collect`: it is there."""

@@ -257,6 +257,9 @@ class QemuHypervisor:
                 await drop_overlays(client, actions)
         return paused_s
 
+    async def discard(self, control_socket: Path, paths: Collection[Path]) -> None:
+        """See `Hypervisor.discard`: it is written where it is to be."""
+
     async def disks(self, control_socket: Path) -> dict[str, Path]:
         """See `Hypervisor.disks`."""
         async with conversation(control_socket) as client:
