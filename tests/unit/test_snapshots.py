@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -320,6 +321,23 @@ async def test_a_capture_that_fails_leaves_the_vm_running_as_it_was(
         await suspend(world)
     assert (await world.vms.show("box")).runtime == before.runtime
     assert not world.paths.vm(before.id).memory.exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_nobody_waits_for_an_agent_whose_vsock_was_reset(world: World, fails: bool) -> None:
+    """Which it was whatever became of the copy."""
+    vm = await world.create()
+    features = dataclasses.replace(world.hypervisor.features, agent_vsock_port=1023)
+    world.hypervisor.features = features
+    channel = await world.agents.channel(vm)
+    if fails:
+        world.hypervisor.capture_gate.fail = Unavailable("no")
+        with pytest.raises(Unavailable):
+            await snapshot(world)
+    else:
+        await snapshot(world)
+    assert channel.closed
+    assert await world.agents.channel(vm) is not channel
 
 
 async def test_a_stopped_vm_whose_layer_fails_has_its_disks_as_before(world: World) -> None:

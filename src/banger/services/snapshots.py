@@ -193,10 +193,13 @@ class SnapshotService:
             capture = Capture(directory / MEMORY, directory / STATE, overlays, at_rest)
             try:
                 pid = self._liveness.pid(vm)
-                paused_s = await self._hypervisor.capture(socket, pid, capture, stages.stage)
-                if self._hypervisor.features.agent_vsock_port:
-                    # A vsock is reset in the guest when it is saved, and nobody tells this side.
-                    await self._agents.drop(vm.id)
+                try:
+                    paused_s = await self._hypervisor.capture(socket, pid, capture, stages.stage)
+                finally:
+                    if self._hypervisor.features.agent_vsock_port:
+                        # A vsock is reset in the guest when it is saved, also where what is saved
+                        # then comes to nothing, and nobody tells this side.
+                        await to_its_end(self._agents.drop(vm.id))
             except OSError as error:
                 raise Unavailable(
                     f'the memory of vm "{vm.name}" cannot be copied: {error.strerror or error}',
