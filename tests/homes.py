@@ -185,6 +185,18 @@ def copy_artifacts(source: Path, home: Home, image: str = IMAGE) -> None:
                 there = source / "data/banger" / table / name
                 copy = ["cp", "-a", "--sparse=always", there, home.data / table]
                 subprocess.run(copy, check=True)
+        # One that is registered where it lies (`--images`) is this home's alone, too: tests do harm
+        # to theirs.
+        where = "json_extract(record, '$.registered') != ''"
+        found = f"SELECT id, json_extract(record, '$.rootfs_path') FROM images WHERE {where}"
+        for name, rootfs in new.execute(found).fetchall():
+            own = home.data / "images" / name / "rootfs.ext4"
+            subprocess.run(["cp", "-a", "--sparse=always", rootfs, own], check=True)
+            new.execute(
+                "UPDATE images SET record ="
+                " json_set(record, '$.rootfs_path', ?, '$.registered', '') WHERE id = ?",
+                (str(own), name),
+            )
         for table in ("images", "kernels"):
             new.execute(
                 f"UPDATE {table} SET record = replace(record, ?, ?)",
