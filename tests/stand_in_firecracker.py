@@ -368,7 +368,8 @@ async def serve_client(
 ) -> None:
     """A connection, to its end. Firecracker has one thread for its API: one request of all clients'
     has its `turn`, and who has gone by then is not served."""
-    with suppress(ConnectionError):
+    # One that is killed may have sent half of a request.
+    with suppress(ConnectionError, h11.RemoteProtocolError):
         await _serve_requests(answer, turn, reader, writer)
     writer.close()
 
@@ -396,8 +397,9 @@ async def _serve_requests(
                     if reader.at_eof():
                         break
                     status, said = await answer(method, path, bytes(body))
-                # As Firecracker does, before it answers.
-                print(f"{method} {path} {bytes(body).decode()} -> {status} {said}", flush=True)
+                # As Firecracker does, before it answers; a log without room is no end.
+                with suppress(OSError):
+                    print(f"{method} {path} {bytes(body).decode()} -> {status} {said}", flush=True)
                 content = b"" if said is None else json.dumps(said).encode()
                 headers = [("Server", "Firecracker API"), ("Content-Type", "application/json")]
                 if said is not None:

@@ -220,6 +220,18 @@ async def test_a_process_without_a_machine_says_so(peer: Peer) -> None:
     assert instance.vmm_version.count(".") == 2
 
 
+async def test_who_goes_in_the_middle_of_a_request_is_no_end(peer: Peer) -> None:
+    """As a daemon that is killed."""
+    for said in (b"", b"GET / HT", b"PUT /actions HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"):
+        _, writer = await asyncio.open_unix_connection(peer.directory / "api.sock")
+        writer.write(said)
+        writer.close()
+        await writer.wait_closed()
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(asyncio.shield(peer.ended), 1)
+    assert (await peer.client.instance()).state is InstanceState.NOT_STARTED
+
+
 async def test_a_machine_is_configured_in_any_order(peer: Peer) -> None:
     await peer.configure()
     await peer.client.tell(peer.boot_source())  # as often as one likes
