@@ -324,7 +324,10 @@ async def test_a_capture_that_fails_leaves_the_vm_running_as_it_was(
 
 
 @pytest.mark.parametrize("fails", [False, True])
-async def test_nobody_waits_for_an_agent_whose_vsock_was_reset(world: World, fails: bool) -> None:
+@pytest.mark.parametrize("copied", [snapshot, fork, suspend])
+async def test_nobody_waits_for_an_agent_whose_vsock_was_reset(
+    world: World, copied: Callable[[World], Awaitable[object]], fails: bool
+) -> None:
     """Which it was whatever became of the copy."""
     vm = await world.create()
     features = dataclasses.replace(world.hypervisor.features, agent_vsock_port=1023)
@@ -333,11 +336,27 @@ async def test_nobody_waits_for_an_agent_whose_vsock_was_reset(world: World, fai
     if fails:
         world.hypervisor.capture_gate.fail = Unavailable("no")
         with pytest.raises(Unavailable):
-            await snapshot(world)
+            await copied(world)
+        assert await world.agents.channel(vm) is not channel
     else:
-        await snapshot(world)
+        await copied(world)
     assert channel.closed
-    assert await world.agents.channel(vm) is not channel
+
+
+async def test_a_guest_that_was_held_for_the_room_of_its_memory_runs_on(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create()
+    socket = Path(vm.runtime.api_socket)
+
+    async def full(*_: object) -> float:
+        world.hypervisor.statuses[socket] = MachineStatus.DISK_FULL
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(world.hypervisor, "capture", full)
+    with pytest.raises(Unavailable):
+        await suspend(world)
+    assert await world.hypervisor.status(socket) is MachineStatus.RUNNING
 
 
 async def test_a_stopped_vm_whose_layer_fails_has_its_disks_as_before(world: World) -> None:

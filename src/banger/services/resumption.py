@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from banger.base.cancellation import to_its_end
 from banger.base.errors import BangerError, NotFound
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm, VmState
@@ -68,18 +69,19 @@ class Resumption:
             # A supervisor's boundary: one VM's trouble must not keep the daemon down.
             get_logger().exception("vm not looked at", **vm_attributes(vm))
 
-    async def let_run_on(self, vm: Vm) -> None:
+    async def let_run_on(self, vm: Vm, *, has_room: bool = False) -> None:
         """Have a VM's machine run on, now or as soon as it can be, and its record say where its
         disks are. With the VM's lock held. Nothing happens to one that does not run.
 
-        What fails is logged.
+        One that its hypervisor holds for want of room runs on, too, if there is room now. What
+        fails is logged.
         """
         if not self._runs(vm):
             return
         try:
             # What comes afterwards is not cut short: its threads would go on without the lock.
             async with asyncio.timeout(_PATIENCE_S):
-                await self._resume(vm)
+                await self._resume(vm, has_room=has_room)
         except (BangerError, OSError) as error:
             why = str(error) or f"no answer within {_PATIENCE_S:g} s"
             get_logger().error("vm may be paused", error=why, **vm_attributes(vm))
@@ -117,16 +119,18 @@ class Resumption:
         async with self._vms.locked(vm) as current:
             if self._runs(current):
                 await self._resume(current)
-                await self._settle(current)
+                await to_its_end(self._settle(current))  # also when the daemon ends
 
     def _runs(self, vm: Vm) -> bool:
         return vm.runtime.state is VmState.RUNNING and self._vms.has_machine(vm)
 
-    async def _resume(self, vm: Vm) -> None:
+    async def _resume(self, vm: Vm, *, has_room: bool = False) -> None:
         socket = Path(vm.runtime.api_socket)
         async with self._room.left_alone(vm.id):
-            paused = await self._hypervisor.status(socket) is MachineStatus.PAUSED
-            if paused and not self._room.is_held(vm.id):
+            status = await self._hypervisor.status(socket)
+            stands = status is MachineStatus.PAUSED
+            stands = stands or (has_room and status is MachineStatus.DISK_FULL)
+            if stands and not self._room.is_held(vm.id):
                 await self._hypervisor.resume(socket)
                 get_logger().warning("vm was paused, and runs on", **vm_attributes(vm))
 
