@@ -139,10 +139,8 @@ class Operation:
         return f"{self.name} ({self.variant})" if self.variant else self.name
 
     def command(self, subject: str, drivers: Drivers) -> list[str]:
-        words: list[str] = []
-        for word in self.words:
-            words += drivers.impossible if word is IMPOSSIBLE else (word,)
-        words = [subject if word is SUBJECT else word for word in words]
+        stands_for = {SUBJECT: (subject,), IMPOSSIBLE: drivers.impossible}
+        words = [each for word in self.words for each in stands_for.get(word, (word,))]
         return [*words, *drivers.options] if words[:2] == ["vm", "create"] else words
 
     def stages_of(self, drivers: Drivers) -> tuple[Stage, ...]:

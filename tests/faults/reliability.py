@@ -67,7 +67,7 @@ ordinary call, `banger vm list`; then:
   it is gone before it was ever there), runs a command, and has the file that was written to its
   work disk before. An image can be built.
 - **It can be deleted**, and then nothing of it is left.
-- **The bystander never noticed**: same process, same boot, same process, which has gone on counting
+- **The bystander never noticed**: same machine, same boot, same process, which has gone on counting
   and is reached by `vm exec`.
 
 """

@@ -92,6 +92,11 @@ class GuestHost:
         self.banger.ok("vm", "restart", "-q", self.name)
         self.root(_UP)
 
+    def journal(self, unit: str) -> str:
+        """What a unit has printed. A copy of a machine has another machine-id than its journal
+        began with."""
+        return self.root(f"journalctl --merge -o cat -u {unit}")
+
     def load(self, *modules: str) -> None:
         """Load modules of its kernel. Idempotent."""
         self.root(f"modprobe -a {' '.join(modules)}")

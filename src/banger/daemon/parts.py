@@ -201,7 +201,6 @@ class Parts:
             self.snapshots,
             self.disk_room,
             self.resumption,
-            self.agents,
         )
 
     def _put_lives_together(self) -> None:

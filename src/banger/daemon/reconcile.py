@@ -89,21 +89,18 @@ class Reconciler:
             found = [
                 (vm, alive) for vm in records if (alive := self._alive(vm, machines)) is not None
             ]
+            running = [vm for vm, alive in found if alive and vm.runtime.state is VmState.RUNNING]
             # All at once, before any is looked at: a bridge lets through only those it is told of.
-            await self._networking.resume_all(
-                [vm for vm, alive in found if alive and vm.runtime.state is VmState.RUNNING]
-            )
+            await self._networking.resume_all(running)
             # Before any runs on that is held for want of room.
-            await self._disk_room.adopt(
-                [vm for vm, alive in found if alive and vm.runtime.state is VmState.RUNNING]
-            )
+            await self._disk_room.adopt(running)
             for vm, alive in found:
                 try:
                     await self._reconcile(vm, log, alive=alive)
                 except Exception:
                     # A supervisor's boundary: one VM's trouble must not keep the daemon down.
                     get_logger().exception("vm not reconciled", **vm_attributes(vm))
-            await self._resumption.adopt(await self._store.vms())
+            await self._resumption.adopt(running)
             log.stage("leftovers")
             await self._end_standbys({vm.id for vm in records}, machines)
             self._report_strangers({vm.id for vm in records}, machines)

@@ -24,8 +24,6 @@ from banger.base.paths import Paths
 #: What one boot prints is some kilobytes; a guest under emulation can write 0.6 MB a second.
 LIMIT_BYTES = 16 << 20
 _KEPT_BYTES = 1 << 20
-#: Of `st_blocks` (stat(2)).
-_BLOCK_BYTES = 512
 
 
 def cut(log: Path, limit_bytes: int = LIMIT_BYTES) -> bool:
@@ -41,7 +39,7 @@ def cut(log: Path, limit_bytes: int = LIMIT_BYTES) -> bool:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "it is not a file", str(log))
-        if status.st_blocks * _BLOCK_BYTES <= limit_bytes:
+        if status.st_blocks * 512 <= limit_bytes:
             return False
         end = os.pread(descriptor, _KEPT_BYTES, max(0, status.st_size - _KEPT_BYTES))
         # First: where it has filled the disk, there is no room for a copy before.

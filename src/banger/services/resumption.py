@@ -56,9 +56,7 @@ class Resumption:
     async def adopt(self, vms: Iterable[Vm]) -> None:
         """Have those run on that an earlier daemon has left, whatever was being made of them. All
         at once: who does not answer soon is waited for by nobody, and tried again."""
-        await asyncio.gather(
-            *(self._adopt(vm) for vm in vms if vm.runtime.state is VmState.RUNNING)
-        )
+        await asyncio.gather(*(self._adopt(vm) for vm in vms))
 
     async def _adopt(self, vm: Vm) -> None:
         try:

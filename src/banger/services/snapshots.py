@@ -196,10 +196,7 @@ class SnapshotService:
                 try:
                     paused_s = await self._hypervisor.capture(socket, pid, capture, stages.stage)
                 finally:
-                    if self._hypervisor.features.agent_vsock_port:
-                        # A vsock is reset in the guest when it is saved, also where what is saved
-                        # then comes to nothing, and nobody tells this side.
-                        await to_its_end(self._agents.drop(vm.id))
+                    await to_its_end(self.drop_channel(vm.id))
             except OSError as error:
                 raise Unavailable(
                     f'the memory of vm "{vm.name}" cannot be copied: {error.strerror or error}',
@@ -212,6 +209,12 @@ class SnapshotService:
             await to_its_end(self._settled(vm))
             raise
         return shape, paused_s
+
+    async def drop_channel(self, vm_id: str) -> None:
+        """Its machine was captured, or may have been. A vsock is reset in the guest then, also
+        where what is saved comes to nothing, and nobody tells this side."""
+        if self._hypervisor.features.agent_vsock_port:
+            await self._agents.drop(vm_id)
 
     async def _frozen(self, vm: Vm, directory: Path, stages: Stages) -> None:
         stages.stage("freeze")

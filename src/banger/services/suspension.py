@@ -23,7 +23,6 @@ from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths
 from banger.drivers.base import Capture, Hypervisor
-from banger.services.agents import Agents
 from banger.services.capabilities import Saved
 from banger.services.disk_room import DiskRoom
 from banger.services.liveness import Liveness
@@ -44,7 +43,6 @@ class Suspension:
         snapshots: SnapshotService,
         room: DiskRoom,
         resumption: Resumption,
-        agents: Agents,
     ) -> None:
         self._paths = paths
         self._hypervisor = hypervisor
@@ -53,7 +51,6 @@ class Suspension:
         self._snapshots = snapshots
         self._room = room
         self._resumption = resumption
-        self._agents = agents
 
     async def suspend(self, reference: str, stages: Stages) -> Vm:
         """End a VM that runs and keep its memory. A suspended one stays as it is.
@@ -107,8 +104,7 @@ class Suspension:
             current = await self._vms.show(vm.id)
             if current.runtime.state is not VmState.RUNNING:
                 return
-            if self._hypervisor.features.agent_vsock_port:
-                await self._agents.drop(vm.id)  # see `SnapshotService`: it may have been reset
+            await self._snapshots.drop_channel(vm.id)
             self._vms.drop_memory(vm)
             # It may be what had filled the disk, so that a guest was held.
             await self._resumption.let_run_on(current, has_room=True)
