@@ -8,7 +8,7 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,9 @@ DEFAULT_IMAGE = "debian-bookworm"
 
 #: Far above what anything takes here: under emulation, on two busy cores.
 TIMEOUT_S = 240
+#: For one look at a machine where something took longer than it may, and how much of it is shown.
+_LOOK_S = 30
+_SHOWN_CHARS = 1500
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,18 @@ class Banger:
     def run(
         self, *words: str | Path, stdin: bytes = b"", timeout_s: float = TIMEOUT_S
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run it to its end, whatever its status."""
+        """Run it to its end, whatever its status. Fails when that does not come in time."""
+        try:
+            return self._run(words, stdin, timeout_s)
+        except subprocess.TimeoutExpired as late:
+            said = (late.stdout, late.stderr)
+            raise AssertionError(
+                f"{words} did not end within {timeout_s:g} s: {said}\n{self._health()}"
+            ) from late
+
+    def _run(
+        self, words: Iterable[str | Path], stdin: bytes, timeout_s: float
+    ) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
             self.argv(*words),
             input=stdin,
@@ -45,6 +59,18 @@ class Banger:
             env=os.environ | self.environment,
             check=False,
         )
+
+    def _health(self) -> str:
+        """How the machines that run are, and the ends of their consoles: why one hangs is known
+        only while it does."""
+        try:
+            machines = json.loads(self._run(("vm", "list", "--json"), b"", _LOOK_S).stdout)
+            names = [each["name"] for each in machines if each["runtime"]["state"] == "running"]
+            looks = [(*look, name) for name in names for look in (("vm", "health"), ("vm", "logs"))]
+            said = {look: self._run(look, b"", _LOOK_S).stdout.decode() for look in looks}
+        except (subprocess.TimeoutExpired, ValueError) as error:
+            return f"how its machines are cannot be told: {error}"
+        return "\n".join(f"{look}: {text[-_SHOWN_CHARS:]}" for look, text in said.items())
 
     def ok(self, *words: str | Path, stdin: bytes = b"") -> str:
         """Its output; its status must be 0."""

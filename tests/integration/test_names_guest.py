@@ -170,7 +170,8 @@ def test_a_connection_outlives_its_listener_and_a_port_in_use_is_told_of(home: H
     once = (
         "setsid perl -MIO::Socket::INET -e '"
         "$l = IO::Socket::INET->new(Listen => 1, LocalPort => 8004, ReuseAddr => 1) or die;"
-        "fork and exit; $c = $l->accept; close $l; sysread($c, $x, 1); syswrite($c, q(late))'"
+        "fork and exit; $c = $l->accept; close $l; syswrite($c, q(early));"
+        "sysread($c, $x, 1); syswrite($c, q(late))'"
         " </dev/null >/dev/null 2>&1"
     )
     banger.guest("web", once)
@@ -183,6 +184,8 @@ def test_a_connection_outlives_its_listener_and_a_port_in_use_is_told_of(home: H
             return ()
 
     with until(connected, "the port is open", 10)[0] as connection:
+        # It is this connection that was accepted in the guest, and not one that asks for refusal.
+        assert connection.recv(10) == b"early"
         until(lambda: refused(web, 8004), "the port is closed", 10)
         connection.sendall(b"x")
         assert connection.recv(10) == b"late"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import msgspec
@@ -22,7 +23,7 @@ from banger.base.errors import (
     PreconditionFailed,
     Unavailable,
 )
-from banger.base.files import remove_hostile_tree
+from banger.base.files import remove_hostile_tree, write_atomically
 from banger.base.jail import UID_FIRST, UID_LAST, is_vm_id, jail_uid
 from banger.base.procfs import UNKNOWN, Process
 from banger.drivers.base import Level, Machine
@@ -552,6 +553,25 @@ def test_a_tree_goes_however_deep_and_whatever_its_permissions(tmp_path: Path) -
     remove_hostile_tree(tree)
     assert not tree.exists()
     assert secret.exists()
+
+
+def test_a_tree_goes_although_a_log_in_it_is_just_being_cut(tmp_path: Path) -> None:
+    for _ in range(20):
+        tree = tmp_path / "tree"
+        tree.mkdir()
+
+        def cut_logs(tree: Path = tree) -> None:
+            with suppress(FileNotFoundError):
+                for _ in range(1000):
+                    write_atomically(tree / "log.old", b"", durable=False)
+
+        with ThreadPoolExecutor(1) as other:
+            cutting = other.submit(cut_logs)
+            while not list(tree.iterdir()):  # until it is being cut
+                pass
+            remove_hostile_tree(tree)
+            cutting.result()
+        assert not tree.exists()
 
 
 class Host:

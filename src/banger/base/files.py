@@ -15,6 +15,9 @@ from typing import BinaryIO
 
 from banger.base.errors import NotFound, PreconditionFailed
 
+#: How often a directory that is being removed may have been filled meanwhile.
+_ROUNDS = 100
+
 
 def write_atomically(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = True) -> None:
     """Make or replace `path`: a reader, or a crash, sees the old content or the new, whole.
@@ -116,14 +119,27 @@ def socket_name(path: Path) -> Iterator[str]:
 def remove_hostile_tree(path: Path) -> None:
     """Remove a directory that a machine may have filled: however deep, whatever the permissions.
 
-    Idempotent. Links are not followed. Nothing goes down: what is deeper is moved up first. Raises
-    OSError when something in it is not ours to remove.
+    Idempotent. Links are not followed. Nothing goes down: what is deeper is moved up first. What
+    comes into it meanwhile goes, too: a log, say, that is just being cut. Raises OSError when
+    something in it is not ours to remove, or when it fills again and again.
     """
-    with suppress(FileNotFoundError):
-        with _opened_directory(path) as top:
-            while names := os.listdir(top):  # noqa: PTH208 - no path
-                for name in names:
+    for rounds_left in reversed(range(_ROUNDS)):
+        try:
+            _remove_tree(path)
+        except OSError as error:
+            if error.errno == errno.ENOTEMPTY and rounds_left:
+                continue
+            raise
+        return
+
+
+def _remove_tree(path: Path) -> None:
+    with suppress(FileNotFoundError), _opened_directory(path) as top:
+        while names := os.listdir(top):  # noqa: PTH208 - no path
+            for name in names:
+                with suppress(FileNotFoundError):  # it has just been renamed
                     _remove_level(name, top)
+    with suppress(FileNotFoundError):
         path.rmdir()
 
 
