@@ -27,6 +27,10 @@ _LOOK_S = 30
 _SHOWN_CHARS = 1500
 
 
+class DidNotEnd(AssertionError):
+    """A command took longer than it may; says how the machines were then."""
+
+
 @dataclass(frozen=True)
 class Banger:
     """The command `banger`, run with some environment."""
@@ -39,12 +43,12 @@ class Banger:
     def run(
         self, *words: str | Path, stdin: bytes = b"", timeout_s: float = TIMEOUT_S
     ) -> subprocess.CompletedProcess[bytes]:
-        """Run it to its end, whatever its status. Fails when that does not come in time."""
+        """Run it to its end, whatever its status. Raises DidNotEnd when that takes too long."""
         try:
             return self._run(words, stdin, timeout_s)
         except subprocess.TimeoutExpired as late:
             said = (late.stdout, late.stderr)
-            raise AssertionError(
+            raise DidNotEnd(
                 f"{words} did not end within {timeout_s:g} s: {said}\n{self._health()}"
             ) from late
 

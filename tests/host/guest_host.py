@@ -13,13 +13,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from banger.base import proc
 from banger.images.bootstrap import build_environment
 from banger.images.userns import contained
-from product import IMAGE, TIMEOUT_S, Banger
+from product import IMAGE, TIMEOUT_S, Banger, DidNotEnd
 
 _NAME = "guest-host"
 _CHECKOUT = Path(__file__).parents[2]
@@ -52,6 +52,8 @@ class GuestHost:
 
     banger: Banger
     name: str
+    #: What it was at when it hung: tests that share it are not to wait for it, too.
+    hung_at: list[tuple[str | Path, ...]] = field(default_factory=list)
 
     def run(
         self,
@@ -61,9 +63,14 @@ class GuestHost:
         timeout_s: float = TIMEOUT_S,
     ) -> subprocess.CompletedProcess[bytes]:
         """Run a command in it to its end, whatever its status, in the user's home."""
+        assert not self.hung_at, f"{self.name} has hung since {self.hung_at}"
         home = "/root" if user == "root" else f"/home/{user}"
         where = ("vm", "exec", "-u", user, "-w", home, self.name)
-        return self.banger.run(*where, "--", *words, stdin=stdin, timeout_s=timeout_s)
+        try:
+            return self.banger.run(*where, "--", *words, stdin=stdin, timeout_s=timeout_s)
+        except DidNotEnd:
+            self.hung_at.append(words)
+            raise
 
     def root(self, script: str, *, stdin: bytes = b"", timeout_s: float = TIMEOUT_S) -> str:
         """The output of a shell script that root runs, which must succeed."""
