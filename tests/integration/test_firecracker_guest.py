@@ -238,6 +238,16 @@ async def test_a_machine_is_held_let_run_on_and_ended(scene: Scene) -> None:
         await scene.hypervisor.quit(machine.control_socket)
 
 
+@pytest.mark.parametrize("hypervisor", [each for each in _kinds() if each == "real"], indirect=True)
+async def test_ctrl_alt_del_reaches_the_guests_kernel(scene: Scene) -> None:
+    """Which restarts at once where nobody has asked for these keys; what stands in has none."""
+    machine = scene.machine("pressed")
+    pid = await scene.hypervisor.launch(machine, None)
+    assert await scene.run(machine, "echo hello") == "hello\n"
+    await scene.hypervisor.power_button(machine.control_socket)
+    await ends(pid)
+
+
 async def test_what_its_devices_move_is_counted(scene: Scene) -> None:
     machine = scene.machine("counts")
     await scene.hypervisor.launch(machine, None)
