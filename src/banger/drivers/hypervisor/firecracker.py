@@ -209,9 +209,11 @@ class FirecrackerHypervisor:
         except BaseException as error:
             # That it ends by itself now says more.
             await asyncio.shield(asyncio.wait({process.ended}, timeout=_LOOK_AGAIN_S))
+            ended = process.ended
+            how = how_it_ended(ended.result()) if ended.done() else "was ended for that"
             await asyncio.shield(self._place.end(machine, process, network))
             if isinstance(error, Unavailable) and not isinstance(error, FirecrackerRefused):
-                raise _with_logs(error, process.ended, logs) from error
+                raise _with_logs(error, how, logs) from error
             raise
 
     def _interface(self, network: NetworkAttachment | None) -> told.Interface | None:
@@ -413,10 +415,9 @@ async def _answers(client: FirecrackerClient, ended: Ended) -> None:
         await asyncio.wait({ended}, timeout=_LOOK_AGAIN_S)
 
 
-def _with_logs(error: Unavailable, ended: Ended, logs: Sequence[Log]) -> Unavailable:
+def _with_logs(error: Unavailable, how: str, logs: Sequence[Log]) -> Unavailable:
     said = "\n".join(tail for log in logs if (tail := log.tail()))
     where = " and ".join(str(log.path) for log in logs)
-    how = how_it_ended(ended.result())
     return Unavailable(
         f"{error.message}; it {how}{': ' if said else ''}{said}; inspect {where}",
         hint=error.hint,
