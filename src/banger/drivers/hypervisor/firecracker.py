@@ -195,8 +195,8 @@ class FirecrackerHypervisor:
             for path in (machine.control_socket, machine.agent_socket):
                 check_socket_path(path)
             await self._known()
-        # Before it is started, which in a jail takes so long that it may have ended by then.
-        logs = (Log(machine.hypervisor_log, anew=True), Log(machine.console_log))
+            # Before it is started, which in a jail takes so long that it may have ended by then.
+            logs = (Log(machine.hypervisor_log, anew=True), Log(machine.console_log))
         process = await self._place.start(machine, lent, network)
         try:
             await _listens(machine.control_socket, process.ended)
