@@ -28,10 +28,15 @@ STAND_IN = Path(__file__).with_name("stand_in_firecracker.py")
 #: Names the real one where it is not on the PATH.
 REAL_VARIABLE = "BANGER_TEST_FIRECRACKER"
 
-#: Of a test with the stand-in, which holds requests to it.
-needs_description = pytest.mark.skipif(
-    not DESCRIPTION.exists(), reason=f"Firecracker's description is not at {DESCRIPTION}"
+NO_DESCRIPTION = (
+    f"Firecracker's description of its API is not at {DESCRIPTION}: put"
+    " src/firecracker/swagger/firecracker.yaml of its v1.16.1 there"
 )
+NO_NESTING = "this machine's own KVM does not nest: load kvm_intel or kvm_amd with nested=1"
+_NESTED = [Path(f"/sys/module/{name}/parameters/nested") for name in ("kvm_intel", "kvm_amd")]
+
+#: Of a test with the stand-in, which holds requests to it.
+needs_description = pytest.mark.skipif(not DESCRIPTION.exists(), reason=NO_DESCRIPTION)
 #: Of one whose daemon takes the stand-in for Firecracker, too.
 needs_kvm_device = pytest.mark.skipif(
     bool(kvm._obstacle(kvm.DEVICE)), reason="needs /dev/kvm, if only to be opened"
@@ -110,18 +115,23 @@ def _interpreter() -> str:
 
 
 @functools.cache
+def _probed() -> kvm.KvmProbe:
+    """Whether KVM runs guests here."""
+    with tempfile.TemporaryDirectory() as cache:
+        return asyncio.run(kvm.probe(Path(cache) / "probes.json"))
+
+
+def _no_firecracker() -> list[str]:
+    if real() is not None:
+        return []
+    return [f"firecracker is not on PATH: put it there, or set {REAL_VARIABLE} to its path"]
+
+
 def missing() -> list[str]:
     """What keeps the real one from running machines here; nothing when it can."""
-    found = []
-    if real() is None:
-        found.append(
-            f"firecracker is not on PATH: put it there, or set {REAL_VARIABLE} to its path"
-        )
-    with tempfile.TemporaryDirectory() as cache:
-        answer = asyncio.run(kvm.probe(Path(cache) / "probes.json"))
-    if not answer.usable:
-        found.append(f"KVM runs no guest here: {answer.detail}")
-    return found
+    answer = _probed()
+    unusable = [] if answer.usable else [f"KVM runs no guest here: {answer.detail}"]
+    return _no_firecracker() + unusable
 
 
 def missing_jailer() -> list[str]:
@@ -131,6 +141,33 @@ def missing_jailer() -> list[str]:
     return ["jailer, of the same release, is not on PATH: put it there, or beside firecracker"]
 
 
+def missing_on_guest_host() -> list[str]:
+    """What keeps the real one's machines from running in jails on a guest as the host, which this
+    machine's KVM need not be fit for: where it is not, the guest and a KVM in it are emulated."""
+    nests = not _probed().usable or any(map(_says_yes, _NESTED))
+    return _no_firecracker() + missing_jailer() + ([] if nests else [NO_NESTING])
+
+
+def _says_yes(parameter: Path) -> bool:
+    return parameter.exists() and parameter.read_text().strip() in ("Y", "1")
+
+
+def lacks() -> list[str]:
+    """What keeps `make test-firecracker` from running all that it has, and where: first here, then
+    on a guest as the host."""
+    obstacle = kvm._obstacle(kvm.DEVICE)
+    described = [] if DESCRIPTION.exists() else [NO_DESCRIPTION]
+    return [
+        *(f"here, not the driver's integration tests: {each}" for each in described),
+        *(f"here, not a daemon with the stand-in: {each}" for each in (obstacle,) if each),
+        *(f"here, not with the real Firecracker: {each}" for each in missing()),
+        *(
+            f"on a guest as the host, not with the real Firecracker in jails: {each}"
+            for each in missing_on_guest_host()
+        ),
+    ]
+
+
 if __name__ == "__main__":
-    for each in (*missing(), *missing_jailer()):
-        print(f"not with the real Firecracker in jails: {each}")
+    for line in lacks():
+        print(line)

@@ -84,7 +84,7 @@ def suite_host(
     """A host with both programs on root's PATH, the tests, and what they need."""
     host = guest_hosts.new("suite")
     if host.run("test", "-e", "/dev/kvm").returncode != 0:
-        pytest.skip("this machine's own KVM does not nest: load kvm_intel or kvm_amd with nested=1")
+        pytest.skip(firecrackers.NO_NESTING)
     for source, name in zip(programs, ("firecracker", "jailer"), strict=True):
         host.put(source, f"/usr/local/bin/{name}")
         host.root(f"chown root:root /usr/local/bin/{name}; chmod 755 /usr/local/bin/{name}")

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+import firecrackers
 from guest_host import GuestHost, GuestHosts
 from product import IMAGE
 
@@ -96,7 +97,7 @@ def test_the_wheel_is_installed_and_the_doctor_finds_nothing_missing(host: Guest
 @pytest.fixture
 def kvm_host(host: GuestHost) -> GuestHost:
     if host.run("test", "-e", "/dev/kvm").returncode != 0:
-        pytest.skip("this machine's own KVM does not nest: load kvm_intel or kvm_amd with nested=1")
+        pytest.skip(firecrackers.NO_NESTING)
     return host
 
 

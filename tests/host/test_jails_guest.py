@@ -151,7 +151,7 @@ def installed(guest_hosts: GuestHosts) -> Iterator[GuestHost]:
         )
     host = guest_hosts.new("jailed")
     if host.run("test", "-e", "/dev/kvm").returncode != 0:
-        pytest.skip("this machine's own KVM does not nest: load kvm_intel or kvm_amd with nested=1")
+        pytest.skip(firecrackers.NO_NESTING)
     _put_programs(host, firecracker, jailer)
     host.alice("sed -i '1i hypervisor = \"firecracker\"' ~/.config/banger/config.toml")
     host.root("SUDO_UID=$(id -u alice) banger system install")

@@ -353,7 +353,8 @@ async def test_a_tap_that_is_not_there_or_not_ours_is_told_of(peer: Peer) -> Non
     error = await peer.refusal(
         NetworkInterface(iface_id="eth0", guest_mac="02:00:00:00:00:01", host_dev_name=name)
     )
-    assert isinstance(error, Unavailable)
+    assert type(error) is Unavailable  # not what is merely passed on
+    assert "cannot open the machine's tap" in error.message
 
 
 async def test_a_state_is_not_loaded_into_a_configured_machine(peer: Peer) -> None:

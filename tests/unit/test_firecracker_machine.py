@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from banger.base.errors import PermissionDenied, PreconditionFailed, Unavailable
+from banger.base.errors import Unavailable
 from banger.base.procfs import Process
 from banger.drivers.base import Disk, DiskFormat, Link, Machine
+from banger.drivers.hypervisor import firecracker_faults
 from banger.drivers.hypervisor import firecracker_machine as told
 from banger.drivers.hypervisor.firecracker import parse_version
+from banger.drivers.hypervisor.firecracker_api import conversation
 from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused, error_of
 from banger.drivers.hypervisor.firecracker_place import Direct, firecracker_argv
 from banger.drivers.hypervisor.firecracker_requests import (
@@ -22,9 +25,12 @@ from banger.drivers.hypervisor.firecracker_requests import (
     Drive,
     NetworkInterface,
     NetworkOverride,
+    SetState,
     SnapshotLoad,
+    VmState,
     Vsock,
 )
+from stand_in_firecracker import serve_client
 
 MACHINE = Machine(
     vm_id="0123456789ab",
@@ -137,55 +143,145 @@ def test_a_release_is_read_from_what_it_says(said: bytes, version: tuple[int, ..
     assert parse_version(said) == version
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind", "meaning"),
-    [
-        (
-            "The requested operation is not supported after starting the microVM.",
-            FirecrackerRefused,
-            "runs already",
-        ),
-        (
-            (
-                "Start microvm error: Kvm error: Error creating KVM object: Permission denied (os"
-                " error 13) Make sure the user launching the firecracker process is configured on"
-                " the /dev/kvm file's ACL."
-            ),
-            PreconditionFailed,
-            "no usable KVM",
-        ),
-        (
-            (
-                "Load snapshot error: Failed to restore from snapshot: Failed to get snapshot state"
-                " from file: Failed to load snapshot state from file: Invalid data version: 9.0.0"
-            ),
-            FirecrackerRefused,
-            "another release's",
-        ),
-        (
-            (
-                "Drive config error: Unable to create the virtio block device: Virtio backend"
-                " error: Error manipulating the backing file: Permission denied (os error 13)"
-                " disks/work"
-            ),
-            Unavailable,
-            "cannot use a disk",
-        ),
-        (
-            "Create snapshot error: Cannot write memory file: No space left on device (os error 2)",
-            Unavailable,
-            "the disk is full",
-        ),
-        ("Logger error: Permission denied (os error 13)", PermissionDenied, "may not open a file"),
-    ],
-)
-def test_a_fault_says_what_it_means(fault: str, kind: type[Exception], meaning: str) -> None:
-    error = error_of("PUT /somewhere", fault)
-    assert type(error) is kind
-    assert meaning in error.message
-    assert fault in error.message
+_LOADED = "Load snapshot error: Failed to restore from snapshot: "
+_STATE = f"{_LOADED}Failed to get snapshot state from file: Failed to "
+_START = "Start microvm error: "
+
+#: By what it is known by: as 1.16.1 says it, with errors of the system's as musl or glibc names
+#: them.
+FAULTS = {
+    "(os error 12)": (
+        f"{_START}Invalid Memory Configuration: Cannot create mmap region: Out of memory (os error"
+        " 12)"
+    ),
+    "(os error 24)": (
+        "Drive config error: Unable to create the virtio block device: Virtio backend error: Error"
+        " manipulating the backing file: No file descriptors available (os error 24) disks/work"
+    ),
+    "(os error 98)": (
+        "Vsock config error: Cannot create backend for vsock device: Error binding to the host-side"
+        " Unix socket: Address in use (os error 98)"
+    ),
+    "not supported after starting the microVM": (
+        "The requested operation is not supported after starting the microVM."
+    ),
+    "not supported before starting the microVM": (
+        "The requested operation is not supported before starting the microVM."
+    ),
+    "Error creating KVM object": (
+        f"{_START}Kvm error: Error creating KVM object: Permission denied (os error 13) Make sure"
+        " the user launching the firecracker process is configured on the /dev/kvm file's ACL."
+    ),
+    "Kvm error:": f"{_START}Kvm error: The host kernel reports an invalid KVM API version: 11",
+    "snapshot not allowed after configuring": (
+        "Load snapshot error: Loading a microVM snapshot not allowed after configuring"
+        " boot-specific resources."
+    ),
+    "Invalid data version": f"{_STATE}load snapshot state from file: Invalid data version: 9.0.0",
+    "CRC64 validation failed": f"{_STATE}load snapshot state from file: CRC64 validation failed",
+    "the tap device": (
+        "Network config error: Cannot open/create the tap device: Error while creating ifreq"
+        " structure: Operation not permitted (os error 1). Invalid TUN/TAP Backend provided by"
+        " banger0-7. Check our documentation on setting up the network devices."
+    ),
+    "No space left on device": (
+        "Create snapshot error: Cannot write memory file: No space left on device (os error 28)"
+    ),
+    "The kernel file cannot be opened": (
+        "Boot source error: The kernel file cannot be opened: Permission denied (os error 13)"
+    ),
+    "without kernel configuration": f"{_START}Cannot start microvm without kernel configuration.",
+    "The initrd file cannot be opened": (
+        "Boot source error: The initrd file cannot be opened due to invalid path or invalid"
+        " permissions. No such file or directory (os error 2)"
+    ),
+    "Error with initrd initialization": (
+        f"{_START}Error with initrd initialization: Failed to compute the initrd address.."
+    ),
+    "the virtio block device": (
+        "Drive config error: Unable to create the virtio block device: Virtio backend error: Error"
+        " manipulating the backing file: Permission denied (os error 13) disks/work"
+    ),
+    "Cannot initialize the metrics system": (
+        "Metrics error: Cannot initialize the metrics system due to bad user input: No such file or"
+        " directory (os error 2)"
+    ),
+    "Amount of pages requested is too large": (
+        "Balloon config error: Amount of pages requested is too large."
+    ),
+    "Permission denied": (
+        "Create snapshot error: Cannot perform open on the snapshot backing file: Permission denied"
+        " (os error 13)"
+    ),
+    "Failed to get snapshot state from file": (
+        f"{_STATE}open snapshot file: No such file or directory (os error 2)"
+    ),
+    "Failed to restore from snapshot": (
+        f"{_LOADED}Failed to load guest memory: Error creating guest memory from file: Failed to"
+        " load guest memory: No such file or directory (os error 2)"
+    ),
+    "The memory size (MiB) is": (
+        "Machine config error: The memory size (MiB) is either 0, or not a multiple of the"
+        " configured page size."
+    ),
+    "The number of vCPUs must be": (
+        "Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be"
+        " 1 or an even number if SMT is enabled."
+    ),
+}
+
+
+def test_of_every_fault_that_is_known_there_is_an_example() -> None:
+    assert [each.says for each in firecracker_faults._KNOWN] == list(FAULTS)
+    meanings = {each.meaning for each in firecracker_faults._KNOWN}
+    assert len(meanings) == len(FAULTS)
+
+
+@pytest.mark.parametrize("known", firecracker_faults._KNOWN, ids=lambda known: known.says)
+def test_a_fault_says_what_it_means_and_what_to_do(known: firecracker_faults._Known) -> None:
+    fault = FAULTS[known.says]
+    error = error_of("PUT /somewhere", fault, "0123456789ab")
+    assert type(error) is known.error
+    assert error.message == f"Firecracker refuses PUT /somewhere: {known.meaning}: {fault}"
     assert error.hint
+    assert "{" not in error.hint
+    # What can be pasted.
+    assert ("banger vm" in error.hint) == ("0123456789ab" in error.hint)
 
 
-def test_a_fault_that_nobody_knows_is_passed_on() -> None:
-    assert error_of("PUT /x", "what?").message == "Firecracker refuses PUT /x: what?"
+@pytest.mark.parametrize("fault", [FAULTS["(os error 12)"], FAULTS["(os error 98)"]])
+def test_what_the_host_lacks_is_not_held_against_a_saved_state(fault: str) -> None:
+    """Of a refusal, a template would be thrown away."""
+    error = error_of("PUT /snapshot/load", f"{_LOADED}{fault}", "0123456789ab")
+    assert type(error) is Unavailable
+
+
+def test_a_fault_that_nobody_knows_is_passed_on_with_where_to_look() -> None:
+    error = error_of("PUT /x", "what?", "0123456789ab")
+    assert error.message == "Firecracker refuses PUT /x: what?"
+    assert isinstance(error, FirecrackerRefused)
+    assert error.fault == "what?"
+    assert "vms/0123456789ab/hypervisor.log" in error.hint
+    assert "banger vm logs 0123456789ab" in error.hint
+
+
+@pytest.mark.parametrize(
+    ("directory", "vm"), [("0123456789ab", "0123456789ab"), ("elsewhere", "NAME")]
+)
+async def test_a_refused_request_names_the_machine_by_its_id(
+    tmp_path: Path, directory: str, vm: str
+) -> None:
+    socket = tmp_path / directory / "control.sock"
+    socket.parent.mkdir()
+
+    async def answer(method: str, path: str, body: bytes) -> tuple[int, object | None]:
+        return 400, {"fault_message": FAULTS["not supported after starting the microVM"]}
+
+    turn = asyncio.Lock()
+    server = await asyncio.start_unix_server(
+        lambda reader, writer: serve_client(answer, turn, reader, writer), socket
+    )
+    async with server, conversation(socket) as client:
+        with pytest.raises(FirecrackerRefused) as refused:
+            await client.tell(SetState(state=VmState.PAUSED))
+    assert refused.value.hint == f"end it: banger vm kill {vm}"

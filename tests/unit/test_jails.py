@@ -585,6 +585,8 @@ class Host:
         self.asked: list[Operation] = []
         self.fails: set[type[Operation]] = set()
         self.launching: asyncio.Event | None = None
+        #: With which it ends at once.
+        self.jailer_says = ""
 
     async def perform(self, operation: Operation) -> Done:
         self.asked.append(operation)
@@ -593,6 +595,11 @@ class Host:
             await asyncio.Event().wait()
         if type(operation) in self.fails:
             raise Unavailable("no helper")
+        if self.jailer_says and isinstance(operation, LaunchJail):
+            os.write(operation.log, self.jailer_says.encode())
+            pidfd, end = os.pipe()
+            os.close(end)  # so that it can be read, as of a process that has ended
+            return Done(pid=1, fd=pidfd)
         return Done(name=self.firecracker if isinstance(operation, CheckJail) else "")
 
     @property
@@ -642,6 +649,27 @@ async def test_a_jail_that_could_not_be_made_is_ended(prisons: Prisons) -> None:
     assert prisons.host.ended == [VM_ID]
     assert not prisons.socket.is_symlink()
     assert list(prisons.marks.iterdir()) == []
+
+
+async def test_what_a_jailer_has_said_is_told_though_it_has_ended_by_then(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends while whoever has started it tells that it runs."""
+
+    async def known(_: FirecrackerHypervisor) -> tuple[str, tuple[int, ...]]:
+        return str(prisons.firecracker), (1, 16, 1)
+
+    monkeypatch.setattr(FirecrackerHypervisor, "_known", known)
+    prisons.host.jailer_says = "Failed to chroot: no room\n"
+    machine = prisons.machine
+    for path in (machine.kernel, machine.initramfs):
+        path.touch()
+    machine.hypervisor_log.write_text("an older start's complaint\n" * 100)
+    with pytest.raises(Unavailable) as failed:
+        await _firecracker(prisons.place).launch(machine, None)
+    assert "; it has ended: Failed to chroot: no room; inspect " in failed.value.message
+    assert str(machine.hypervisor_log) in failed.value.message
+    assert prisons.host.ended == [VM_ID]
 
 
 async def test_a_jail_that_nobody_waits_for_any_more_is_ended(prisons: Prisons) -> None:

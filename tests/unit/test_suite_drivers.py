@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import firecrackers
 import suite
+from banger.drivers.hypervisor.kvm import KvmProbe
 from homes import new_home
 
 
@@ -56,3 +58,61 @@ def test_what_drivers_have_not_is_known(
     monkeypatch.setattr("suite.firecrackers.real", lambda: None)
     hypervisor, storage = drivers.split("+")
     assert suite._REASONS.keys() - suite.Suite(hypervisor, storage).words == left_out
+
+
+@pytest.fixture
+def equipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A machine that has all that the tests with Firecracker need; its directory of parameters."""
+    for name in ("real", "jailer"):
+        monkeypatch.setattr(firecrackers, name, lambda: tmp_path)
+    monkeypatch.setattr(firecrackers, "_probed", lambda: KvmProbe(True, "a vCPU ran"))
+    monkeypatch.setattr("banger.drivers.hypervisor.kvm._obstacle", lambda _: "")
+    monkeypatch.setattr(firecrackers, "DESCRIPTION", tmp_path)
+    nested = tmp_path / "nested"
+    nested.write_text("Y\n")
+    monkeypatch.setattr(firecrackers, "_NESTED", [tmp_path / "other", nested])
+    return tmp_path
+
+
+@pytest.mark.usefixtures("equipped")
+def test_where_firecracker_can_run_nothing_is_said_to_be_missing() -> None:
+    assert firecrackers.lacks() == []
+
+
+@pytest.mark.usefixtures("equipped")
+def test_a_kvm_that_is_not_fit_for_it_here_keeps_no_test_from_a_guest_host(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(firecrackers, "_probed", lambda: KvmProbe(False, "a vCPU hangs"))
+    monkeypatch.setattr(firecrackers, "_NESTED", [])
+    assert firecrackers.lacks() == [
+        "here, not with the real Firecracker: KVM runs no guest here: a vCPU hangs"
+    ]
+
+
+@pytest.mark.usefixtures("equipped")
+def test_programs_that_are_not_there_are_missed_where_they_would_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("real", "jailer"):
+        monkeypatch.setattr(firecrackers, name, lambda: None)
+    places = [(line.partition(",")[0], line.split(": ")[1]) for line in firecrackers.lacks()]
+    assert places == [
+        ("here", "firecracker is not on PATH"),
+        ("on a guest as the host", "firecracker is not on PATH"),
+        ("on a guest as the host", "jailer, of the same release, is not on PATH"),
+    ]
+
+
+def test_what_else_is_not_there_is_told_beforehand(
+    equipped: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (equipped / "nested").write_text("N\n")
+    monkeypatch.setattr(firecrackers, "DESCRIPTION", equipped / "nowhere")
+    monkeypatch.setattr("banger.drivers.hypervisor.kvm._obstacle", lambda _: "there is no KVM")
+    jailed = "on a guest as the host, not with the real Firecracker in jails"
+    assert firecrackers.lacks() == [
+        f"here, not the driver's integration tests: {firecrackers.NO_DESCRIPTION}",
+        "here, not a daemon with the stand-in: there is no KVM",
+        f"{jailed}: {firecrackers.NO_NESTING}",
+    ]

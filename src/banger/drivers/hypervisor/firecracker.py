@@ -190,13 +190,14 @@ class FirecrackerHypervisor:
         self, machine: Machine, network: NetworkAttachment | None, lent: Mapping[str, Lent]
     ) -> AsyncIterator[_Begun]:
         """A process that answers, to be told of its machine in the block. When that fails it is
-        ended, and what its log says is in the error."""
+        ended, and what it has logged and printed is in the error."""
         with closing_tap(network):
             for path in (machine.control_socket, machine.agent_socket):
                 check_socket_path(path)
             await self._known()
+            # Before it is started, which in a jail takes so long that it may have ended by then.
+            logs = (Log(machine.hypervisor_log, anew=True), Log(machine.console_log))
         process = await self._place.start(machine, lent, network)
-        log = Log(machine.hypervisor_log)
         try:
             await _listens(machine.control_socket, process.ended)
             async with conversation(machine.control_socket) as client:
@@ -208,9 +209,11 @@ class FirecrackerHypervisor:
         except BaseException as error:
             # That it ends by itself now says more.
             await asyncio.shield(asyncio.wait({process.ended}, timeout=_LOOK_AGAIN_S))
+            ended = process.ended
+            how = how_it_ended(ended.result()) if ended.done() else "was ended for that"
             await asyncio.shield(self._place.end(machine, process, network))
             if isinstance(error, Unavailable) and not isinstance(error, FirecrackerRefused):
-                raise _with_log(error, process.ended, log) from error
+                raise _with_logs(error, how, logs) from error
             raise
 
     def _interface(self, network: NetworkAttachment | None) -> told.Interface | None:
@@ -412,11 +415,11 @@ async def _answers(client: FirecrackerClient, ended: Ended) -> None:
         await asyncio.wait({ended}, timeout=_LOOK_AGAIN_S)
 
 
-def _with_log(error: Unavailable, ended: Ended, log: Log) -> Unavailable:
-    tail = log.tail()
-    how = how_it_ended(ended.result())
+def _with_logs(error: Unavailable, how: str, logs: Sequence[Log]) -> Unavailable:
+    said = "\n".join(tail for log in logs if (tail := log.tail()))
+    where = " and ".join(str(log.path) for log in logs)
     return Unavailable(
-        f"{error.message}; it {how}{': ' if tail else ''}{tail}; inspect {log.path}",
+        f"{error.message}; it {how}{': ' if said else ''}{said}; inspect {where}",
         hint=error.hint,
     )
 

@@ -15,6 +15,7 @@ import msgspec
 
 from banger.base.errors import Unavailable
 from banger.base.files import socket_name
+from banger.base.jail import is_vm_id
 from banger.drivers.hypervisor.firecracker_faults import error_of
 from banger.drivers.hypervisor.firecracker_requests import ANSWER_TIMEOUT_S, InstanceInfo, Request
 
@@ -82,10 +83,17 @@ class FirecrackerClient:
             fault = msgspec.json.decode(bytes(answer), type=_Fault).fault_message
         except msgspec.MsgspecError:
             fault = f"status {response.status_code}"
-        raise error_of(what, fault)
+        raise error_of(what, fault, _vm_of(self._socket))
 
     def _nonsense(self) -> Unavailable:
         return Unavailable(f"what answers at {self._socket} is not Firecracker")
+
+
+def _vm_of(socket: Path) -> str:
+    """The id of the VM with this socket, which is in a directory of that name; where it is in
+    another, what stands for a name."""
+    name = socket.parent.name
+    return name if is_vm_id(name) else "NAME"
 
 
 @asynccontextmanager

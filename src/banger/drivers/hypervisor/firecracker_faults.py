@@ -18,7 +18,7 @@ class FirecrackerRefused(Unavailable):
 @dataclass(frozen=True)
 class _Known:
     """An error of Firecracker's, by a part of what it says of it (`vmm/src/rpc_interface.rs` and
-    what that names), and what is to be done."""
+    what that names), and what is to be done: in that, ``{vm}`` is the machine's."""
 
     says: str
     error: type[BangerError]
@@ -27,12 +27,36 @@ class _Known:
 
 
 _KVM_HINT = 'see: banger doctor; without KVM: hypervisor = "qemu"'
-_COLD_HINT = "start the VM without its memory: banger vm start --cold"
-_KILL_HINT = "end it: banger vm kill"
+_KERNEL_HINT = "see: banger kernel list"
+_COLD_HINT = "start the VM without its memory: banger vm start --cold {vm}"
+_KILL_HINT = "end it: banger vm kill {vm}"
+_MEMORY_HINT = "change it: banger vm set {vm} --memory SIZE"
+_LOG_HINT = "see vms/{vm}/hypervisor.log where banger keeps its state, and: banger vm logs {vm}"
 
 
-#: The first that fits counts: what is closer to the cause comes before what tells of it.
+#: The first that fits counts: what is closer to the cause comes before what tells of it. Errors of
+#: the system's go by their numbers: the C library names them, and releases have musl's, whose names
+#: are not those of glibc ("Out of memory", "No file descriptors available", "Address in use").
 _KNOWN = (
+    _Known(
+        "(os error 12)",
+        Unavailable,
+        "the host has not enough memory",
+        "stop other VMs, or give it less: banger vm set {vm} --memory SIZE",
+    ),
+    _Known(
+        "(os error 24)",
+        Unavailable,
+        "it may not open more files",
+        "let bangerd have more open (ulimit -n; LimitNOFILE= of its unit), then: banger daemon"
+        " restart",
+    ),
+    _Known(
+        "(os error 98)",
+        Unavailable,
+        "another process has made the socket of its vsock",
+        "see which one listens: ss -xlp; end it, then: banger vm start {vm}",
+    ),
     _Known(
         "not supported after starting the microVM",
         FirecrackerRefused,
@@ -51,7 +75,7 @@ _KNOWN = (
         "snapshot not allowed after configuring",
         FirecrackerRefused,
         "a state cannot be loaded into a machine that was configured",
-        "",
+        _COLD_HINT,
     ),
     _Known(
         "Invalid data version", FirecrackerRefused, "the state is another release's", _COLD_HINT
@@ -63,10 +87,22 @@ _KNOWN = (
         "The kernel file cannot be opened",
         PreconditionFailed,
         "it cannot open the kernel",
-        "see: banger kernel list",
+        _KERNEL_HINT,
     ),
     _Known(
-        "The initrd file cannot be opened", PreconditionFailed, "it cannot open the initramfs", ""
+        "without kernel configuration", FirecrackerRefused, "it has got no kernel", _KERNEL_HINT
+    ),
+    _Known(
+        "The initrd file cannot be opened",
+        PreconditionFailed,
+        "it cannot open the initramfs",
+        "see that the file is there, and whose it is",
+    ),
+    _Known(
+        "Error with initrd initialization",
+        PreconditionFailed,
+        "it cannot load the initramfs, for which its memory may be too small",
+        _MEMORY_HINT,
     ),
     _Known(
         "the virtio block device",
@@ -84,7 +120,7 @@ _KNOWN = (
         "Amount of pages requested is too large",
         PreconditionFailed,
         "the machine cannot have this balloon",
-        "",
+        _MEMORY_HINT,
     ),
     _Known("Permission denied", PermissionDenied, "it may not open a file", "see whose it is"),
     _Known(
@@ -103,23 +139,26 @@ _KNOWN = (
         "The memory size (MiB) is",
         PreconditionFailed,
         "the machine cannot have that much memory",
-        "change it: banger vm set --memory",
+        _MEMORY_HINT,
     ),
     _Known(
         "The number of vCPUs must be",
         PreconditionFailed,
         "the machine cannot have that many vCPUs: from 1 to 32",
-        "change it: banger vm set --vcpu",
+        "change it: banger vm set {vm} --vcpu COUNT",
     ),
 )
 
 
-def error_of(what: str, fault: str) -> BangerError:
-    """The error for a request (`what`: its method and path) that was answered with this fault."""
+def error_of(what: str, fault: str, vm: str) -> BangerError:
+    """The error for a request (`what`: its method and path) that was answered with this fault;
+    `vm` is what commands know the machine by."""
     for known in _KNOWN:
         if known.says in fault:
             message = f"Firecracker refuses {what}: {known.meaning}: {fault}"
+            hint = known.hint.format(vm=vm)
             if known.error is FirecrackerRefused:
-                return FirecrackerRefused(message, hint=known.hint, fault=fault)
-            return known.error(message, hint=known.hint)
-    return FirecrackerRefused(f"Firecracker refuses {what}: {fault}", fault=fault)
+                return FirecrackerRefused(message, hint=hint, fault=fault)
+            return known.error(message, hint=hint)
+    message = f"Firecracker refuses {what}: {fault}"
+    return FirecrackerRefused(message, hint=_LOG_HINT.format(vm=vm), fault=fault)

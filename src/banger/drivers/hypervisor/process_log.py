@@ -9,19 +9,22 @@ _TAIL_BYTES = 2000
 
 
 class Log:
-    """What is added from now on."""
+    """What is added from now on; all of a file that the process gets `anew`, whatever is there."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, anew: bool = False) -> None:
         self.path = path
-        self._start = path.stat().st_size if path.exists() else 0
+        self._start = path.stat().st_size if path.exists() and not anew else 0
 
     def tail(self) -> str:
-        """The end of it; empty when there is nothing."""
+        """The end of it, as text that is safe to print; empty when there is nothing."""
         if not self.path.exists():
             return ""
         with self.path.open("rb") as file:
             file.seek(max(self._start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            return file.read().decode(errors="replace").strip()
+            lines = file.read().decode(errors="replace").splitlines()
+        # Some are consoles, too, which guests write: nothing of theirs commands a terminal.
+        safe = ("".join(c if c.isprintable() else "?" for c in line.rstrip()) for line in lines)
+        return "\n".join(safe).strip()
 
 
 def how_it_ended(status: int | None) -> str:
