@@ -53,6 +53,12 @@ class Description:
         except jsonschema.ValidationError as error:
             raise Undescribed(f"{error.json_path}: {error.message}") from error
 
+    def take(self, definition: str, field: str, least: int, most: int) -> None:
+        """Have a number described as from `least` to `most`, where more is understood than the
+        description says will be done."""
+        described = self._api["definitions"][definition]["properties"][field]
+        described |= {"minimum": least, "maximum": most}
+
     def check_answer(self, method: str, path: str, status: int, body: object | None) -> None:
         """Raise Undescribed for an answer that is not as the description says."""
         responses = self._operation(method, path)["responses"]

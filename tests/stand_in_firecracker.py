@@ -35,6 +35,13 @@ VERSION = "1.16.1"
 _NOT_BEFORE = "The requested operation is not supported before starting the microVM."
 _NOT_AFTER = "The requested operation is not supported after starting the microVM."
 
+_VCPU_MAX = 32
+
+#: Where the last region of memory begins, two gaps below it left out (src/vmm/src/arch/x86_64), and
+#: what KVM takes in one: 2³¹ - 1 pages.
+_LAST_REGION_MIB = 255 << 10
+_REGION_MAX_KIB = (8 << 30) - 4
+
 
 class Refused(Exception):
     """Answered with 400 and this fault message."""
@@ -56,6 +63,8 @@ class Api:
         self._id = instance_id
         self._name = f"stand-in-{instance_id}"
         self._description = description
+        # Any byte is parsed; that it is too many is said of the machine.
+        self._description.take("MachineConfiguration", "vcpu_count", 0, 255)
         self._resources = Resources()
         self._taps: dict[str, int] = {}
         self._machine: StandInMachine | None = None
@@ -140,6 +149,11 @@ class Api:
 
     async def machine_config(self, body: dict[str, Any]) -> None:
         self._configured = True
+        if not 1 <= body["vcpu_count"] <= _VCPU_MAX:
+            raise Refused(
+                "Machine config error: The number of vCPUs must be greater than 0, less than"
+                f" {_VCPU_MAX} and must be 1 or an even number if SMT is enabled."
+            )
         if not body["mem_size_mib"]:
             raise Refused(
                 "Machine config error: The memory size (MiB) is either 0, or not a multiple of the"
@@ -223,6 +237,12 @@ class Api:
             raise Refused(_NOT_BEFORE)
         if not self._resources.boot_source:
             raise Refused("Start microvm error: Cannot start microvm without kernel configuration.")
+        memory_mib = int(self._resources.machine_config["mem_size_mib"])
+        if (memory_mib - _LAST_REGION_MIB) << 10 > _REGION_MAX_KIB:
+            raise Refused(
+                "Start microvm error: Error with the KvmVm object: Cannot set the memory regions:"
+                " Invalid argument (os error 22)"
+            )
         machine = StandInMachine(self._name, self._resources, self._taps)
         await machine.start()
         self._runs(machine)

@@ -21,6 +21,7 @@ import firecrackers
 import suite
 from banger.base import proc
 from banger.base.errors import BangerError, PreconditionFailed, Unavailable
+from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_api import FirecrackerClient, conversation
 from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused
 from banger.drivers.hypervisor.firecracker_metrics import Meter
@@ -293,9 +294,9 @@ async def test_files_that_are_missing_are_told_of_at_once(peer: Peer) -> None:
 
 
 async def test_what_is_not_as_described_is_refused(peer: Peer) -> None:
-    vcpus = await peer.refusal(MachineConfig(vcpu_count=1, mem_size_mib=0))
-    assert isinstance(vcpus, PreconditionFailed)
-    assert "cannot have that much memory" in vcpus.message
+    memory = await peer.refusal(MachineConfig(vcpu_count=1, mem_size_mib=0))
+    assert isinstance(memory, PreconditionFailed)
+    assert "cannot have that much memory" in memory.message
     dashed = await peer.refusal(
         Drive(
             drive_id="a-b",
@@ -316,6 +317,16 @@ async def test_what_is_not_as_described_is_refused(peer: Peer) -> None:
         )
     )
     assert "deserializing the json body" in cache.message
+
+
+async def test_a_machine_has_no_more_vcpus_than_firecracker_takes(peer: Peer) -> None:
+    most = FirecrackerHypervisor.features.vcpu_max
+    await peer.client.tell(MachineConfig(vcpu_count=most, mem_size_mib=64))
+    vcpus = await peer.refusal(MachineConfig(vcpu_count=most + 1, mem_size_mib=64))
+    assert isinstance(vcpus, PreconditionFailed)
+    assert "cannot have that many vCPUs: from 1 to 32" in vcpus.message
+    fault = "Machine config error: The number of vCPUs must be greater than 0, less than 32 and"
+    assert fault in vcpus.message
 
 
 async def test_it_counts_into_one_file_for_good(peer: Peer) -> None:
@@ -375,6 +386,18 @@ async def test_a_state_that_is_none_ends_the_process(peer: Peer, content: bytes 
     assert isinstance(error, FirecrackerRefused)
     assert "banger vm start --cold" in error.hint
     assert await asyncio.wait_for(asyncio.shield(peer.ended), 10) != 0
+
+
+async def test_a_machine_with_more_memory_than_kvm_takes_does_not_start(peer: Peer) -> None:
+    if peer.kind == "real" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        pytest.skip("the real one needs /dev/kvm to come to its memory")
+    await peer.client.tell(peer.boot_source())
+    await peer.client.tell(MachineConfig(vcpu_count=1, mem_size_mib=10 << 20))
+    error = await peer.refusal(START)
+    assert isinstance(error, PreconditionFailed)
+    assert "does not give the machine that much memory" in error.message
+    assert "Cannot set the memory regions: Invalid argument (os error 22)" in error.message
+    assert (await peer.client.instance()).state is InstanceState.NOT_STARTED
 
 
 # What follows needs a machine that runs. The real one needs KVM for it; not one that gets anywhere,

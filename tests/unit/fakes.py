@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from ipaddress import IPv4Network
@@ -297,7 +298,9 @@ class Hypervisor:
     """Machines are entries of `Processes`; ``machine SOCKET`` is their command line."""
 
     name = "fake"
-    features = HypervisorFeatures(disk_formats=frozenset({DiskFormat.QCOW2}), links=frozenset(Link))
+    features = HypervisorFeatures(
+        disk_formats=frozenset({DiskFormat.QCOW2}), links=frozenset(Link), vcpu_max=64
+    )
 
     def __init__(self, processes: Processes, agent: Agent) -> None:
         self.processes = processes
@@ -331,6 +334,10 @@ class Hypervisor:
         #: What captures have left unfinished was removed of these.
         self.discarded: list[Path] = []
         self.traffics: dict[Path, Traffic] = {}
+
+    def limit_vcpus(self, most: int) -> None:
+        """Be one whose machines have no more."""
+        self.features = dataclasses.replace(self.features, vcpu_max=most)
 
     async def checks(self) -> list[Check]:
         return self.found

@@ -434,6 +434,36 @@ async def test_what_is_not_possible_is_refused(
     assert await recorded(world) == vm
 
 
+async def test_more_vcpus_than_the_hypervisor_takes_are_refused(world: World) -> None:
+    vm = await stopped(world, vcpu_count=40)
+    world.hypervisor.limit_vcpus(32)
+    with pytest.raises(BadRequest) as caught:
+        await world.change("box", vcpu_count=33)
+    assert caught.value.message == "33 vCPUs are not possible with fake (1 to 32)"
+    assert caught.value.hint == "give it fewer"
+    assert await recorded(world) == vm
+    # What it had before is no reason to refuse another change.
+    assert (await world.change("box", memory_mib=512)).spec.vcpu_count == 40
+    assert (await world.change("box", vcpu_count=32)).spec.vcpu_count == 32
+
+
+@pytest.mark.parametrize("verb", [World.start, World.restart])
+async def test_a_vm_with_more_vcpus_than_the_hypervisor_takes_does_not_start(
+    world: World, verb: Callable[[World, str], Awaitable[Vm]]
+) -> None:
+    vm = await stopped(world, vcpu_count=40)
+    world.hypervisor.limit_vcpus(32)
+    world.hypervisor.found = [failed_check("kvm", "have KVM")]
+    with pytest.raises(PreconditionFailed) as caught:
+        await verb(world, "box")
+    for part in ("kvm is missing", "vCPUs: 40 vCPUs are not possible with fake (1 to 32)"):
+        assert part in caught.value.message
+    for part in ("have KVM", "give it fewer: banger vm set box --vcpu 32"):
+        assert part in caught.value.hint
+    assert await recorded(world) == vm
+    await assert_settled(world)
+
+
 async def test_a_disk_that_cannot_grow_leaves_the_record_as_it_was(world: World) -> None:
     vm = await stopped(world)
     world.storage.grow_gate.fail = failing("no room")

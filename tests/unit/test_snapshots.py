@@ -251,6 +251,18 @@ async def test_without_its_memory_a_snapshot_is_just_disks(world: World) -> None
     assert _COPIED_TAG in world.agent.setups[-1]
 
 
+async def test_a_copy_with_more_vcpus_than_the_hypervisor_takes_is_refused(world: World) -> None:
+    await world.create(vcpu_count=40)
+    await snapshot(world)
+    await world.delete("box", force=True)
+    world.hypervisor.limit_vcpus(32)
+    done = await create(world)
+    assert done.error is not None
+    assert done.error.message == "40 vCPUs are not possible with fake (1 to 32)"
+    assert await world.vms.all() == []
+    assert (await copy(world, cold=True, vcpu_count=32)).spec.vcpu_count == 32
+
+
 async def test_a_larger_disk_is_grown_in_the_copy(world: World) -> None:
     size_mib = (await world.create()).spec.disk_size_mib
     await snapshot(world)

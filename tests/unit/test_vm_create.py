@@ -127,6 +127,33 @@ async def test_an_impossible_request_leaves_nothing(world: World, request_: Crea
     await world.assert_nothing_left()
 
 
+async def test_more_vcpus_than_the_hypervisor_takes_are_refused_before_anything_else(
+    world: World,
+) -> None:
+    """An image that is missing might be built for it."""
+    world.hypervisor.limit_vcpus(32)
+    request = CreateRequest(image="none", vcpu_count=33)
+    error = failure(await create(world, request))
+    assert isinstance(error, BadRequest)
+    assert error.message == "33 vCPUs are not possible with fake (1 to 32)"
+    assert error.hint == "give it fewer, by --vcpu or vm_defaults.vcpu"
+    with pytest.raises(BadRequest, match="33 vCPUs are not possible with fake"):
+        world.creator.check(request)
+    await world.assert_nothing_left()
+    assert (await world.create(vcpu_count=32)).spec.vcpu_count == 32
+
+
+async def test_vcpus_of_new_vms_that_the_hypervisor_does_not_take_are_told_of(
+    world: World,
+) -> None:
+    world.hypervisor.limit_vcpus(1)
+    error = failure(await create(world))
+    assert isinstance(error, BadRequest)
+    assert "vm_defaults.vcpu" in error.hint
+    # What a snapshot has is not looked at yet.
+    world.creator.check(CreateRequest(name="copy", from_snapshot="snap"))
+
+
 async def test_an_unknown_image_is_not_found(world: World) -> None:
     error = failure(await create(world, CreateRequest(image="none")))
     assert isinstance(error, NotFound)

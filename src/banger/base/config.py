@@ -110,6 +110,7 @@ def _duration(least_s: float) -> Callable[[object], float]:
     return parse
 
 
+#: Of any VM: a hypervisor may have less for its machines.
 VCPU_MAX = 64
 
 _LOG_LEVEL_VARIABLE = "BANGER_LOG_LEVEL"

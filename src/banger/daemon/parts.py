@@ -230,6 +230,7 @@ class Parts:
         self.creator = VmCreator(
             paths=self.paths,
             config=self.config,
+            hypervisor=self.drivers.hypervisor,
             store=self.store,
             images=self.images,
             kernels=self.kernels,

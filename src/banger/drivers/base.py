@@ -169,6 +169,8 @@ class HypervisorFeatures:
     disk_formats: frozenset[DiskFormat]
     #: What a machine's interface can be joined to.
     links: frozenset[Link]
+    #: The most that a machine can have.
+    vcpu_max: int
     #: Where the guest's agent listens: `Machine.agent_socket` is then one of `guest.vsock`. 0: the
     #: socket leads to the agent itself.
     agent_vsock_port: int = 0

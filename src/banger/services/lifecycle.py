@@ -27,6 +27,7 @@ from banger.services.liveness import Liveness
 from banger.services.operations import Stages
 from banger.services.suspension import Suspension
 from banger.services.vm import VmService
+from banger.services.vm_spec import check_vcpus
 from banger.services.vm_start import BOOT_TIMEOUT_S, GuestLost, VmStarter
 
 #: The agent gives processes 2 s after TERM and unmounts; systemd stops its services.
@@ -283,6 +284,9 @@ class Lifecycle:
             after = changed(before)
             if after == before:
                 return before
+            # One that another hypervisor had may have more: all else of it can be changed.
+            if after.spec.vcpu_count != before.spec.vcpu_count:
+                check_vcpus(after.spec, self._hypervisor, "give it fewer")
             if not hot and self._liveness.vm_alive(before):
                 raise Conflict(
                     f'vm "{before.name}" is running', hint=f"first: banger vm stop {before.name}"

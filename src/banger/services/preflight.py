@@ -45,6 +45,21 @@ def link_checks(hypervisor: Hypervisor, networks: Networks, vm: Vm) -> list[Chec
     return [Check("network", Level.FAIL, detail, hint)]
 
 
+def vcpu_checks(hypervisor: Hypervisor, vm: Vm) -> list[Check]:
+    """What keeps the VM's machine from having its vCPUs, if anything does."""
+    detail = vcpu_problem(hypervisor, vm.spec.vcpu_count)
+    hint = f"give it fewer: banger vm set {vm.name} --vcpu {hypervisor.features.vcpu_max}"
+    return [Check("vCPUs", Level.FAIL, detail, hint)] if detail else []
+
+
+def vcpu_problem(hypervisor: Hypervisor, vcpu_count: int) -> str:
+    """What is wrong with so many vCPUs, empty for nothing."""
+    most = hypervisor.features.vcpu_max
+    if vcpu_count <= most:
+        return ""
+    return f"{vcpu_count} vCPUs are not possible with {hypervisor.name} (1 to {most})"
+
+
 def agent_checks(hypervisor: Hypervisor, kernel: Kernel) -> list[Check]:
     """What keeps the guest's agent from being reached, if anything does."""
     if not hypervisor.features.agent_vsock_port or _has_vsock(kernel):

@@ -27,6 +27,7 @@ from banger.base.model import (
     now,
 )
 from banger.base.paths import Paths, check_socket_path
+from banger.drivers.base import Hypervisor
 from banger.services.capabilities import Start
 from banger.services.image import ImageService
 from banger.services.kernel import KernelService
@@ -37,7 +38,7 @@ from banger.services.names import generate_name
 from banger.services.operations import Progress
 from banger.services.snapshots import SnapshotService
 from banger.services.vm import VmService
-from banger.services.vm_spec import CreateRequest
+from banger.services.vm_spec import CreateRequest, check_vcpus
 from banger.services.vm_start import GuestLost, VmStarter
 from banger.store.store import Store
 
@@ -48,6 +49,7 @@ class VmCreator:
         *,
         paths: Paths,
         config: Config,
+        hypervisor: Hypervisor,
         store: Store,
         images: ImageService,
         kernels: KernelService,
@@ -58,6 +60,7 @@ class VmCreator:
     ) -> None:
         self._paths = paths
         self._config = config
+        self._hypervisor = hypervisor
         self._store = store
         self._images = images
         self._kernels = kernels
@@ -68,7 +71,9 @@ class VmCreator:
 
     def check(self, request: CreateRequest) -> None:
         """Raise BadRequest for what can be seen to be wrong without looking further."""
-        request.check(self._config, self._default_network)
+        spec = request.check(self._config, self._default_network)
+        if not request.from_snapshot:  # that says what the request does not
+            self._check_vcpus(spec)
 
     async def work(self, request: CreateRequest, progress: Progress) -> None:
         """`create` as the work of an operation, which has the VM as its result."""
@@ -87,7 +92,7 @@ class VmCreator:
                 return await self.copy(
                     request, snapshot, progress, copied_from=f"snapshot {snapshot.name}"
                 )
-        spec = request.check(self._config, self._default_network)
+        spec = self._check_vcpus(request.check(self._config, self._default_network))
         image = await self._images.ensure(
             request.image or self._config.default_image_name, progress
         )
@@ -98,13 +103,18 @@ class VmCreator:
     ) -> Vm:
         """`create` of a VM that begins as a snapshot, which the caller keeps from going."""
         request.check(self._config, self._default_network)
-        spec = request.check_copy(snapshot)
+        spec = self._check_vcpus(request.check_copy(snapshot))
         image = await self._store.get_image(snapshot.image_id)
         if image is None:
             raise PreconditionFailed(
                 f'image "{snapshot.image_name}" of snapshot "{snapshot.name}" is gone'
             )
         return await self._over(image, request, spec, progress, snapshot, copied_from)
+
+    def _check_vcpus(self, spec: VmSpec) -> VmSpec:
+        """`spec`, when the hypervisor can have it. BadRequest otherwise."""
+        hint = "give it fewer, by --vcpu or vm_defaults.vcpu"
+        return check_vcpus(spec, self._hypervisor, hint)
 
     async def _over(
         self,

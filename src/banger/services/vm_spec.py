@@ -22,6 +22,8 @@ from banger.base.model import (
 from banger.base.ports import check_ports
 from banger.base.reach import check_reach
 from banger.base.units import SIZE_MAX_MIB
+from banger.drivers.base import Hypervisor
+from banger.services.preflight import vcpu_problem
 from banger.services.vm_start import BOOT_TIMEOUT_S, check_boot_timeout
 
 T = TypeVar("T")
@@ -200,6 +202,13 @@ def check_spec(spec: VmSpec) -> VmSpec:
             hint="with --egress all it may have none",
         )
     return msgspec.structs.replace(spec, published_ports=check_ports(spec.published_ports))
+
+
+def check_vcpus(spec: VmSpec, hypervisor: Hypervisor, hint: str) -> VmSpec:
+    """`spec`, when machines of this hypervisor can have so many vCPUs; BadRequest otherwise."""
+    if problem := vcpu_problem(hypervisor, spec.vcpu_count):
+        raise BadRequest(problem, hint=hint)
+    return spec
 
 
 def _given(value: T | None, default: T) -> T:

@@ -46,7 +46,7 @@ from banger.services.kernel import KernelService
 from banger.services.liveness import Liveness
 from banger.services.machine import machine_of
 from banger.services.operations import Stages
-from banger.services.preflight import agent_checks, link_checks, require
+from banger.services.preflight import agent_checks, link_checks, require, vcpu_checks
 from banger.services.standby import Standby, Standbys
 from banger.services.templates import TemplateService
 from banger.services.vm import VmService
@@ -140,6 +140,7 @@ class VmStarter:
             [
                 *await self._drivers.hypervisor.checks(),
                 *link_checks(self._drivers.hypervisor, self._drivers.networks, vm),
+                *vcpu_checks(self._drivers.hypervisor, vm),
                 *agent_checks(self._drivers.hypervisor, kernel),
                 *await self._capabilities.prereqs(start),
             ]

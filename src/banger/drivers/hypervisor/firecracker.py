@@ -44,6 +44,7 @@ from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused
 from banger.drivers.hypervisor.firecracker_metrics import Meter
 from banger.drivers.hypervisor.firecracker_place import Ended, Lent, Place, closing_tap, disks_of
 from banger.drivers.hypervisor.firecracker_requests import (
+    VCPU_MAX,
     Action,
     ActionType,
     DriveUpdate,
@@ -81,6 +82,7 @@ class FirecrackerHypervisor:
     features = HypervisorFeatures(
         disk_formats=frozenset({DiskFormat.RAW}),
         links=frozenset({Link.TAP}),
+        vcpu_max=VCPU_MAX,
         agent_vsock_port=vsock.AGENT_PORT,
         # After a bare pause and resume 1.16.1 delivers nothing to the guest's vsock until that has
         # told of an event (`Vsock::kick`); mended upstream since.

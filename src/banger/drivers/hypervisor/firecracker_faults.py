@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from banger.base.errors import BangerError, PermissionDenied, PreconditionFailed, Unavailable
+from banger.drivers.hypervisor.firecracker_requests import VCPU_MAX
 
 
 class FirecrackerRefused(Unavailable):
@@ -144,8 +145,14 @@ _KNOWN = (
     _Known(
         "The number of vCPUs must be",
         PreconditionFailed,
-        "the machine cannot have that many vCPUs: from 1 to 32",
-        "change it: banger vm set {vm} --vcpu COUNT",
+        f"the machine cannot have that many vCPUs: from 1 to {VCPU_MAX}",
+        "give it fewer, by --vcpu",
+    ),
+    _Known(
+        "Cannot set the memory regions",
+        PreconditionFailed,
+        "KVM does not give the machine that much memory",
+        "give it less, by --memory",
     ),
 )
 

@@ -41,6 +41,10 @@ class BootSource(Request, frozen=True, kw_only=True, omit_defaults=True):
     boot_args: str
 
 
+#: ``MAX_SUPPORTED_VCPUS`` (`vmm/src/vmm_config/machine_config.rs`).
+VCPU_MAX = 32
+
+
 class MachineConfig(Request, frozen=True, kw_only=True, omit_defaults=True):
     route: ClassVar[str] = "/machine-config"
     vcpu_count: int

@@ -22,6 +22,7 @@ from qemu.qmp import ExecInterruptedError, QMPClient, Runstate
 
 from banger.base import proc
 from banger.base.cancellation import to_its_end
+from banger.base.config import VCPU_MAX
 from banger.base.errors import OperationTimeout, Unavailable
 from banger.base.paths import check_socket_path
 from banger.base.procfs import Process
@@ -83,7 +84,9 @@ class QemuHypervisor:
 
     name = "qemu"
     features = HypervisorFeatures(
-        disk_formats=frozenset({DiskFormat.RAW, DiskFormat.QCOW2}), links=frozenset(Link)
+        disk_formats=frozenset({DiskFormat.RAW, DiskFormat.QCOW2}),
+        links=frozenset(Link),
+        vcpu_max=VCPU_MAX,
     )
 
     def __init__(self, accelerator: str, probe_cache: Path) -> None:
