@@ -26,6 +26,7 @@ from typing import TypeVar
 import msgspec
 
 from banger.base import proc, procfs
+from banger.base.cancellation import to_its_end
 from banger.base.errors import Conflict, PreconditionFailed
 from banger.base.model import DiskDevices
 from banger.drivers.base import Check, DiskFormat, Level, Room
@@ -211,7 +212,8 @@ class DmSnapshotStorage:
         record(made)
         # Of an earlier run: a file that is written to must not be cut.
         await self._unmap(vm_id)
-        await asyncio.to_thread(self._give_room, base, disk)
+        # Not to go on beside whoever cuts the file after a cancellation.
+        await to_its_end(asyncio.to_thread(self._give_room, base, disk))
         name = await self._map(vm_id, base, disk)
         under, over = await asyncio.to_thread(lambda: _loops_of(_mapping_of(vm_id)))
         record(msgspec.structs.replace(made, base_loop=under, changes_loop=over, mapping=name))
