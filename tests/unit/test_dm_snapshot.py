@@ -496,7 +496,7 @@ async def test_what_is_missing_is_told(world: World, monkeypatch: pytest.MonkeyP
     assert (check.level, check.detail, check.hint) == (
         Level.FAIL,
         "there is no helper",
-        "install one",
+        'install one; or do without: storage = "auto"',
     )
     monkeypatch.setattr(world.host, "problem", "")
     monkeypatch.setenv("PATH", "")

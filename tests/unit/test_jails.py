@@ -459,8 +459,12 @@ def test_a_jailed_machine_cannot_pose_as_another(
 
 
 async def test_without_a_helper_no_machine_is_jailed_and_it_is_said_why() -> None:
-    with pytest.raises(PreconditionFailed, match="no helper"):
+    with pytest.raises(PreconditionFailed, match="no helper") as refused:
         await _jailed().program()
+    assert "sudo banger system install" in refused.value.hint
+    assert "jailer_enabled = false" in refused.value.hint
+    assert 'hypervisor = "qemu"' in refused.value.hint
+    assert "--network user" not in refused.value.hint  # it cannot have that
 
 
 def test_what_a_jail_has_made_is_taken_out_of_its_reach(tmp_path: Path) -> None:

@@ -51,6 +51,7 @@ T = TypeVar("T")
 _MIB = 1 << 20
 _SUFFIX = ".cow"
 _MAPPED = Path("/dev/mapper")
+_WITHOUT = 'or do without: storage = "auto"'
 
 #: Allocated beyond what is used: a part of what is free, within these. It is looked after four
 #: times a second: a machine that writes a gigabyte a second finds room where there is plenty, one
@@ -121,7 +122,7 @@ class DmSnapshotStorage:
         """Who does what needs root, device-mapper and loop devices in the kernel, dmsetup."""
         name = f"storage {self.name}"
         if self._host.problem:
-            return [Check(name, Level.FAIL, self._host.problem, self._host.hint)]
+            return [Check(name, Level.FAIL, self._host.problem, f"{self._host.hint}; {_WITHOUT}")]
         if proc.which(DMSETUP) is None:
             error = proc.missing_tool(DMSETUP)
             return [Check(name, Level.FAIL, error.message, error.hint)]
