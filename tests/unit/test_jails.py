@@ -374,6 +374,56 @@ def test_without_control_groups_there_is_no_jail(
         jails._groups()
 
 
+@pytest.mark.parametrize(
+    ("release", "good"),
+    [
+        ("5.13.19", False),
+        ("4.18.0-553.el8_10.x86_64", False),
+        ("5.4", False),
+        ("5.14.0-427.el9.x86_64", True),
+        ("5.15.0-105-generic", True),
+        ("6.1.0-18-cloud-amd64", True),
+        ("10.0", True),
+        ("of tomorrow", True),
+    ],
+)
+def test_kernels_that_cannot_kill_control_groups_are_told_by_their_release(
+    release: str, good: bool
+) -> None:
+    assert (jails.kernel_problem(release) == "") == good
+    assert good or f"Linux {release} " in jails.kernel_problem(release)
+
+
+async def test_all_that_jails_lack_is_told_in_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _groups(tmp_path, "cpu pids")
+    monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
+    monkeypatch.setattr(jails, "kernel_problem", lambda _: "the kernel is old")
+    made = jails.Jails(7, str(tmp_path / "firecracker"), str(tmp_path / "jailer"))
+    with pytest.raises(PreconditionFailed) as refused:
+        await made.check()
+    for lacking in ("firecracker is not", "jailer is not", "kernel is old", "limited by: memory"):
+        assert lacking in refused.value.message
+    hints = (
+        "into /usr/local/bin",
+        "boot Linux 5.14",
+        "boot with systemd.",
+        "jailer_enabled = false",
+    )
+    assert [refused.value.hint.count(hint) for hint in hints] == [1, 1, 1, 1]
+
+    async def found() -> jails._Programs:
+        return jails._Programs("/firecracker", "/jailer")
+
+    monkeypatch.setattr(made, "_found", found)
+    with pytest.raises(PreconditionFailed, match="the kernel is old; control groups"):
+        await made.check()
+    _groups(tmp_path, "cpu memory pids")
+    monkeypatch.setattr(jails, "kernel_problem", lambda _: "")
+    assert await made.check() == "/firecracker"
+
+
 def test_root_runs_no_firecracker_that_others_can_change(tmp_path: Path) -> None:
     program = tmp_path / "firecracker"  # below /tmp, whoever owns it
     program.write_text("#!/bin/sh\n")
