@@ -42,6 +42,8 @@ _WITHOUT = (
 class Jailed:
     """Implements `Place` with a jail."""
 
+    has_own_devices = True
+
     def __init__(self, host: HostOps, runtime_dirs: Sequence[Path], jails_dir: Path) -> None:
         """`host` makes jails. The sockets of a machine are in a directory with its id, in one of
         `runtime_dirs`, which may go while it runs. `jails_dir`, which stays, says which jails are
