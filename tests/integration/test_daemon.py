@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -63,6 +64,11 @@ def test_its_status_and_its_end(bare_home: Home) -> None:
     banger.ok("daemon", "start")
     status = banger.json("daemon", "status")
     assert (status["running"], status["vms"], status["socket"]) == (True, 0, str(bare_home.socket))
+    why = f"{status['hypervisor']} ({status['hypervisor_reason']})"
+    (told,) = (line for line in bare_home.log.splitlines() if '"drivers chosen"' in line)
+    assert json.loads(told)["hypervisor"] == why
+    assert status["storage_reason"]
+    assert status["network_reason"]
     pid = bare_home.daemon_pid()
     banger.ok("daemon", "restart")
     assert bare_home.daemon_pid() != pid

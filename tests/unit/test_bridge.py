@@ -227,7 +227,7 @@ async def test_without_privileges_it_says_what_to_do() -> None:
     network = BridgeNetwork(HelperHost(Path("/nowhere")), BRIDGE, Addresses({}), pool_size=0)
     (check,) = await network.checks()
     assert check.level is Level.FAIL
-    assert "system install" in check.hint
+    assert "system install; or do without: --network user" in check.hint
     await network.resume([])
     with pytest.raises(BangerError, match="needs root"):
         await network.attach(plug("one", 10))

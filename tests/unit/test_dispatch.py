@@ -37,6 +37,7 @@ from test_requests import fields_of
 from world import World, ended, made_world
 
 _TIMEOUT_S = 20.0
+DRIVERS = ("hypervisor", "storage", "network")
 
 
 class Daemon:
@@ -83,6 +84,7 @@ class Daemon:
                         [],
                         NameRouting(HelperHost(Path("/nowhere")), names),
                     ),
+                    reasons={each: f"why this {each}" for each in DRIVERS},
                     stop=self.stopping.set,
                 )
             ),
@@ -166,8 +168,9 @@ async def test_the_status_tells_what_is_served(daemon: Daemon) -> None:
     await daemon.world.stop("other")
     status = await daemon.call("daemon.status")
     assert (status["version"], status["vms"], status["running_vms"]) == (__version__, 2, 1)
-    drivers = (status["hypervisor"], status["storage"], status["network"])
-    assert drivers == ("fake", "fake", "user")
+    assert [status[each] for each in DRIVERS] == ["fake", "fake", "user"]
+    reasons = [status[f"{each}_reason"] for each in DRIVERS]
+    assert reasons == [f"why this {each}" for each in DRIVERS]
 
 
 async def test_stopping_is_answered_and_then_done(daemon: Daemon) -> None:

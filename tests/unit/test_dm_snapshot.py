@@ -288,6 +288,34 @@ async def test_without_room_it_does_not_begin(world: World, free: Callable[[int]
     assert (world.host.loops, disk.stat().st_size) == ({}, 0)
 
 
+async def test_who_is_cancelled_while_room_is_made_leaves_nobody_making_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else what is allocated after the clean-up has cut the file would stay."""
+    disk, begun, go_on = await world.disk(), threading.Event(), threading.Event()
+    allocate = cow_file.allocate
+
+    def slowly(path: Path, size_bytes: int) -> None:
+        begun.set()
+        go_on.wait()
+        allocate(path, size_bytes)
+
+    monkeypatch.setattr(cow_file, "allocate", slowly)
+    opening = asyncio.create_task(world.storage.open(ID, world.base, disk, lambda _: None))
+    try:
+        await asyncio.to_thread(begun.wait)
+        opening.cancel()
+        await asyncio.wait({opening}, timeout=0.05)
+        assert not opening.done()
+    finally:
+        go_on.set()
+    with pytest.raises(asyncio.CancelledError):
+        await opening
+    assert disk.stat().st_size > 0
+    await world.storage.close(ID, disk)
+    assert (world.host.mapped, disk.stat().st_size) == ({}, 0)
+
+
 async def test_room_is_made_before_it_is_needed_and_told_when_there_is_none(
     world: World, free: Callable[[int], None]
 ) -> None:
@@ -468,7 +496,7 @@ async def test_what_is_missing_is_told(world: World, monkeypatch: pytest.MonkeyP
     assert (check.level, check.detail, check.hint) == (
         Level.FAIL,
         "there is no helper",
-        "install one",
+        'install one; or do without: storage = "auto"',
     )
     monkeypatch.setattr(world.host, "problem", "")
     monkeypatch.setenv("PATH", "")

@@ -228,6 +228,10 @@ FAULTS = {
         "Machine config error: The number of vCPUs must be greater than 0, less than 32 and must be"
         " 1 or an even number if SMT is enabled."
     ),
+    "Cannot set the memory regions": (
+        f"{_START}Error with the KvmVm object: Cannot set the memory regions: Invalid argument (os"
+        " error 22)"
+    ),
 }
 
 

@@ -26,7 +26,7 @@ from banger.base.errors import (
 from banger.base.files import remove_hostile_tree, write_atomically
 from banger.base.jail import UID_FIRST, UID_LAST, is_vm_id, jail_uid
 from banger.base.procfs import UNKNOWN, Process
-from banger.drivers.base import Level, Machine
+from banger.drivers.base import Check, Level, Machine
 from banger.drivers.hypervisor import firecracker_jail
 from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_jail import Jailed
@@ -374,6 +374,56 @@ def test_without_control_groups_there_is_no_jail(
         jails._groups()
 
 
+@pytest.mark.parametrize(
+    ("release", "good"),
+    [
+        ("5.13.19", False),
+        ("4.18.0-553.el8_10.x86_64", False),
+        ("5.4", False),
+        ("5.14.0-427.el9.x86_64", True),
+        ("5.15.0-105-generic", True),
+        ("6.1.0-18-cloud-amd64", True),
+        ("10.0", True),
+        ("of tomorrow", True),
+    ],
+)
+def test_kernels_that_cannot_kill_control_groups_are_told_by_their_release(
+    release: str, good: bool
+) -> None:
+    assert (jails.kernel_problem(release) == "") == good
+    assert good or f"Linux {release} " in jails.kernel_problem(release)
+
+
+async def test_all_that_jails_lack_is_told_in_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _groups(tmp_path, "cpu pids")
+    monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
+    monkeypatch.setattr(jails, "kernel_problem", lambda _: "the kernel is old")
+    made = jails.Jails(7, str(tmp_path / "firecracker"), str(tmp_path / "jailer"))
+    with pytest.raises(PreconditionFailed) as refused:
+        await made.check()
+    for lacking in ("firecracker is not", "jailer is not", "kernel is old", "limited by: memory"):
+        assert lacking in refused.value.message
+    hints = (
+        "into /usr/local/bin",
+        "boot Linux 5.14",
+        "boot with systemd.",
+        "jailer_enabled = false",
+    )
+    assert [refused.value.hint.count(hint) for hint in hints] == [1, 1, 1, 1]
+
+    async def found() -> jails._Programs:
+        return jails._Programs("/firecracker", "/jailer")
+
+    monkeypatch.setattr(made, "_found", found)
+    with pytest.raises(PreconditionFailed, match="the kernel is old; control groups"):
+        await made.check()
+    _groups(tmp_path, "cpu memory pids")
+    monkeypatch.setattr(jails, "kernel_problem", lambda _: "")
+    assert await made.check() == "/firecracker"
+
+
 def test_root_runs_no_firecracker_that_others_can_change(tmp_path: Path) -> None:
     program = tmp_path / "firecracker"  # below /tmp, whoever owns it
     program.write_text("#!/bin/sh\n")
@@ -421,6 +471,22 @@ def _jailed(*directories: Path) -> Jailed:
     return Jailed(HelperHost(Path("/nowhere")), directories, Path("/nowhere/jails"))
 
 
+class Without(Jailed):
+    """A place of jails without any, or with a release that nobody knows."""
+
+    def __init__(self, *, has_program: bool) -> None:
+        super().__init__(HelperHost(Path("/nowhere")), (), Path("/nowhere/jails"))
+        self._has_program = has_program
+
+    async def program(self) -> str:
+        raise PreconditionFailed("it is of another release")
+
+    async def check(self) -> Check:
+        if not self._has_program:
+            raise PreconditionFailed("there is no jailer")
+        return Check("jailer", Level.OK, "there is one")
+
+
 def test_a_jailed_machine_is_known_by_its_id_where_its_sockets_are(tmp_path: Path) -> None:
     place = _jailed(tmp_path / "vms", tmp_path / "templates")
     assert place.control_socket(Process(jail=VM_ID)) is None  # another home's
@@ -459,8 +525,38 @@ def test_a_jailed_machine_cannot_pose_as_another(
 
 
 async def test_without_a_helper_no_machine_is_jailed_and_it_is_said_why() -> None:
-    with pytest.raises(PreconditionFailed, match="no helper"):
+    with pytest.raises(PreconditionFailed, match="no helper") as refused:
         await _jailed().program()
+    assert "sudo banger system install" in refused.value.hint
+    assert "jailer_enabled = false" in refused.value.hint
+    assert 'hypervisor = "qemu"' in refused.value.hint
+    assert "--network user" not in refused.value.hint  # it cannot have that
+
+
+@pytest.mark.parametrize("has_program", [True, False])
+async def test_all_that_machines_in_jails_lack_is_told(has_program: bool) -> None:
+    """Of KVM, too, where there is no jail; where there is one, of the program in it."""
+
+    async def probe() -> KvmProbe:
+        return KvmProbe(False, "there is no device", "load its module")
+
+    place = Without(has_program=has_program)
+    program, accelerator, *jail = await FirecrackerHypervisor(place, probe).checks()
+    assert program.level is Level.FAIL
+    assert (accelerator.level, accelerator.detail) == (Level.FAIL, "there is no device")
+    assert accelerator.hint == 'load its module; without KVM: hypervisor = "qemu"'
+    assert [each.name for each in jail] == (["jailer"] if has_program else [])
+
+
+async def test_a_machine_with_a_device_of_its_own_does_not_need_the_daemons() -> None:
+    async def probe() -> KvmProbe:
+        return KvmProbe(False, "no rights", "have them", denied=True)
+
+    jailed = await FirecrackerHypervisor(_jailed(), probe).accelerator_check()
+    assert (jailed.level, "no rights" in jailed.detail) == (Level.WARN, True)
+    assert "have them" in jailed.hint
+    direct = await FirecrackerHypervisor(Direct(""), probe).accelerator_check()
+    assert direct.level is Level.FAIL
 
 
 def test_what_a_jail_has_made_is_taken_out_of_its_reach(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +141,45 @@ async def test_those_who_ask_at_once_share_one_probe(
 async def test_without_the_device_nothing_is_tried(tmp_path: Path) -> None:
     missing = tmp_path / "kvm"
     answer = await kvm.probe(tmp_path / "probes.json", missing)
-    assert answer == kvm.KvmProbe(False, f"there is no {missing}")
+    assert (answer.usable, answer.detail) == (False, f"there is no {missing}")
+    assert "modprobe kvm_intel" in answer.hint
+
+
+async def test_who_may_not_open_the_device_is_told_of_its_group(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", refuse)  # root may open anything
+        answer = await kvm.probe(tmp_path / "probes.json", device)
+    assert (answer.usable, answer.denied) == (False, True)
+    assert "group kvm" in answer.hint
+
+
+async def test_without_qemu_it_is_told_to_install_that(
+    device: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("banger.base.proc.which", lambda _: None)
+    answer = await kvm.probe(tmp_path / "probes.json", device)
+    assert (answer.usable, answer.denied) == (False, False)
+    assert "qemu-system-x86_64 is not installed" in answer.detail
+    assert "apt-get install qemu-system-x86" in answer.hint
+    assert "group kvm" not in answer.hint
+
+
+@pytest.mark.parametrize("setting", ["auto", "kvm"])
+async def test_what_is_to_be_done_follows_what_keeps_kvm_from_being_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str
+) -> None:
+    async def probe(_: Path) -> kvm.KvmProbe:
+        return kvm.KvmProbe(False, "there is no device", "load its module")
+
+    monkeypatch.setattr(kvm, "probe", probe)
+    _, check = await QemuHypervisor(setting, tmp_path).choose_accelerator()
+    assert "load its module" in check.hint
+    assert "group kvm" not in check.hint
 
 
 def test_the_program_is_an_elf_file_with_a_pvh_entry_point() -> None:

@@ -74,13 +74,19 @@ def for_firecracker(monkeypatch: pytest.MonkeyPatch) -> list[Check]:
     """A host that has all that Firecracker needs; what is put into the list it is said to lack."""
     lacks: list[Check] = []
 
-    async def checks(_: FirecrackerHypervisor) -> list[Check]:
-        return [Check("hypervisor firecracker", Level.OK, "v1.16.1"), *lacks]
+    async def program_checks(_: FirecrackerHypervisor) -> list[Check]:
+        ours = [each for each in lacks if each.name != "accelerator"]
+        return [Check("hypervisor firecracker", Level.OK, "v1.16.1"), *ours]
+
+    async def accelerator_check(_: FirecrackerHypervisor) -> Check:
+        accelerators = (each for each in lacks if each.name == "accelerator")
+        return next(accelerators, Check("accelerator", Level.OK, "kvm"))
 
     async def makes_clones(_: ReflinkStorage) -> bool:
         return True
 
-    monkeypatch.setattr(FirecrackerHypervisor, "checks", checks)
+    monkeypatch.setattr(FirecrackerHypervisor, "program_checks", program_checks)
+    monkeypatch.setattr(FirecrackerHypervisor, "accelerator_check", accelerator_check)
     monkeypatch.setattr(ReflinkStorage, "makes_clones", makes_clones)
     return lacks
 
@@ -102,6 +108,29 @@ def test_auto_is_firecracker_where_all_that_it_needs_is_there(
     for_firecracker.append(Check("accelerator", Level.FAIL, "there is no /dev/kvm"))
     found = hypervisor_of(select(AUTO, _InstalledHost(), tmp_path))
     assert found == ("qemu", "auto: not firecracker: there is no /dev/kvm")
+
+
+def test_auto_is_not_firecracker_where_kvm_is_not_proved(
+    for_firecracker: list[Check], tmp_path: Path
+) -> None:
+    """Whom the user names is tried; what is chosen for him has to work."""
+    for_firecracker.append(Check("accelerator", Level.WARN, "kvm, not proved"))
+    found = hypervisor_of(select(AUTO, _InstalledHost(), tmp_path))
+    assert found == ("qemu", "auto: not firecracker: kvm, not proved")
+
+
+def test_who_lacks_firecracker_is_not_kept_waiting_for_kvm(
+    for_firecracker: list[Check], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That question may take 10 s at each start of a daemon."""
+
+    async def accelerator_check(_: FirecrackerHypervisor) -> Check:
+        raise AssertionError("KVM is tried")
+
+    monkeypatch.setattr(FirecrackerHypervisor, "accelerator_check", accelerator_check)
+    for_firecracker.append(Check("jailer", Level.FAIL, "there is no jailer"))
+    found = hypervisor_of(select(AUTO, _InstalledHost(), tmp_path))
+    assert found == ("qemu", "auto: not firecracker: there is no jailer")
 
 
 @pytest.mark.parametrize("setting", [{"storage": "qcow2"}, {"network": "user"}])

@@ -481,6 +481,10 @@ class DaemonStatus(Record, frozen=True):
     hypervisor: str
     storage: str
     network: str
+    #: Why these: a setting, or what ``auto`` has found.
+    hypervisor_reason: str = ""
+    storage_reason: str = ""
+    network_reason: str = ""
     #: Machines that wait for the next start.
     standbys: int = 0
     #: Where names are answered, or why they are not.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -106,6 +106,8 @@ class Services:
     ssh: SshService
     names: NameServer
     doctor: Doctor
+    #: By setting (hypervisor, storage, network): why that driver is used.
+    reasons: Mapping[str, str]
     stop: Callable[[], None]
 
 
@@ -229,6 +231,9 @@ class Dispatch:
             hypervisor=services.drivers.hypervisor.name,
             storage=services.drivers.storage.name,
             network=services.drivers.networks.default.value,
+            hypervisor_reason=services.reasons["hypervisor"],
+            storage_reason=services.reasons["storage"],
+            network_reason=services.reasons["network"],
             standbys=services.standbys.count,
             dns=_dns(services.names),
         )

@@ -158,6 +158,8 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         tap_pool_size=config.tap_pool_size,
         names=addresses,
     )
+    # What ``auto`` fell back to, and why: each daemon says it once.
+    get_logger().info("drivers chosen", **_as_texts(selection))
     reverse = [LOOPBACK_NETWORK, bridge.network]
     drivers = Drivers(
         hypervisor=selection.hypervisor,
@@ -236,15 +238,18 @@ def _services(
         ssh=parts.ssh,
         names=names,
         doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection), routing),
+        reasons={choice.setting: choice.reason for choice in selection.choices},
         stop=stopping.set,
     )
 
 
 def _as_checks(selection: Selection) -> list[Check]:
-    return [
-        Check(choice.setting, Level.OK, f"{choice.name} ({choice.reason})")
-        for choice in selection.choices
-    ]
+    return [Check(setting, Level.OK, choice) for setting, choice in _as_texts(selection).items()]
+
+
+def _as_texts(selection: Selection) -> dict[str, str]:
+    """By setting."""
+    return {choice.setting: f"{choice.name} ({choice.reason})" for choice in selection.choices}
 
 
 async def _lock(paths: Paths, stopping: asyncio.Event) -> int:

@@ -89,7 +89,7 @@ def _qemu(settings: HypervisorSettings) -> Hypervisor:
     return QemuHypervisor(settings.accelerator, settings.probe_cache)
 
 
-def _firecracker(settings: HypervisorSettings) -> Hypervisor:
+def _firecracker(settings: HypervisorSettings) -> FirecrackerHypervisor:
     program = os.path.expanduser(settings.firecracker_bin)  # noqa: PTH111 - it may be a name
     places: list[Place] = [
         Jailed(settings.host, settings.runtime_dirs, settings.jails_dir),
@@ -194,11 +194,20 @@ async def _hypervisor_choice(
     elif storage == AUTO and not await ReflinkStorage(vms_dir).makes_clones():
         problem = "its disks would be copies, as their file system makes no clones"
     else:
-        checks = await _firecracker(settings).checks()
-        problem = next((each.detail for each in checks if each.level is Level.FAIL), "")
+        problem = await _lack(_firecracker(settings))
     if problem:
         return Choice("hypervisor", "qemu", f"auto: not firecracker: {problem}")
     return Choice("hypervisor", "firecracker", "auto: all that it needs is here")
+
+
+async def _lack(firecracker: FirecrackerHypervisor) -> str:
+    """What keeps it from being used unasked, if anything does. KVM, which may take seconds, comes
+    last, and has to be proved."""
+    for each in await firecracker.program_checks():
+        if each.level is Level.FAIL:
+            return each.detail
+    accelerator = await firecracker.accelerator_check()
+    return "" if accelerator.level is Level.OK else accelerator.detail
 
 
 def _storage_choice(

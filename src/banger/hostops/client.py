@@ -46,12 +46,8 @@ class HelperHost:
 
     @property
     def hint(self) -> str:
-        if not self.problem:
-            return ""
-        return (
-            "install one: sudo banger system install; or do without: --network user, which"
-            " banger vm set takes, too"
-        )
+        """See `HostOps`: how to get one. What does without differs with what it is for."""
+        return "install one: sudo banger system install" if self.problem else ""
 
     @property
     def installed(self) -> bool:

@@ -18,8 +18,9 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,6 +42,10 @@ _END_TIMEOUT_S = 20.0
 _NEW_S = 120.0
 #: Where administrators put what is not Debian's; the helper runs nothing else from there.
 _LOCAL = "/usr/local/sbin:/usr/local/bin"
+#: From here on control groups can be killed; what else jails need is older, but for idmapped mounts
+#: of btrfs (5.15).
+_KERNEL_FIRST = (5, 14)
+_BOOT_NEWER = "boot Linux 5.14 or later"
 _WITHOUT = "to do without a jail, for debugging: jailer_enabled = false in config.toml"
 #: What Firecracker itself and the kernel's part of a machine take, beside the guest's memory.
 _OVERHEAD_MIB_MIN = 128
@@ -69,13 +74,25 @@ class Jails:
 
     async def check(self) -> str:
         """The path of the Firecracker that runs in jails. Raises PreconditionFailed where none can
-        be made, with what to do."""
-        programs = await self._found()
-        _groups()
+        be made, with all that is missing and what to do."""
+        programs, _ = await self._ready()
         return programs.firecracker
 
+    async def _ready(self) -> tuple[_Programs, Path]:
+        """The programs, and the root of control groups. Raises as `check` does."""
+        lacking = _failures(_check_kernel, _groups)
+        try:
+            programs = await self._found()
+        except PreconditionFailed as error:
+            lacking.insert(0, error)
+        if lacking:
+            raise _joined(lacking, _WITHOUT)
+        return programs, _groups()
+
     async def _found(self) -> _Programs:
-        """Raises PreconditionFailed for what is not there, or not to be run."""
+        """Raises PreconditionFailed for all that is not there, or not to be run."""
+        if lacking := _failures(*(partial(_trusted, name) for name in self._names)):
+            raise _joined(lacking)
         programs = _Programs(*map(_trusted, self._names))
         key = tuple(map(_identity, programs))
         if key not in self._known:
@@ -88,7 +105,7 @@ class Jails:
 
         Raises Conflict where the machine, or another with its uid, has one that lives.
         """
-        programs, root = await self._found(), _groups()
+        programs, root = await self._ready()
         owner = await asyncio.to_thread(jail_files.owner_of, self._owner_uid)
         jail_files.check(operation, owner)
         self._check_free(root, operation.vm_id)
@@ -192,6 +209,41 @@ def limits(vcpu_count: int, memory_mib: int) -> tuple[str, ...]:
     )
 
 
+# What is missing.
+
+
+def _failures(*looks: Callable[[], object]) -> list[PreconditionFailed]:
+    """What they raise of that."""
+    found = []
+    for look in looks:
+        try:
+            look()
+        except PreconditionFailed as error:
+            found.append(error)
+    return found
+
+
+def _joined(errors: Sequence[PreconditionFailed], *hints: str) -> PreconditionFailed:
+    """One error of several, with the hints of all, each once."""
+    told = dict.fromkeys((*(error.hint for error in errors), *hints))
+    message = "; ".join(error.message for error in errors)
+    return PreconditionFailed(message, hint="; ".join(filter(None, told)))
+
+
+def kernel_problem(release: str) -> str:
+    """Why jails cannot be made by a kernel of this release (uname(2)), if they cannot. One that
+    names no number is believed."""
+    found = re.match(r"(\d{1,6})\.(\d{1,6})", release)
+    if found is None or (int(found[1]), int(found[2])) >= _KERNEL_FIRST:
+        return ""
+    return f"Linux {release} cannot kill control groups, which jails are ended by"
+
+
+def _check_kernel() -> None:
+    if problem := kernel_problem(os.uname().release):
+        raise PreconditionFailed(problem, hint=_BOOT_NEWER)
+
+
 # Programs.
 
 
@@ -204,14 +256,14 @@ def _trusted(program: str) -> str:
         raise PreconditionFailed(
             f"{name} is not installed where root's own programs are",
             hint="put firecracker and jailer of one release of"
-            f" github.com/firecracker-microvm/firecracker into /usr/local/bin; {_WITHOUT}",
+            " github.com/firecracker-microvm/firecracker into /usr/local/bin",
         )
     path = os.path.realpath(found)
     for each in (found, path):
         if (wrong := first_doubtful(Path(each))) is not None:
             raise PreconditionFailed(
                 f"root would run what others can change: {wrong}",
-                hint=f"have {name} where only root can write; {_WITHOUT}",
+                hint=f"have {name} where only root can write",
             )
     return path
 
@@ -311,7 +363,7 @@ def _groups() -> Path:
         missing = " ".join(sorted(_CONTROLLERS - there))
         raise PreconditionFailed(
             f"control groups of version 2 lack what jails are limited by: {missing}",
-            hint=f"boot with systemd.unified_cgroup_hierarchy=1 (Linux 5.14 or later); {_WITHOUT}",
+            hint="boot with systemd.unified_cgroup_hierarchy=1",
         )
     return root
 
@@ -339,7 +391,7 @@ def _make_group(group: Path) -> None:
     if not (group / "cgroup.kill").exists():
         group.rmdir()
         raise PreconditionFailed(
-            "control groups cannot be killed here", hint=f"boot Linux 5.14 or later; {_WITHOUT}"
+            "control groups cannot be killed here", hint=f"{_BOOT_NEWER}; {_WITHOUT}"
         )
     for directory in (group.parent, group):
         directory.chmod(0o755)  # whatever the umask says: its owner's daemon looks who is in it

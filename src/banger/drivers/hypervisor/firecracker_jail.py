@@ -33,11 +33,16 @@ from banger.drivers.hypervisor.firecracker_place import (
 from banger.hostops.ops import CheckJail, EndJail, HostOps, InJail, LaunchJail
 
 _COPY_BYTES = 1 << 20
-_WITHOUT = "to do without a jail: jailer_enabled = false"
+_WITHOUT = (
+    "to do without a jail, for debugging: jailer_enabled = false; or without Firecracker:"
+    ' hypervisor = "qemu"'
+)
 
 
 class Jailed:
     """Implements `Place` with a jail."""
+
+    has_own_devices = True
 
     def __init__(self, host: HostOps, runtime_dirs: Sequence[Path], jails_dir: Path) -> None:
         """`host` makes jails. The sockets of a machine are in a directory with its id, in one of
@@ -65,7 +70,7 @@ class Jailed:
         if self._host.problem:
             raise PreconditionFailed(
                 f"nobody can put Firecracker into a jail: {self._host.problem}",
-                hint=self._host.hint,
+                hint=f"{self._host.hint}; {_WITHOUT}",
             )
         path = (await self._host.perform(CheckJail())).name
         check_name(path)

@@ -60,6 +60,9 @@ class Started:
 class Place(Protocol):
     """How Firecracker is started and ended, and what it sees of the host."""
 
+    #: Whether machines have nodes of devices made for them, whatever the daemon may open.
+    has_own_devices: bool
+
     async def program(self) -> str:
         """The path of the Firecracker that runs here. Raises PreconditionFailed without one, and
         what else keeps it from being started."""
@@ -138,6 +141,8 @@ class Place(Protocol):
 
 class Direct:
     """Implements `Place` without a jail."""
+
+    has_own_devices = False
 
     def __init__(self, program: str) -> None:
         """`program` is the setting: a name, or a path."""

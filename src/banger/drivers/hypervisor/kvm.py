@@ -30,6 +30,10 @@ from banger.base.errors import BangerError, OperationTimeout
 from banger.drivers.hypervisor.qemu_argv import KVM_CPU, QEMU
 
 DEVICE = Path("/dev/kvm")
+_NO_DEVICE = (
+    "load its module: modprobe kvm_intel or kvm_amd"
+    " (the firmware, or the host of a virtual machine, has to allow it)"
+)
 
 #: A healthy host needs 0.2 s; one whose KVM is itself emulated (nested in TCG), several seconds.
 _TIMEOUT_S = 10.0
@@ -51,6 +55,10 @@ class KvmProbe:
 
     usable: bool
     detail: str
+    #: What to do about that, where there is something.
+    hint: str = ""
+    #: It was not tried, as this user may not open the device: that says nothing of others.
+    denied: bool = False
 
 
 class _Cached(msgspec.Struct, frozen=True):
@@ -74,9 +82,9 @@ async def probe(cache: Path, device: Path = DEVICE) -> KvmProbe:
     to be called again while it runs: who waits finds the answer in the cache.
     """
     obstacle = _obstacle(device)
-    if obstacle:
+    if obstacle is not None:
         # Not worth keeping: it is cheap to see, and changes when an administrator repairs it.
-        return KvmProbe(False, obstacle)
+        return obstacle
     key = _key(device)
     cached = _read(cache)
     if cached is not None and cached.key != key:
@@ -102,17 +110,21 @@ def _since_boot_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-def _obstacle(device: Path) -> str:
-    """What keeps us from even trying, or nothing."""
+def _obstacle(device: Path) -> KvmProbe | None:
+    """What keeps us from even trying, if anything does."""
     try:
         os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
-        return f"there is no {device}"
+        return KvmProbe(False, f"there is no {device}", _NO_DEVICE)
     except PermissionError:
-        return f"{device} may not be opened by this user"
+        hint = "have this user in the group kvm, log in anew, then: banger daemon restart"
+        return KvmProbe(False, f"{device} may not be opened by this user", hint, denied=True)
     except OSError as error:
-        return f"{device} cannot be opened: {error.strerror}"
-    return "" if proc.which(QEMU) else f"{QEMU} is not installed"
+        return KvmProbe(False, f"{device} cannot be opened: {error.strerror}", _NO_DEVICE)
+    if proc.which(QEMU) is None:
+        missing = proc.missing_tool(QEMU)
+        return KvmProbe(False, f"it is tried with QEMU, and {missing.message}", missing.hint)
+    return None
 
 
 def _key(device: Path) -> list[str]:

@@ -117,9 +117,10 @@ class QemuHypervisor:
             return Accelerator.KVM, Check(name, Level.OK, f"kvm: {answer.detail}")
         if self._setting == Accelerator.KVM:
             detail = f"kvm is configured, but {answer.detail}"
-            return Accelerator.KVM, Check(name, Level.FAIL, detail, 'set accelerator = "auto"')
+            hint = "; or ".join(filter(None, (answer.hint, 'set accelerator = "auto"')))
+            return Accelerator.KVM, Check(name, Level.FAIL, detail, hint)
         detail = f"tcg, which is slow: {answer.detail}"
-        hint = "with KVM guests run at full speed: it needs access to /dev/kvm (group kvm)"
+        hint = ": ".join(filter(None, ("with KVM guests run at full speed", answer.hint)))
         return Accelerator.TCG, Check(name, Level.WARN, detail, hint)
 
     async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:

@@ -50,6 +50,7 @@ from banger.hostops.ops import (
 )
 
 _NFT = "nft"
+_WITHOUT = "or do without: --network user, which banger vm set takes, too"
 _TUN = Path("/dev/net/tun")
 _LINKS = Path("/sys/class/net")
 #: Where the daemon answers guests that ask their gateway for names.
@@ -94,7 +95,7 @@ class BridgeNetwork:
         """Who does what needs root, and what that needs."""
         name = "network bridge"
         if self._host.problem:
-            return [Check(name, Level.FAIL, self._host.problem, self._host.hint)]
+            return [Check(name, Level.FAIL, self._host.problem, f"{self._host.hint}; {_WITHOUT}")]
         if proc.which(_NFT) is None:
             error = proc.missing_tool(_NFT)
             return [Check(name, Level.FAIL, error.message, error.hint)]

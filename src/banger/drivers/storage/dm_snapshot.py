@@ -26,6 +26,7 @@ from typing import TypeVar
 import msgspec
 
 from banger.base import proc, procfs
+from banger.base.cancellation import to_its_end
 from banger.base.errors import Conflict, PreconditionFailed
 from banger.base.model import DiskDevices
 from banger.drivers.base import Check, DiskFormat, Level, Room
@@ -50,6 +51,7 @@ T = TypeVar("T")
 _MIB = 1 << 20
 _SUFFIX = ".cow"
 _MAPPED = Path("/dev/mapper")
+_WITHOUT = 'or do without: storage = "auto"'
 
 #: Allocated beyond what is used: a part of what is free, within these. It is looked after four
 #: times a second: a machine that writes a gigabyte a second finds room where there is plenty, one
@@ -120,7 +122,7 @@ class DmSnapshotStorage:
         """Who does what needs root, device-mapper and loop devices in the kernel, dmsetup."""
         name = f"storage {self.name}"
         if self._host.problem:
-            return [Check(name, Level.FAIL, self._host.problem, self._host.hint)]
+            return [Check(name, Level.FAIL, self._host.problem, f"{self._host.hint}; {_WITHOUT}")]
         if proc.which(DMSETUP) is None:
             error = proc.missing_tool(DMSETUP)
             return [Check(name, Level.FAIL, error.message, error.hint)]
@@ -211,7 +213,8 @@ class DmSnapshotStorage:
         record(made)
         # Of an earlier run: a file that is written to must not be cut.
         await self._unmap(vm_id)
-        await asyncio.to_thread(self._give_room, base, disk)
+        # Not to go on beside whoever cuts the file after a cancellation.
+        await to_its_end(asyncio.to_thread(self._give_room, base, disk))
         name = await self._map(vm_id, base, disk)
         under, over = await asyncio.to_thread(lambda: _loops_of(_mapping_of(vm_id)))
         record(msgspec.structs.replace(made, base_loop=under, changes_loop=over, mapping=name))
