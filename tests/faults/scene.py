@@ -23,7 +23,7 @@ from product import until
 _FILES = {"network.log"}
 _FILES |= {"console.log", "console.log.old", "hypervisor.log", "hypervisor.log.old"}
 _FILES_OF = {"running": {"handles.json"}, "suspended": {"memory", "machine-state"}}
-_LAYER = re.compile(r"(system|work)-[0-9a-f]{12}\.qcow2")
+_LAYER = re.compile(r"(system|work)(-[0-9a-f]{12})?\.qcow2")
 _SOCKETS = {"control.sock", "agent.sock"}
 
 _RUNTIME = {"bangerd.sock", "bangerd.lock", "start.lock", "probes.json", "vms", "templates"}
@@ -186,8 +186,9 @@ class Scene:
         for vm in vms:
             runs, state = vm["id"] in running, vm["runtime"]["state"]
             files = home.state / "vms" / vm["id"]
-            layers = {each.name for each in files.glob("*.qcow2") if _LAYER.fullmatch(each.name)}
-            yield from _others(files, _FILES | self._disks | _FILES_OF.get(state, set()) | layers)
+            disks = {Path(vm["runtime"][each]).name for each in ("system_overlay", "work_disk")}
+            disks |= {each.name for each in files.glob("*.qcow2") if _LAYER.fullmatch(each.name)}
+            yield from _others(files, _FILES | disks | _FILES_OF.get(state, set()))
             runtime = _SOCKETS | self.drivers.runtime_files if runs else set()
             yield from _others(home.runtime / "vms" / vm["id"], runtime)
         templates = {each["id"] for each in home.banger.json("template", "list")}
