@@ -33,10 +33,19 @@ from banger.drivers.hypervisor.firecracker_jail import Jailed
 from banger.drivers.hypervisor.firecracker_place import Direct, Place
 from banger.drivers.hypervisor.kvm import KvmProbe
 from banger.drivers.hypervisor.qemu import QemuHypervisor
-from banger.hostops import jail_files, jail_launcher, jails, links, mappings
+from banger.hostops import (
+    jail_files,
+    jail_groups,
+    jail_launcher,
+    jail_programs,
+    jails,
+    links,
+    mappings,
+)
 from banger.hostops.client import HelperHost
 from banger.hostops.jail_files import Owner
 from banger.hostops.jail_launcher import JailFile, JailOrder, jail_root, jailer_argv
+from banger.hostops.jail_programs import Programs
 from banger.hostops.ops import CheckJail, Done, EndJail, InJail, LaunchJail, Operation
 from fakes import JailedProcess
 
@@ -58,7 +67,7 @@ ORDER = JailOrder(
     jailer="/usr/local/bin/jailer",
     group="/sys/fs/cgroup/banger-1000/0123456789ab",
     parent_group="banger-1000",
-    limits=jails.limits(2, 512),
+    limits=jail_groups.limits(2, 512),
     files=(JailFile(name="kernel", descriptor=7, read_only=True),),
     console=8,
     log=9,
@@ -94,7 +103,7 @@ def test_the_jailer_is_told_all_of_it_and_nothing_of_the_callers() -> None:
 
 
 def test_a_large_machine_may_have_more_beside_its_memory() -> None:
-    assert jails.limits(1, 65536)[0] == f"memory.max={(65536 + 4096) << 20}"
+    assert jail_groups.limits(1, 65536)[0] == f"memory.max={(65536 + 4096) << 20}"
 
 
 def test_a_usual_jail_and_one_without_a_network_pass() -> None:
@@ -275,18 +284,18 @@ def test_a_uid_that_somebody_has_is_no_jails(monkeypatch: pytest.MonkeyPatch, lo
 def test_a_new_control_group_can_be_killed_and_ends_as_one(tmp_path: Path) -> None:
     group = tmp_path / "banger-7" / VM_ID
     with pytest.raises(PreconditionFailed, match="cannot be killed") as refused:
-        jails._make_group(group)
+        jail_groups.make_group(group)
     assert "5.14" in refused.value.hint
     assert not group.exists()
     group.mkdir(mode=0o700)
     group.parent.chmod(0o700)  # as the helper's umask has it
     (group / "cgroup.kill").touch()
-    jails._make_group(group)
+    jail_groups.make_group(group)
     assert [each.stat().st_mode & 0o777 for each in (group, group.parent)] == [0o755, 0o755]
     assert (group / "memory.oom.group").read_text() == "1"
     assert not (group / "memory.swap.max").exists()
     (group / "memory.swap.max").write_text("max")
-    jails._make_group(group)
+    jail_groups.make_group(group)
     assert (group / "memory.swap.max").read_text() == "0"
     for directory in (tmp_path, tmp_path / "banger-7"):
         assert (directory / "cgroup.subtree_control").read_text() == "+memory"
@@ -298,8 +307,8 @@ async def test_clearing_after_a_failed_launch_does_not_hide_why_it_failed(
     """All steps of it are done, and each that fails is logged."""
     cleared = []
 
-    async def found() -> jails._Programs:
-        return jails._Programs("/firecracker", "/jailer")
+    async def found() -> Programs:
+        return Programs("/firecracker", "/jailer")
 
     async def end(vm_id: str) -> None:
         cleared.append(vm_id)
@@ -311,9 +320,9 @@ async def test_clearing_after_a_failed_launch_does_not_hide_why_it_failed(
 
     _groups(tmp_path, "cpu memory pids")
     made = jails.Jails(os.getuid(), "firecracker", "jailer")
-    monkeypatch.setattr(made, "_found", found)
+    monkeypatch.setattr(made._programs, "found", found)
     monkeypatch.setattr(made, "end", end)
-    monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
+    monkeypatch.setattr(jail_groups, "groups_root", lambda: tmp_path)
     monkeypatch.setattr(jails, "_have_base", lambda: None)
     monkeypatch.setattr(jails, "_network", lambda *_: nullcontext(-1))
     monkeypatch.setattr(links, "remove_uplink", remove_uplink)
@@ -351,7 +360,7 @@ def _groups(root: Path, controllers: str, *populated: str) -> None:
 
 
 def test_two_machines_never_share_a_uid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
+    monkeypatch.setattr(jail_groups, "groups_root", lambda: tmp_path)
     _groups(tmp_path, "cpu memory pids io", "banger-7/0123456789ab", "banger-8/fedcba000000")
     made = jails.Jails(7, "firecracker", "jailer")
     made._check_free(tmp_path, "111111000000")
@@ -365,13 +374,13 @@ def test_two_machines_never_share_a_uid(tmp_path: Path, monkeypatch: pytest.Monk
 def test_without_control_groups_there_is_no_jail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
+    monkeypatch.setattr(jail_groups, "groups_root", lambda: tmp_path)
     _groups(tmp_path, "cpu pids")
     with pytest.raises(PreconditionFailed, match="lack what jails are limited by: memory"):
-        jails._groups()
-    monkeypatch.setattr(jails, "groups_root", lambda: None)
+        jail_groups.usable_root()
+    monkeypatch.setattr(jail_groups, "groups_root", lambda: None)
     with pytest.raises(PreconditionFailed, match="cpu memory pids"):
-        jails._groups()
+        jail_groups.usable_root()
 
 
 @pytest.mark.parametrize(
@@ -390,16 +399,16 @@ def test_without_control_groups_there_is_no_jail(
 def test_kernels_that_cannot_kill_control_groups_are_told_by_their_release(
     release: str, good: bool
 ) -> None:
-    assert (jails.kernel_problem(release) == "") == good
-    assert good or f"Linux {release} " in jails.kernel_problem(release)
+    assert (jail_groups.kernel_problem(release) == "") == good
+    assert good or f"Linux {release} " in jail_groups.kernel_problem(release)
 
 
 async def test_all_that_jails_lack_is_told_in_one_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _groups(tmp_path, "cpu pids")
-    monkeypatch.setattr(jails, "groups_root", lambda: tmp_path)
-    monkeypatch.setattr(jails, "kernel_problem", lambda _: "the kernel is old")
+    monkeypatch.setattr(jail_groups, "groups_root", lambda: tmp_path)
+    monkeypatch.setattr(jail_groups, "kernel_problem", lambda _: "the kernel is old")
     made = jails.Jails(7, str(tmp_path / "firecracker"), str(tmp_path / "jailer"))
     with pytest.raises(PreconditionFailed) as refused:
         await made.check()
@@ -413,14 +422,14 @@ async def test_all_that_jails_lack_is_told_in_one_error(
     )
     assert [refused.value.hint.count(hint) for hint in hints] == [1, 1, 1, 1]
 
-    async def found() -> jails._Programs:
-        return jails._Programs("/firecracker", "/jailer")
+    async def found() -> Programs:
+        return Programs("/firecracker", "/jailer")
 
-    monkeypatch.setattr(made, "_found", found)
+    monkeypatch.setattr(made._programs, "found", found)
     with pytest.raises(PreconditionFailed, match="the kernel is old; control groups"):
         await made.check()
     _groups(tmp_path, "cpu memory pids")
-    monkeypatch.setattr(jails, "kernel_problem", lambda _: "")
+    monkeypatch.setattr(jail_groups, "kernel_problem", lambda _: "")
     assert await made.check() == "/firecracker"
 
 
@@ -429,9 +438,9 @@ def test_root_runs_no_firecracker_that_others_can_change(tmp_path: Path) -> None
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     with pytest.raises(PreconditionFailed, match="others can change"):
-        jails._trusted(str(program))
+        jail_programs.trusted(str(program))
     with pytest.raises(PreconditionFailed, match="not installed"):
-        jails._trusted(str(tmp_path / "jailer"))
+        jail_programs.trusted(str(tmp_path / "jailer"))
 
 
 # --- the daemon's side ---
