@@ -176,7 +176,13 @@ def test_a_jailed_machine_has_its_disks_and_its_network(installed: GuestHost) ->
     assert guest.startswith("box\n")
     gateway = "banger vm exec box -- bash -c ': >/dev/tcp/10.213.0.1/53 && echo reached'"
     assert installed.alice(gateway) == "reached\n"
-    assert json.loads(installed.alice("banger vm stats box --json"))
+    # Rates, of two looks: what Firecracker counts comes out of its jail.
+    installed.alice("banger vm stats box >/dev/null; banger vm exec box -- sync; sleep 1")
+    (stats,) = json.loads(installed.alice("banger vm stats box --json"))
+    used = stats["latest"]["host"]
+    assert used["memory_bytes"] > 32 << 20
+    for each in ("disk_read", "disk_written", "rx", "tx"):
+        assert used[f"{each}_bytes_per_s"] is not None, each
 
 
 def test_it_outlives_the_helper_and_a_daemon_that_is_killed(installed: GuestHost) -> None:
@@ -234,6 +240,27 @@ def test_templates_and_snapshots_are_made_in_jails_and_leave_them(installed: Gue
     installed.alice("banger vm delete -q --force warm warm-fork-1; banger snapshot delete kept")
     assert len(_jailed(installed)) == 1
     assert installed.root("find /home/alice/.local -name jail").count("\n") == 1  # box's
+
+
+def test_a_machine_that_uses_all_its_memory_is_copied_within_its_limits(
+    installed: GuestHost,
+) -> None:
+    """The copy's pages count as the jail's, too: they are written out, and nobody is killed."""
+    fill = "mount -t tmpfs -o size=180M m /mnt && head -c 180M /dev/zero >/mnt/x; wc -c </mnt/x"
+    filled = installed.alice(f"{_RUN} --name full; banger vm exec full -- sh -c '{fill}'")
+    assert filled.endswith(f"{180 << 20}\n")
+    installed.alice("banger vm snapshot -q full kept")
+    (group,) = (each for each in _jailed(installed) if _id(installed, "full") in each)
+    events = dict(
+        line.split() for line in installed.alice(f"cat {group}memory.events").splitlines()
+    )
+    assert events["oom_kill"] == "0"
+    assert installed.alice("banger vm exec full -- sh -c 'wc -c </mnt/x'") == f"{180 << 20}\n"
+    installed.alice("banger vm delete -q --force full; banger snapshot delete kept")
+
+
+def _id(host: GuestHost, vm: str) -> str:
+    return str(json.loads(host.alice(f"banger vm show {vm} --json"))["id"])
 
 
 def test_nothing_is_left_of_a_machine_that_ends_by_itself(installed: GuestHost) -> None:
