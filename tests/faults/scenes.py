@@ -16,8 +16,9 @@ from homes import Home, copy_artifacts, new_home
 from matrix import DEFAULT, Drivers
 from scene import Scene
 
-#: A start wants 512 MiB free; and memory in a file has room for all of it, being on a tmpfs.
-_STATE_DISK_MIB = 2200
+#: A start wants 512 MiB free, a fork besides what raw disks are copied to; and memory in a file has
+#: room for all of it, being on a tmpfs.
+_STATE_DISK_MIB = 2600
 #: The artifacts that are there, 350 MiB, and what a build wants free, 1 GiB.
 _ARTIFACTS_DISK_MIB = 1600
 
