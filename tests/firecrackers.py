@@ -39,7 +39,7 @@ _NESTED = [Path(f"/sys/module/{name}/parameters/nested") for name in ("kvm_intel
 needs_description = pytest.mark.skipif(not DESCRIPTION.exists(), reason=NO_DESCRIPTION)
 #: Of one whose daemon takes the stand-in for Firecracker, too.
 needs_kvm_device = pytest.mark.skipif(
-    bool(kvm._obstacle(kvm.DEVICE)), reason="needs /dev/kvm, if only to be opened"
+    kvm._obstacle(kvm.DEVICE) is not None, reason="needs /dev/kvm, if only to be opened"
 )
 
 
@@ -156,10 +156,11 @@ def lacks() -> list[str]:
     """What keeps `make test-firecracker` from running all that it has, and where: first here, then
     on a guest as the host."""
     obstacle = kvm._obstacle(kvm.DEVICE)
+    denied = [] if obstacle is None else [obstacle.detail]
     described = [] if DESCRIPTION.exists() else [NO_DESCRIPTION]
     return [
         *(f"here, not the driver's integration tests: {each}" for each in described),
-        *(f"here, not a daemon with the stand-in: {each}" for each in (obstacle,) if each),
+        *(f"here, not a daemon with the stand-in: {each}" for each in denied),
         *(f"here, not with the real Firecracker: {each}" for each in missing()),
         *(
             f"on a guest as the host, not with the real Firecracker in jails: {each}"

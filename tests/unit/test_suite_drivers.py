@@ -66,7 +66,7 @@ def equipped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for name in ("real", "jailer"):
         monkeypatch.setattr(firecrackers, name, lambda: tmp_path)
     monkeypatch.setattr(firecrackers, "_probed", lambda: KvmProbe(True, "a vCPU ran"))
-    monkeypatch.setattr("banger.drivers.hypervisor.kvm._obstacle", lambda _: "")
+    monkeypatch.setattr("banger.drivers.hypervisor.kvm._obstacle", lambda _: None)
     monkeypatch.setattr(firecrackers, "DESCRIPTION", tmp_path)
     nested = tmp_path / "nested"
     nested.write_text("Y\n")
@@ -109,7 +109,8 @@ def test_what_else_is_not_there_is_told_beforehand(
 ) -> None:
     (equipped / "nested").write_text("N\n")
     monkeypatch.setattr(firecrackers, "DESCRIPTION", equipped / "nowhere")
-    monkeypatch.setattr("banger.drivers.hypervisor.kvm._obstacle", lambda _: "there is no KVM")
+    obstacle = KvmProbe(False, "there is no KVM")
+    monkeypatch.setattr("banger.drivers.hypervisor.kvm._obstacle", lambda _: obstacle)
     jailed = "on a guest as the host, not with the real Firecracker in jails"
     assert firecrackers.lacks() == [
         f"here, not the driver's integration tests: {firecrackers.NO_DESCRIPTION}",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,15 +19,13 @@ _VERSION_TIMEOUT_S = 10.0
 _LOCAL = "/usr/local/sbin:/usr/local/bin"
 
 
-def failures(*looks: Callable[[], object]) -> list[PreconditionFailed]:
-    """What they raise of that, in their order."""
-    found = []
-    for look in looks:
-        try:
-            look()
-        except PreconditionFailed as error:
-            found.append(error)
-    return found
+@contextmanager
+def noting(lacking: list[PreconditionFailed]) -> Iterator[None]:
+    """What is missing in the block is put there, for all of it to be told at once (`joined`)."""
+    try:
+        yield
+    except PreconditionFailed as error:
+        lacking.append(error)
 
 
 def joined(errors: Sequence[PreconditionFailed], *hints: str) -> PreconditionFailed:
@@ -55,9 +53,14 @@ class JailPrograms:
 
     async def found(self) -> Programs:
         """Raises PreconditionFailed for all that is not there, or not to be run."""
-        if lacking := failures(*(partial(trusted, name) for name in self._names)):
+        lacking: list[PreconditionFailed] = []
+        paths = []
+        for name in self._names:
+            with noting(lacking):
+                paths.append(trusted(name))
+        if lacking:
             raise joined(lacking)
-        programs = Programs(*map(trusted, self._names))
+        programs = Programs(*paths)
         key = tuple(map(_identity, programs))
         if key not in self._known:
             await _check_release(programs)

@@ -25,7 +25,7 @@ from banger.base.jail import groups_root, is_populated, jail_uid, parent_group
 from banger.base.trust import first_doubtful
 from banger.hostops import jail_files, jail_groups, jail_launcher, links
 from banger.hostops.jail_launcher import BASE, JailOrder, LaunchFailed
-from banger.hostops.jail_programs import JailPrograms, Programs, failures, joined
+from banger.hostops.jail_programs import JailPrograms, Programs, joined, noting
 from banger.hostops.ops import Done, LaunchJail
 
 _LAUNCH_TIMEOUT_S = 60.0
@@ -48,14 +48,16 @@ class Jails:
 
     async def _ready(self) -> tuple[Programs, Path]:
         """The programs, and the root of control groups. Raises as `check` does."""
-        lacking = failures(jail_groups.check_kernel, jail_groups.usable_root)
-        try:
+        lacking: list[PreconditionFailed] = []
+        with noting(lacking):
             programs = await self._programs.found()
-        except PreconditionFailed as error:
-            lacking.insert(0, error)
+        with noting(lacking):
+            jail_groups.check_kernel()
+        with noting(lacking):
+            root = jail_groups.usable_root()
         if lacking:
             raise joined(lacking, _WITHOUT)
-        return programs, jail_groups.usable_root()
+        return programs, root
 
     async def launch(self, operation: LaunchJail) -> Done:
         """Make a jail and start Firecracker in it: its pid, and a pidfd.
