@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import select
 import signal
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,11 +67,34 @@ def end(process: Process, directory: Path) -> None:
 
 def mounts_and_loops_of(directory: Path) -> Iterator[str]:
     """Mounts at or from `directory`, and loop devices whose file is in it."""
+    yield from mounts_of(directory)
+    for device, file in loops_of(directory).items():
+        yield f"loop device {device}: {file}"
+
+
+def mounts_of(directory: Path) -> Iterator[str]:
+    """Mounts at or from `directory`."""
     for line in Path("/proc/self/mounts").read_text().splitlines():
         if str(directory) in line:
             yield f"mount {line}"
+
+
+def loops_of(directory: Path) -> dict[str, str]:
+    """The files in `directory` that are loop devices, by the names of these."""
+    found = {}
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
         with suppress(OSError):
             file = backing.read_text().strip()
             if file.startswith(str(directory)):
-                yield f"loop device {backing.parent.parent.name}: {file}"
+                found[backing.parent.parent.name] = file
+    return found
+
+
+def mappings_over(loops: Collection[str]) -> set[str]:
+    """The names of the device-mapper devices that are made of any of these loop devices."""
+    found = set()
+    for name in Path("/sys/block").glob("dm-*/dm/name"):
+        with suppress(OSError):
+            if {each.name for each in (name.parent.parent / "slaves").iterdir()} & set(loops):
+                found.add(name.read_text().strip())
+    return found

@@ -16,8 +16,10 @@ import msgspec
 import pytest
 
 import matrix
+import suite
 from homes import Home, new_home
 from matrix import SMALL, Cell
+from product import IMAGE
 from reliability import Finding, write_page
 from scenes import Scenes
 
@@ -68,7 +70,7 @@ def _cells(config: pytest.Config) -> tuple[matrix.Cell, ...]:
 def _drivers(config: pytest.Config) -> matrix.Drivers:
     """Those of `--drivers`, or the default ones."""
     name = config.getoption("--drivers") or matrix.DEFAULT.name
-    drivers = {each.name: each for each in matrix.DRIVERS}
+    drivers = {each.name: each for each in (*matrix.DRIVERS, *matrix.ON_GUEST_HOSTS)}
     if name not in drivers:
         raise pytest.UsageError(f"--drivers: {name} is none of {', '.join(drivers)}")
     return drivers[name]
@@ -92,9 +94,12 @@ def all_faults(request: pytest.FixtureRequest) -> bool:
 
 # Of the module: their bystanders, which count all the while, are in the way of later tests.
 @pytest.fixture(scope="module")
-def seed(private_home: object) -> Iterator[Home]:
-    """The home whose image the others have copies of; it was built for a first VM there."""
+def seed(private_home: object, pytestconfig: pytest.Config) -> Iterator[Home]:
+    """The home whose image the others have copies of: one of `--images`, or it was built for a
+    first VM there."""
     home = new_home(Path(os.environ["HOME"]) / "seed")
+    if images := pytestconfig.getoption("--images"):
+        suite.have_image(home.banger, IMAGE, images)
     home.banger.ok("vm", "run", "-q", "-d", *SMALL, "--name", "first")
     home.banger.ok("vm", "delete", "--force", "first")
     yield home

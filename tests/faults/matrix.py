@@ -19,14 +19,16 @@ class Drivers:
 
     hypervisor: str = "qemu"
     storage: str = "qcow2"
-    #: Of the files of disks.
-    suffix: str = "qcow2"
+    #: The files of a machine's disks.
+    disks: frozenset[str] = frozenset({"system.qcow2", "work.qcow2"})
     #: Besides the sockets of a running machine.
     runtime_files: frozenset[str] = frozenset()
     #: Of new machines.
     options: tuple[str, ...] = ()
     #: Stages that its operations do not have.
     leaves_out: frozenset[str] = frozenset()
+    #: Whether a running machine's system disk is a device, which takes a kernel that has such.
+    on_devices: bool = False
     #: What their page says of them.
     note: str = ""
 
@@ -35,19 +37,21 @@ class Drivers:
         return f"{self.hypervisor}+{self.storage}"
 
 
+_RAW = frozenset({"system.raw", "work.raw"})
+
 DEFAULT = Drivers()
 DRIVERS = (
     DEFAULT,
     Drivers(
         storage="reflink",
-        suffix="raw",
+        disks=_RAW,
         note="Disks are raw files: clones where the file system makes them, else sparse copies.",
     ),
     # Bridges are of the whole host: these machines have none.
     Drivers(
         hypervisor="firecracker",
         storage="reflink",
-        suffix="raw",
+        disks=_RAW,
         runtime_files=frozenset({"firecracker", "metrics"}),
         options=("--network", "none"),
         leaves_out=frozenset({"memory"}),
@@ -55,6 +59,15 @@ DRIVERS = (
             "Firecracker is stood in for: by a server that speaks its API, and runs guests by QEMU."
             " What is walked is the driver, and all that is above it. Machines have no network."
         ),
+    ),
+)
+#: What no page is about: walked in parts, on a guest as the host, whose kernel has what it takes.
+ON_GUEST_HOSTS = (
+    Drivers(
+        storage="dm_snapshot",
+        disks=frozenset({"system.cow", "work.raw"}),
+        on_devices=True,
+        note="System disks are device-mapper snapshots.",
     ),
 )
 

@@ -85,7 +85,6 @@ class Scene:
         self.drivers = drivers
         #: The options of every new machine.
         self.small = (*SMALL, *drivers.options)
-        self._disks = {f"{disk}.{drivers.suffix}" for disk in ("system", "work")}
         self._small_disk = small_disk
         banger = home.banger
         new = ("vm", "run", "-q", "-d", *self.small, "--name", BYSTANDER)
@@ -177,7 +176,8 @@ class Scene:
         running = {vm["id"] for vm in vms if vm["runtime"]["state"] == "running"}
         yield from self._processes(running)
         yield from self._ports(vms)
-        yield from self._held()
+        yield from self._mounts()
+        yield from self._devices(running)
         home = self.home
         yield from _others(home.runtime, _RUNTIME)
         yield from _others(home.state, _STATE)
@@ -195,7 +195,9 @@ class Scene:
         yield from _others(home.runtime / "templates", set())
         yield from _others(home.state / "templates", templates)
         for template_id in templates:
-            yield from _others(home.state / "templates" / template_id, _TEMPLATE | self._disks)
+            yield from _others(
+                home.state / "templates" / template_id, _TEMPLATE | self.drivers.disks
+            )
         snapshots = {each["id"] for each in home.banger.json("snapshot", "list")}
         yield from _others(home.state / "snapshots", snapshots)
         for kind, pattern in (("image", _IMAGE), ("kernel", _KERNEL)):
@@ -245,10 +247,23 @@ class Scene:
         for where in open_ ^ published:
             yield f"port {where}, " + ("not served" if where in published else "of nobody")
 
-    def _held(self) -> Iterator[str]:
-        for held in leftovers.mounts_and_loops_of(self.home.directory):
-            if self._small_disk is None or " tmpfs " not in held:
-                yield held
+    def _mounts(self) -> Iterator[str]:
+        for mount in leftovers.mounts_of(self.home.directory):
+            if self._small_disk is None or " tmpfs " not in mount:
+                yield mount
+
+    def _devices(self, running: set[str]) -> Iterator[str]:
+        """Loop devices and mappings against the machines that run on such."""
+        ids = running if self.drivers.on_devices else set()
+        loops = leftovers.loops_of(self.home.directory)
+        changes = [str(self.home.state / "vms" / vm_id / "system.cow") for vm_id in ids]
+        # One device of the image for all.
+        others = [file for file in loops.values() if not file.endswith("/rootfs.ext4")]
+        if sorted(others) != sorted(changes) or len(loops) - len(others) != bool(ids):
+            yield f"the loop devices {loops}, and {ids} run"
+        mappings = leftovers.mappings_over(loops)
+        if mappings != {f"banger-{vm_id}" for vm_id in ids}:
+            yield f"the mappings {mappings}, and {ids} run"
 
 
 def _listening_at(pid: int) -> set[tuple[str, int]]:
