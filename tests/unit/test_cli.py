@@ -29,6 +29,7 @@ from banger.base.model import (
     VmState,
     now,
 )
+from banger.base.terminal import printable
 from banger.cli import progress
 from banger.cli.app import (
     AfterDashes,
@@ -40,7 +41,7 @@ from banger.cli.app import (
 from banger.cli.copy import complete_side
 from banger.cli.main import cli, run
 from banger.cli.progress import ProgressView
-from banger.cli.render import print_json, print_table, printable
+from banger.cli.render import print_json, print_table
 from banger.rpc.client import Client
 from banger.rpc.protocol import Exit, FrameType, encode_json, frame
 from cli_daemon import Daemon, read_frame

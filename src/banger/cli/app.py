@@ -14,8 +14,8 @@ from banger import __version__
 from banger.base.errors import BadRequest, BangerError
 from banger.base.model import check_artifact_name, check_vm_name
 from banger.base.paths import Paths
+from banger.base.terminal import printable
 from banger.base.units import parse_size_mib
-from banger.cli.render import printable
 from banger.rpc.client import Client
 
 #: Exit status of `vm run`, `vm exec` and `vm shell` when banger itself failed.

@@ -16,10 +16,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from banger.base.terminal import printable
 from banger.base.usage import UsagePoint, VmStats
 from banger.cli.figures import GAP, UNKNOWN, fitting
 from banger.cli.graph import ASCII_BLOCKS, BLOCKS, columns, sparkline
-from banger.cli.render import printable
 from banger.cli.stats_columns import COLUMNS, headings_and_rows
 
 _GRAPH_LEAST = 8

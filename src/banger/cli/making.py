@@ -10,10 +10,10 @@ import msgspec
 
 from banger.base.errors import from_wire
 from banger.base.model import Operation
+from banger.base.terminal import printable
 from banger.base.units import format_size
 from banger.cli.app import connect, note
 from banger.cli.progress import ProgressView
-from banger.cli.render import printable
 
 
 class Begun(msgspec.Struct):

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Self, TypeVar
 import msgspec
 
 from banger.base.model import Operation, OperationState
+from banger.base.terminal import printable
 from banger.cli.app import connect, note
-from banger.cli.render import printable
 from banger.rpc.client import Client
 
 if TYPE_CHECKING:

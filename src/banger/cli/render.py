@@ -12,6 +12,8 @@ from datetime import UTC, datetime
 import click
 import msgspec
 
+from banger.base.terminal import printable
+
 #: Colours of states, for terminals.
 _STYLES = {"running": "green", "creating": "yellow", "suspended": "cyan",
            "error": "red", "ok": "green", "warn": "yellow", "fail": "red", "failed": "red",
@@ -29,13 +31,6 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         _print_rich(headings, clean)
     else:
         _print_plain(headings, clean)
-
-
-def printable(text: str) -> str:
-    """`text` with what could command a terminal replaced by question marks."""
-    if text.isprintable():
-        return text
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def _print_plain(headings: Sequence[str], rows: list[list[str]]) -> None:

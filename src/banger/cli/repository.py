@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 import click
 
 from banger.base.model import FileChange, Plan, WorkspaceMode
+from banger.base.terminal import printable
 from banger.base.units import format_size
 from banger.cli.app import note
-from banger.cli.render import print_json, printable
+from banger.cli.render import print_json
 from banger.rpc.client import Client
 
 #: The widest bar of a summary.

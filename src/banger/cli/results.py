@@ -11,11 +11,12 @@ import msgspec
 
 from banger.base.errors import NotFound
 from banger.base.model import FileChange, ForkResult, ForkState, Operation, Results
+from banger.base.terminal import printable
 from banger.base.units import format_age
 from banger.cli.app import complete_results, connect, json_option, note
 from banger.cli.machine import quiet_option
 from banger.cli.progress import ProgressView, watched_call
-from banger.cli.render import print_json, print_table, printable, seconds_since
+from banger.cli.render import print_json, print_table, seconds_since
 from banger.cli.repository import show_changes, umask
 from banger.cli.transfer import guest_output
 

@@ -11,11 +11,11 @@ import click
 import msgspec
 
 from banger.base.model import Vm
+from banger.base.terminal import printable
 from banger.cli.app import AfterDashes, connect, guest_command, note, vm_argument
 from banger.cli.machine import machine_options, machine_request
 from banger.cli.ports import note_ports
 from banger.cli.progress import watched_call
-from banger.cli.render import printable
 from banger.cli.repository import show_plan, umask, workspace_options, workspace_request
 from banger.cli.session import run_session, window_size
 from banger.cli.transfer import receive_stream

@@ -18,11 +18,12 @@ import click
 import msgspec
 
 from banger.base.errors import BadRequest
+from banger.base.terminal import printable
 from banger.base.units import parse_duration_s
 from banger.base.usage import VmStats
 from banger.cli.app import Checked, connect, json_option, optional_vm_argument
 from banger.cli.figures import print_fitting
-from banger.cli.render import print_json, printable
+from banger.cli.render import print_json
 from banger.cli.stats_columns import COLUMNS, headings_and_rows
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from typing import IO, Any, cast
 
 import click
 
+from banger.base.terminal import printable
 from banger.base.units import format_size
 from banger.cli.app import note
-from banger.cli.render import printable
 from banger.rpc.client import Session
 from banger.rpc.protocol import CREDIT_BYTES, NUMBER, Exit, FrameType, decode_exit, frame
 

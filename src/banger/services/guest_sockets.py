@@ -10,6 +10,7 @@ from msgspec import Meta
 
 from banger.base.errors import BadRequest
 from banger.base.ports import GuestSocket
+from banger.base.terminal import printable
 
 #: A guest that does everything has some dozens, of a hundred bytes each.
 SOCKETS_LIMIT_BYTES = 256 << 10
@@ -34,7 +35,7 @@ class _Listening(msgspec.Struct, frozen=True):
             address=self.address,
             port=self.port,
             pid=self.pid,
-            command="".join(each if each.isprintable() else "?" for each in self.command),
+            command=printable(self.command),
         )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from banger.base.errors import Unavailable
+from banger.base.terminal import printable
 
 _EXIT_AFTER_CLOSE_S = 3.0
 _CONSOLE_TAIL_LINES = 8
@@ -58,4 +59,4 @@ def console_tail(log: Path, begin: int) -> str:
         return ""
     lines = deque((line.rstrip() for line in text.splitlines()), maxlen=_CONSOLE_TAIL_LINES)
     # The console is the guest's: its control characters must not reach a terminal.
-    return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
+    return "\n".join(map(printable, lines))

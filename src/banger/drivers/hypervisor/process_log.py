@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from banger.base.terminal import printable
+
 _TAIL_BYTES = 2000
 
 
@@ -23,8 +25,7 @@ class Log:
             file.seek(max(self._start, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
             lines = file.read().decode(errors="replace").splitlines()
         # Some are consoles, too, which guests write: nothing of theirs commands a terminal.
-        safe = ("".join(c if c.isprintable() else "?" for c in line.rstrip()) for line in lines)
-        return "\n".join(safe).strip()
+        return "\n".join(printable(line.rstrip()) for line in lines).strip()
 
 
 def how_it_ended(status: int | None) -> str:
