@@ -28,6 +28,7 @@ from banger.drivers.base import Disk, DiskFormat, Machine, MemoryFile, Plug
 from banger.drivers.hypervisor.qemu import QemuHypervisor, tsc_khz
 from banger.drivers.hypervisor.qemu_argv import HostFacts, Inherited, qemu_argv
 from banger.drivers.hypervisor.qemu_monitor import load_state, save_state
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
 from banger.guest.channel import AgentChannel, call
@@ -150,7 +151,7 @@ class BareQemu:
         self, machine: Machine, *, incoming: bool = False
     ) -> AsyncIterator[QMPClient]:
         """A QEMU process and the first conversation with it; it is killed at the end."""
-        hypervisor = QemuHypervisor("auto", self._paths.probe_cache)
+        hypervisor = QemuHypervisor("auto", self._paths.probe_cache, QemuProgram())
         accelerator, _ = await hypervisor.choose_accelerator()
         network = await PasstNetwork(KEPT_FROM).attach(
             Plug(machine.vm_id, self._directory / "network.log", Reach())

@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from banger.drivers.hypervisor import kvm
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 from firecracker_schema import DESCRIPTION
 from stand_in_machine import VSOCK_VARIABLE
 
@@ -85,7 +86,7 @@ def settings(directory: Path, *, stands_in: bool) -> dict[str, str]:
 def believe_in_kvm(runtime: Path) -> None:
     """Have the daemon with this runtime directory believe that KVM runs guests here: it does, or it
     is not what runs vCPUs underneath the stand-in."""
-    cached = kvm._Cached(kvm._key(kvm.DEVICE), True, "as the test says")
+    cached = kvm._Cached(kvm._key(kvm.DEVICE, QemuProgram().path()), True, "as the test says")
     runtime.mkdir(mode=0o700, exist_ok=True)
     (runtime / "probes.json").write_bytes(msgspec.json.encode(cached))
 
@@ -118,7 +119,7 @@ def _interpreter() -> str:
 def _probed() -> kvm.KvmProbe:
     """Whether KVM runs guests here."""
     with tempfile.TemporaryDirectory() as cache:
-        return asyncio.run(kvm.probe(Path(cache) / "probes.json"))
+        return asyncio.run(kvm.probe(Path(cache) / "probes.json", QemuProgram()))
 
 
 def _no_firecracker() -> list[str]:

@@ -10,6 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +105,56 @@ def test_vms_run_on_without_the_daemon_and_are_found_again(home: Home) -> None:
     home.kill_daemon(signal.SIGKILL)
     assert banger.state("steady") == "stopped"
     banger.ok("vm", "delete", "steady")
+    _assert_clean(home)
+
+
+@suite.about_qemu
+def test_machines_of_another_qemu_than_the_one_that_is_configured_are_found_again(
+    home: Home,
+) -> None:
+    banger = home.banger
+    installed = shutil.which("qemu-system-x86_64")
+    assert installed is not None
+    other = home.directory / "tools/emulator"
+    other.parent.mkdir()
+    other.symlink_to(installed)  # a copy would look for its firmware beside itself
+
+    def configure(text: str) -> None:
+        home.configure(text)
+        banger.ok("daemon", "restart")
+
+    def machine_by(program: str) -> int:
+        (machine,) = home.machines()
+        assert Path(f"/proc/{machine.pid}/comm").read_text() == f"{program}\n"
+        return machine.pid
+
+    configure(f'qemu_bin = "{other}"')
+    _run(home, "steady")
+    pid = machine_by("emulator")
+    configure("")
+    assert banger.state("steady") == "running"
+    assert banger.guest("steady", "echo known") == "known\n"
+    assert machine_by("emulator") == pid
+    banger.ok("vm", "stop", "steady")
+    banger.ok("vm", "start", "steady")
+    pid = machine_by("qemu-system-x86")
+    configure(f'qemu_bin = "{other}"')
+    assert banger.guest("steady", "echo known") == "known\n"
+    assert machine_by("qemu-system-x86") == pid
+    banger.ok("vm", "kill", "steady")
+    assert home.machines() == []
+    banger.ok("vm", "start", "steady")
+    machine_by("emulator")
+    # Whatever is wrong with the one that is configured, those that run are not concerned.
+    other.unlink()
+    configure(f'qemu_bin = "{other}"')
+    said = banger.fails("vm", "run", "--image", IMAGE, "--", "true", status=125)
+    assert f"cannot start a VM here: hypervisor qemu: there is no {other}" in said
+    assert "hint: set qemu_bin" in said
+    checks = {each["name"]: each for each in json.loads(banger.run("doctor", "--json").stdout)}
+    assert checks["hypervisor qemu"]["detail"] == f"there is no {other}"
+    assert banger.guest("steady", "echo known") == "known\n"
+    banger.ok("vm", "delete", "--force", "steady")
     _assert_clean(home)
 
 

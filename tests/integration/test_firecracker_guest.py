@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_place import Direct
 from banger.drivers.hypervisor.firecracker_requests import SetState, SnapshotCreate
 from banger.drivers.hypervisor.kvm import KvmProbe
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 from banger.guest.binary import agent_binary
 from banger.guest.channel import AgentChannel, call
 from banger.guest.requests import Exec, Shutdown
@@ -114,10 +116,11 @@ async def hypervisor(request: pytest.FixtureRequest, tmp_path: Path) -> Firecrac
         program = firecrackers.stand_in(tmp_path)
         return FirecrackerHypervisor(Direct(str(program)), emulated)
     cache = Path(os.environ["HOME"]) / "probe.json"
-    answer = await kvm.probe(cache)
+    answer = await kvm.probe(cache, QemuProgram())
     if not answer.usable:
         pytest.skip(f"Firecracker is there, but {answer.detail}")
-    return FirecrackerHypervisor(Direct(str(firecrackers.real())), lambda: kvm.probe(cache))
+    probe = partial(kvm.probe, cache, QemuProgram())
+    return FirecrackerHypervisor(Direct(str(firecrackers.real())), probe)
 
 
 @dataclass

@@ -47,6 +47,7 @@ from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.hypervisor.firecracker_jail import Jailed
 from banger.drivers.hypervisor.firecracker_place import Direct
 from banger.drivers.hypervisor.qemu import QemuHypervisor
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 from banger.hostops.client import HelperHost
 os.setgroups([])
 os.setgid(int(sys.argv[1]))
@@ -56,7 +57,7 @@ jails = Jailed(HelperHost(runtime / "none"), (runtime,), runtime / "none")
 firecracker = FirecrackerHypervisor(jails, None, earlier=(Direct(""),))
 machines = [
     [each.name, pid, socket.parent.name]
-    for each in (firecracker, QemuHypervisor("tcg", runtime / "none"))
+    for each in (firecracker, QemuHypervisor("tcg", runtime / "none", QemuProgram()))
     for pid, process in procfs.own_processes()
     if (socket := each.control_socket(process)) is not None and socket.parent.parent == runtime
 ]

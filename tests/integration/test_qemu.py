@@ -18,11 +18,13 @@ import pytest
 
 import suite
 from banger.base import proc, procfs
-from banger.base.errors import Unavailable
+from banger.base.errors import BangerError, Unavailable
 from banger.base.model import Reach
 from banger.drivers.base import Disk, DiskFormat, Link, Machine, MachineStatus, MemoryFile, Plug
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.qemu import QemuHypervisor
+from banger.drivers.hypervisor.qemu_argv import QEMU
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 from banger.drivers.network.user import PasstNetwork
 from banger.drivers.storage.qcow2 import Qcow2Storage
 from tiny_guest import speaking_guest
@@ -60,7 +62,7 @@ def machine(tmp_path: Path, private_home: object) -> Machine:
 
 @pytest.fixture
 def hypervisor(tmp_path: Path) -> QemuHypervisor:
-    return QemuHypervisor("auto", tmp_path / "probes.json")
+    return QemuHypervisor("auto", tmp_path / "probes.json", QemuProgram())
 
 
 async def exit_of(pid: int) -> None:
@@ -290,6 +292,53 @@ async def test_a_machine_that_cannot_start_says_why_and_where_to_look(
 
 
 @pytest.mark.guest
+async def test_a_program_by_another_name_runs_machines_by_the_usual_one(
+    machine: Machine, tmp_path: Path
+) -> None:
+    """It finds its firmware, too."""
+    program = tmp_path / "emulator"
+    program.symlink_to(QemuProgram().path())
+    hypervisor = QemuHypervisor("tcg", tmp_path, QemuProgram(str(program)))
+    pid = await hypervisor.launch(machine, None)
+    try:
+        assert procfs.command_line(pid)[0] == QEMU
+        assert Path(f"/proc/{pid}/comm").read_text() == "emulator\n"
+        assert hypervisor.control_socket(procfs.look_at(pid)) == machine.control_socket
+        await console_says(machine, "hello, host")
+    finally:
+        await hypervisor.quit(machine.control_socket)
+    await exit_of(pid)
+
+
+@pytest.mark.guest
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("no program\n", "cannot be run: Exec format error"),
+        ("#!/nowhere/sh\n", "cannot be run: No such file or directory"),
+        ("#!/bin/sh\nexit 3\n", "QEMU exited with status 3; inspect"),
+        (f'#!/bin/sh\n{QEMU} "$@"\n', "is not QEMU itself"),
+    ],
+    ids=["text", "no interpreter", "another program", "QEMU below a script"],
+)
+async def test_what_is_not_qemu_is_told_with_the_setting_to_mend_and_leaves_nothing(
+    machine: Machine, tmp_path: Path, content: str, said: str
+) -> None:
+    program = tmp_path / "program"
+    program.write_text(content)
+    program.chmod(0o755)
+    hypervisor = QemuHypervisor("tcg", tmp_path, QemuProgram(str(program)))
+    with pytest.raises(BangerError) as caught:
+        await hypervisor.launch(machine, None)
+    assert said in caught.value.message
+    assert "qemu_bin" in caught.value.hint
+    # By its kernel: commas in what is part of an option are doubled.
+    for pid, process in procfs.own_processes():
+        if str(machine.kernel) in process.argv:
+            await exit_of(pid)
+
+
+@pytest.mark.guest
 async def test_a_cancelled_launch_leaves_no_process(
     machine: Machine, hypervisor: QemuHypervisor
 ) -> None:
@@ -340,11 +389,11 @@ async def test_an_overlay_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
 async def test_the_kvm_probe_is_bounded_and_remembers(tmp_path: Path) -> None:
     cache = tmp_path / "probes.json"
     began = time.monotonic()
-    first = await kvm.probe(cache)
+    first = await kvm.probe(cache, QemuProgram())
     assert time.monotonic() - began < 15
     assert first.detail
     began = time.monotonic()
-    assert await kvm.probe(cache) == first
+    assert await kvm.probe(cache, QemuProgram()) == first
     assert time.monotonic() - began < 0.5
 
 
@@ -355,7 +404,7 @@ async def test_the_kvm_probes_program_runs_to_its_end_on_a_processor_that_works(
         program.write(kvm.probe_program())
         program.flush()
         completed = await proc.run(
-            kvm.probe_argv(program.fileno(), "tcg", "max"),
+            kvm.probe_argv(QEMU, program.fileno(), "tcg", "max"),
             timeout_s=60,
             check=False,
             pass_fds=(program.fileno(),),

@@ -103,6 +103,9 @@ def test_a_setting_like_no_other_gets_no_guess(tmp_path: Path) -> None:
         ("[vm_defaults]\nmemory = -1", "vm_defaults.memory"),
         ('[vm_defaults]\ninit = "upstart"', "vm_defaults.init"),
         ("forward_ports = 1", "forward_ports"),
+        ('qemu_bin = "bin/qemu"', "qemu_bin"),
+        ('qemu_bin = ""', "qemu_bin"),
+        ("qemu_bin = true", "qemu_bin"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_file_and_key(tmp_path: Path, text: str, key: str) -> None:
@@ -118,6 +121,13 @@ def test_what_is_not_toml_is_refused_with_its_file(tmp_path: Path, text: str | b
     with pytest.raises(BadRequest, match="not valid TOML") as caught:
         load_config(file, {})
     assert str(file) in caught.value.message
+
+
+@pytest.mark.parametrize("program", ["qemu-kvm", "/opt/qemu/bin/qemu", "~/bin/qemu"])
+def test_a_program_is_a_name_or_a_path_that_is_the_same_from_everywhere(
+    tmp_path: Path, program: str
+) -> None:
+    assert load(tmp_path, f'qemu_bin = "{program}"').qemu_bin == program
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:

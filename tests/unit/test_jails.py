@@ -33,6 +33,7 @@ from banger.drivers.hypervisor.firecracker_jail import Jailed
 from banger.drivers.hypervisor.firecracker_place import Direct, Place
 from banger.drivers.hypervisor.kvm import KvmProbe
 from banger.drivers.hypervisor.qemu import QemuHypervisor
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 from banger.hostops import (
     jail_files,
     jail_groups,
@@ -521,7 +522,8 @@ def test_a_jailed_machine_cannot_pose_as_another(
         "direct": ("firecracker", "--api-sock", str(others)),
         "jailed": ("/firecracker", "--id", OTHER_ID, "--api-sock", "out/api.sock"),
     }
-    place, direct, qemu = _jailed(tmp_path), Direct(""), QemuHypervisor("tcg", tmp_path)
+    place, direct = _jailed(tmp_path), Direct("")
+    qemu = QemuHypervisor("tcg", tmp_path, QemuProgram())
     argv = (*claims[claim], "--id", VM_ID)
     # Of a process of ours, which is no machine in a jail, it would be believed.
     said = [each.control_socket(Process(argv)) for each in (qemu, direct)]

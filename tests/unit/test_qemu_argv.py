@@ -20,6 +20,7 @@ from banger.drivers.hypervisor.qemu_argv import (
     option_value,
     qemu_argv,
 )
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 
 MACHINE = Machine(
     vm_id="vm-1",
@@ -145,7 +146,7 @@ def test_every_path_with_commas_is_quoted() -> None:
 
 def test_a_process_is_recognised_by_its_control_socket() -> None:
     argv = qemu_argv(MACHINE, TCG, Inherited(7))
-    found = QemuHypervisor("auto", Path("/nowhere")).control_socket
+    found = QemuHypervisor("auto", Path("/nowhere"), QemuProgram()).control_socket
     assert found(Process(argv)) == MACHINE.control_socket
     elsewhere = Process(("/usr/bin/qemu-system-x86_64", *argv[1:]))
     assert found(elsewhere) == MACHINE.control_socket

@@ -12,6 +12,7 @@ from banger.base.extents import makes_clones
 from banger.base.model import NetworkMode
 from banger.drivers import registry
 from banger.drivers.base import Check, Level
+from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
 from banger.drivers.storage.reflink import ReflinkStorage
 from banger.hostops.client import HelperHost
@@ -26,13 +27,17 @@ class _InstalledHost(HelperHost):
 
 
 def select(
-    settings: dict[str, str], host: HostOps | None = None, vms_dir: Path = Path("/nowhere/vms")
+    settings: dict[str, str],
+    host: HostOps | None = None,
+    vms_dir: Path = Path("/nowhere/vms"),
+    qemu_bin: str = "qemu-system-x86_64",
 ) -> registry.Selection:
     return asyncio.run(
         registry.select(
             **settings,
             firecracker_bin="firecracker",
             jailer_enabled=True,
+            qemu_bin=qemu_bin,
             probe_cache=Path("/nowhere"),
             vms_dir=vms_dir,
             runtime_dirs=(),
@@ -157,6 +162,22 @@ def test_auto_is_not_firecracker_where_each_disk_would_be_a_copy(
         pytest.skip(f"{tmp_path} makes clones")
     name, reason = hypervisor_of(select(AUTO, _InstalledHost(), tmp_path))
     assert (name, "no clones" in reason) == ("qemu", True)
+
+
+def test_the_qemu_that_is_configured_is_that_of_machines_and_of_all_who_try_kvm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(kvm, "_obstacle", lambda _: None)
+    selection = select(AUTO, qemu_bin="~/bin/qemu")
+    (firecracker,) = selection.other_hypervisors
+    assert isinstance(firecracker, FirecrackerHypervisor)
+    (machines,) = asyncio.run(selection.hypervisor.checks())
+    tried = asyncio.run(firecracker.accelerator_check())
+    for check in (machines, tried):
+        assert check.level is Level.FAIL
+        assert f"there is no {tmp_path}/bin/qemu" in check.detail
+        assert "qemu_bin" in check.hint
 
 
 @pytest.mark.parametrize("setting", sorted(AUTO))

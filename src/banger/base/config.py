@@ -128,6 +128,7 @@ class Config:
     firecracker_bin: str
     jailer_bin: str
     jailer_enabled: bool
+    qemu_bin: str
     accelerator: str
     storage: str
     network: str
@@ -183,6 +184,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("jailer_enabled", _switch, True,
             "whether each Firecracker has a uid, root directory, network and limits of its own;"
             " false is for debugging only"),
+    Setting("qemu_bin", _program, "qemu-system-x86_64",
+            "QEMU itself: a name to be found on PATH, or absolute, or below ~/"),
     Setting("accelerator", _choice("auto", "kvm", "tcg"), "auto",
             "what QEMU runs vCPUs with; auto takes kvm when a vCPU really runs"),
     Setting("storage", _choice("auto", "qcow2", "reflink", "dm_snapshot"), "auto",

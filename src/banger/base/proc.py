@@ -242,17 +242,20 @@ def spawn_detached(
     pass_fds: Sequence[int] = (),
     env: Mapping[str, str] | None = None,
     cwd: Path = Path("/"),
+    program: str | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start a process in a session of its own that survives this one.
 
     Its stdout and stderr are appended to `log`; files and sockets it makes are private
     (umask 077). Give it to `watch`, which reaps it while we live; after that init does.
+    `program` is the path of what runs where the first argument is only what it is to be called.
     Raises PreconditionFailed when the tool is not installed.
     """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     with os.fdopen(descriptor, "ab") as output:
         return subprocess.Popen(
-            _resolve(argv),
+            _resolve(argv) if program is None else argv,
+            executable=program,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,

@@ -149,6 +149,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         network=config.network,
         firecracker_bin=config.firecracker_bin,
         jailer_enabled=config.jailer_enabled,
+        qemu_bin=config.qemu_bin,
         probe_cache=paths.probe_cache,
         vms_dir=paths.vms_dir,
         runtime_dirs=(paths.vms_runtime_dir, paths.templates_runtime_dir),

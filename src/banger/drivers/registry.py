@@ -32,6 +32,7 @@ from banger.drivers.hypervisor.firecracker_jail import Jailed
 from banger.drivers.hypervisor.firecracker_place import Direct, Place
 from banger.drivers.hypervisor.qemu import QemuHypervisor
 from banger.drivers.hypervisor.qemu_argv import Accelerator
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 from banger.drivers.network.bridge import BridgeNetwork
 from banger.drivers.network.dns import DnsServer
 from banger.drivers.network.user import PasstNetwork
@@ -78,6 +79,7 @@ class HypervisorSettings:
     probe_cache: Path
     firecracker_bin: str
     jailer_enabled: bool
+    qemu_bin: str
     #: Who makes jails, and where the sockets of machines are, each in a directory with its id.
     host: HostOps
     runtime_dirs: tuple[Path, ...]
@@ -86,19 +88,27 @@ class HypervisorSettings:
 
 
 def _qemu(settings: HypervisorSettings) -> Hypervisor:
-    return QemuHypervisor(settings.accelerator, settings.probe_cache)
+    return QemuHypervisor(settings.accelerator, settings.probe_cache, _qemu_program(settings))
+
+
+def _qemu_program(settings: HypervisorSettings) -> QemuProgram:
+    return QemuProgram(_program(settings.qemu_bin))
+
+
+def _program(setting: str) -> str:
+    return os.path.expanduser(setting)  # noqa: PTH111 - it may be a name
 
 
 def _firecracker(settings: HypervisorSettings) -> FirecrackerHypervisor:
-    program = os.path.expanduser(settings.firecracker_bin)  # noqa: PTH111 - it may be a name
     places: list[Place] = [
         Jailed(settings.host, settings.runtime_dirs, settings.jails_dir),
-        Direct(program),
+        Direct(_program(settings.firecracker_bin)),
     ]
     if not settings.jailer_enabled:
         places.reverse()
     place, *earlier = places
-    return FirecrackerHypervisor(place, partial(kvm.probe, settings.probe_cache), earlier=earlier)
+    probe = partial(kvm.probe, settings.probe_cache, _qemu_program(settings))
+    return FirecrackerHypervisor(place, probe, earlier=earlier)
 
 
 # The first is what ``auto`` falls back to: it runs everywhere.
@@ -133,6 +143,7 @@ async def select(
     network: str,
     firecracker_bin: str,
     jailer_enabled: bool,
+    qemu_bin: str,
     probe_cache: Path,
     vms_dir: Path,
     runtime_dirs: tuple[Path, ...],
@@ -152,7 +163,14 @@ async def select(
     if accelerator not in (AUTO, *_ACCELERATORS):
         raise _unknown("accelerator", accelerator, _ACCELERATORS)
     settings = HypervisorSettings(
-        accelerator, probe_cache, firecracker_bin, jailer_enabled, host, runtime_dirs, jails_dir
+        accelerator=accelerator,
+        probe_cache=probe_cache,
+        firecracker_bin=firecracker_bin,
+        jailer_enabled=jailer_enabled,
+        qemu_bin=qemu_bin,
+        host=host,
+        runtime_dirs=runtime_dirs,
+        jails_dir=jails_dir,
     )
     why_hypervisor = await _hypervisor_choice(hypervisor, settings, storage, network, vms_dir)
     make_hypervisor = _HYPERVISORS[why_hypervisor.name]

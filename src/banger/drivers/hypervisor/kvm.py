@@ -26,8 +26,9 @@ from pathlib import Path
 import msgspec
 
 from banger.base import proc, procfs
-from banger.base.errors import BangerError, OperationTimeout
-from banger.drivers.hypervisor.qemu_argv import KVM_CPU, QEMU
+from banger.base.errors import BangerError, OperationTimeout, PreconditionFailed
+from banger.drivers.hypervisor.qemu_argv import KVM_CPU
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 
 DEVICE = Path("/dev/kvm")
 _NO_DEVICE = (
@@ -75,24 +76,29 @@ class _Cached(msgspec.Struct, frozen=True):
         return not self.holds_s or _since_boot_s() < self.until_s
 
 
-async def probe(cache: Path, device: Path = DEVICE) -> KvmProbe:
+async def probe(cache: Path, qemu: QemuProgram, device: Path = DEVICE) -> KvmProbe:
     """Whether a vCPU runs, from `cache` when the question was answered since the host booted.
 
-    Takes 10 s at most. Never raises; a cache that cannot be read or written is done without. Not
-    to be called again while it runs: who waits finds the answer in the cache.
+    `qemu` is what tries it. Takes 10 s at most. Never raises; a cache that cannot be read or
+    written is done without. Not to be called again while it runs: who waits finds the answer in the
+    cache.
     """
     obstacle = _obstacle(device)
     if obstacle is not None:
         # Not worth keeping: it is cheap to see, and changes when an administrator repairs it.
         return obstacle
-    key = _key(device)
+    try:
+        program = qemu.path()
+    except PreconditionFailed as error:
+        return KvmProbe(False, f"it is tried with QEMU, and {error.message}", error.hint)
+    key = _key(device, program)
     cached = _read(cache)
     if cached is not None and cached.key != key:
         cached = None
     if cached is not None and cached.stands():
         return KvmProbe(cached.usable, cached.detail)
     try:
-        answer = await _run()
+        answer = await _run(qemu)
     except OperationTimeout:
         answer = KvmProbe(False, f"a vCPU did not get anywhere within {_TIMEOUT_S:g} s")
         holds_s = 2 * cached.holds_s if cached is not None else _TIMEOUT_HOLDS_S
@@ -100,7 +106,7 @@ async def probe(cache: Path, device: Path = DEVICE) -> KvmProbe:
         _write(cache, _Cached(key, False, answer.detail, holds_s, until_s))
     except BangerError as error:
         # QEMU did not start: that says nothing of KVM, and is not kept.
-        return KvmProbe(False, error.message)
+        return KvmProbe(False, error.message, error.hint)
     else:
         _write(cache, _Cached(key, answer.usable, answer.detail))
     return answer
@@ -121,16 +127,13 @@ def _obstacle(device: Path) -> KvmProbe | None:
         return KvmProbe(False, f"{device} may not be opened by this user", hint, denied=True)
     except OSError as error:
         return KvmProbe(False, f"{device} cannot be opened: {error.strerror}", _NO_DEVICE)
-    if proc.which(QEMU) is None:
-        missing = proc.missing_tool(QEMU)
-        return KvmProbe(False, f"it is tried with QEMU, and {missing.message}", missing.hint)
     return None
 
 
-def _key(device: Path) -> list[str]:
+def _key(device: Path, program: str) -> list[str]:
     """What an answer depends on: this boot of the host, the device, this very QEMU."""
     device_info = device.stat()
-    qemu = Path(proc.which(QEMU) or QEMU).stat()
+    qemu = Path(program).stat()
     return [
         procfs.boot_id(),
         f"{device_info.st_rdev}:{stat.filemode(device_info.st_mode)}",
@@ -138,27 +141,31 @@ def _key(device: Path) -> list[str]:
     ]
 
 
-async def _run() -> KvmProbe:
+async def _run(qemu: QemuProgram) -> KvmProbe:
     """Raises OperationTimeout, and what keeps QEMU from being started."""
     program = os.memfd_create("kvm-probe")
     try:
         os.write(program, probe_program())
-        completed = await proc.run(
-            probe_argv(program), timeout_s=_TIMEOUT_S, check=False, pass_fds=(program,)
-        )
+        with qemu.starting() as path:
+            completed = await proc.run(
+                probe_argv(path, program), timeout_s=_TIMEOUT_S, check=False, pass_fds=(program,)
+            )
     finally:
         os.close(program)
     if completed.returncode == PROBE_PASSED:
         return KvmProbe(True, "a vCPU ran a program")
     lines = completed.stderr.decode(errors="replace").strip().splitlines()
-    reason = lines[0].removeprefix(f"{QEMU}: ") if lines else f"status {completed.returncode}"
+    name = Path(path).name
+    reason = lines[0].removeprefix(f"{name}: ") if lines else f"status {completed.returncode}"
     return KvmProbe(False, f"QEMU cannot run a vCPU: {reason}")
 
 
-def probe_argv(program_fd: int, accelerator: str = "kvm", cpu: str = KVM_CPU) -> list[str]:
+def probe_argv(
+    qemu: str, program_fd: int, accelerator: str = "kvm", cpu: str = KVM_CPU
+) -> list[str]:
     """QEMU running the probe program, which it inherits as a descriptor."""
     return [
-        QEMU,
+        qemu,
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"),
         *("-machine", "microvm,x-option-roms=off,pit=off,pic=off"),
         *("-accel", accelerator, "-cpu", cpu, "-m", "64M"),

@@ -11,6 +11,7 @@ import hashlib
 import os
 import signal
 import socket
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
@@ -20,12 +21,12 @@ from typing import Any, cast
 
 from qemu.qmp import ExecInterruptedError, QMPClient, Runstate
 
-from banger.base import proc
+from banger.base import proc, procfs
 from banger.base.cancellation import to_its_end
 from banger.base.config import VCPU_MAX
-from banger.base.errors import OperationTimeout, Unavailable
+from banger.base.errors import OperationTimeout, PreconditionFailed, Unavailable
 from banger.base.paths import check_socket_path
-from banger.base.procfs import Process
+from banger.base.procfs import UNKNOWN, Process
 from banger.drivers.base import (
     Capture,
     Check,
@@ -44,7 +45,6 @@ from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.process_log import Log
 from banger.drivers.hypervisor.processor import processor
 from banger.drivers.hypervisor.qemu_argv import (
-    QEMU,
     Accelerator,
     HostFacts,
     Inherited,
@@ -68,6 +68,7 @@ from banger.drivers.hypervisor.qemu_monitor import (
     load_state,
     save_state,
 )
+from banger.drivers.hypervisor.qemu_program import QemuProgram
 
 _CPUINFO = Path("/proc/cpuinfo")
 #: Waiting for the state to be written is waiting for the disk.
@@ -89,17 +90,18 @@ class QemuHypervisor:
         vcpu_max=VCPU_MAX,
     )
 
-    def __init__(self, accelerator: str, probe_cache: Path) -> None:
+    def __init__(self, accelerator: str, probe_cache: Path, program: QemuProgram) -> None:
         """`accelerator` is the setting: ``auto``, ``kvm`` or ``tcg``."""
         self._setting = accelerator
         self._probe_cache = probe_cache
+        self._program = program
         self._probing = asyncio.Lock()
 
     async def checks(self) -> list[Check]:
         """QEMU itself, and the accelerator: which one, and why."""
-        path = proc.which(QEMU)
-        if path is None:
-            error = proc.missing_tool(QEMU)
+        try:
+            path = self._program.path()
+        except PreconditionFailed as error:
             return [Check("hypervisor qemu", Level.FAIL, error.message, error.hint)]
         return [
             Check("hypervisor qemu", Level.OK, path),
@@ -112,7 +114,7 @@ class QemuHypervisor:
         if self._setting == Accelerator.TCG:
             return Accelerator.TCG, Check(name, Level.OK, "tcg, as configured")
         async with self._probing:  # one probe: beside others it would take longer
-            answer = await kvm.probe(self._probe_cache)
+            answer = await kvm.probe(self._probe_cache, self._program)
         if answer.usable:
             return Accelerator.KVM, Check(name, Level.OK, f"kvm: {answer.detail}")
         if self._setting == Accelerator.KVM:
@@ -148,12 +150,8 @@ class QemuHypervisor:
                 log = Log(machine.hypervisor_log)
                 facts = HostFacts(accelerator, tsc_khz())
                 inherited = Inherited(theirs.fileno(), network_fd, link)
-                process = proc.spawn_detached(
-                    qemu_argv(machine, facts, inherited, mac, incoming=state is not None),
-                    log=machine.hypervisor_log,
-                    pass_fds=[fd for fd in (theirs.fileno(), network_fd) if fd >= 0],
-                    env=proc.BARE_ENVIRONMENT,
-                )
+                argv = qemu_argv(machine, facts, inherited, mac, incoming=state is not None)
+                process = self._spawn(argv, log, (theirs.fileno(), network_fd))
         except BaseException:
             ours.close()
             raise
@@ -164,13 +162,34 @@ class QemuHypervisor:
         try:
             with ours:
                 await self._begin(ours, ended, log, machine, state)
+            self._check_recognised(process.pid, machine)
         except BaseException:
             if not ended.done():
-                # Not reaped yet, so the pid is still its own.
-                os.kill(process.pid, signal.SIGKILL)
+                # Not reaped yet, so the pid is still its own, and its group's.
+                os.killpg(process.pid, signal.SIGKILL)
                 await asyncio.shield(ended)
             raise
         return process.pid
+
+    def _spawn(
+        self, argv: tuple[str, ...], log: Log, inherited: tuple[int, ...]
+    ) -> subprocess.Popen[bytes]:
+        with self._program.starting() as path:
+            return proc.spawn_detached(
+                argv,
+                program=path,
+                log=log.path,
+                pass_fds=[fd for fd in inherited if fd >= 0],
+                env=proc.BARE_ENVIRONMENT,
+            )
+
+    def _check_recognised(self, pid: int, machine: Machine) -> None:
+        """A machine that nobody finds again would count as stopped, and run on with its disks."""
+        process = procfs.look_at(pid)
+        if process == UNKNOWN:
+            return  # it has ended by itself
+        if self.control_socket(process) != machine.control_socket:
+            raise self._program.is_not_the_machine()
 
     async def _begin(
         self,
@@ -190,7 +209,8 @@ class QemuHypervisor:
                     failure = MachineLost
                     await client.execute("cont")
         except Unavailable as error:
-            raise failure(error.message, hint=error.hint) from error
+            hint = error.hint or (self._program.doubt if failure is Unavailable else "")
+            raise failure(error.message, hint=hint) from error
         except OperationTimeout as error:
             if failure is MachineLost:
                 raise MachineLost(error.message, hint=error.hint) from error
@@ -278,9 +298,7 @@ class QemuHypervisor:
 
     async def shape(self, machine: Machine, link: Link | None) -> str:
         """See `Hypervisor.shape`: a digest of the command line, QEMU itself and the processor."""
-        path = proc.which(QEMU)
-        if path is None:
-            raise proc.missing_tool(QEMU)
+        path = self._program.path()
         accelerator, _ = await self.choose_accelerator()
         program = os.stat(path)  # noqa: PTH116 - pathlib is no faster here
         parts = (
