@@ -152,6 +152,7 @@ def poor_path(bare_home: Home) -> Path:
 
 
 @suite.about_qemu
+@suite.about_layers
 def test_all_that_is_missing_is_told_at_once_with_what_to_install(
     home: Home, poor_path: Path
 ) -> None:

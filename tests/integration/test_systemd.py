@@ -11,6 +11,7 @@ import pytest
 import firecrackers
 from homes import Home, copy_artifacts
 from product import Banger
+from suite import names_its_drivers
 
 pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
 
@@ -86,6 +87,7 @@ def test_systemd_boots_takes_commands_and_powers_off(banger: Banger, systemd_mac
     assert "stopped in order" in banger.ok("vm", "logs", name)
 
 
+@names_its_drivers
 @firecrackers.needs_description
 @firecrackers.needs_kvm_device
 def test_on_firecracker_a_poweroff_by_systemd_ends_the_machine(
