@@ -15,6 +15,8 @@ packages=$packages,python3,python3-venv,qemu-system-x86,qemu-utils,passt,mmdebst
 packages=$packages,e2fsprogs,git,skopeo,openssh-client,nftables
 # What tests look with.
 packages=$packages,dmsetup,iperf3,iputils-ping,sudo
+# What tests of the integration suite need that are run in it.
+packages=$packages,busybox-static,docker-registry,openssl,btrfs-progs,xfsprogs
 
 finish() {
     cp --sparse=always --recursive "$SRV/." "$1/srv"
@@ -28,7 +30,8 @@ finish() {
     chroot "$1" useradd --create-home --shell /bin/bash --groups kvm alice
     # Nobody logs in at a terminal, and packages are never renewed.
     for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer fstrim.timer \
-        e2scrub_all.timer e2scrub_reap.service systemd-timesyncd.service getty.target; do
+        e2scrub_all.timer e2scrub_reap.service systemd-timesyncd.service getty.target \
+        docker-registry.service; do
         ln -sf /dev/null "$1/etc/systemd/system/$unit"
     done
     # What mmdebstrap has from the machine it ran on.

@@ -21,7 +21,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, NoReturn, TypeAlias
 
 from banger.base.errors import BangerError, ErrorCode, OperationTimeout, PreconditionFailed
 from banger.base.tools import package_of
@@ -235,6 +235,10 @@ async def _end_group(process: asyncio.subprocess.Process) -> None:
     await process.wait()
 
 
+#: A process that outlives this one, until it is given to `watch`.
+Detached: TypeAlias = "subprocess.Popen[bytes]"
+
+
 def spawn_detached(
     argv: Argv,
     *,
@@ -243,7 +247,7 @@ def spawn_detached(
     env: Mapping[str, str] | None = None,
     cwd: Path = Path("/"),
     program: str | None = None,
-) -> subprocess.Popen[bytes]:
+) -> Detached:
     """Start a process in a session of its own that survives this one.
 
     Its stdout and stderr are appended to `log`; files and sockets it makes are private

@@ -11,7 +11,6 @@ import hashlib
 import os
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine
 from contextlib import suppress
@@ -171,9 +170,7 @@ class QemuHypervisor:
             raise
         return process.pid
 
-    def _spawn(
-        self, argv: tuple[str, ...], log: Log, inherited: tuple[int, ...]
-    ) -> subprocess.Popen[bytes]:
+    def _spawn(self, argv: tuple[str, ...], log: Log, inherited: tuple[int, ...]) -> proc.Detached:
         with self._program.starting() as path:
             return proc.spawn_detached(
                 argv,
