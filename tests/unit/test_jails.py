@@ -546,6 +546,17 @@ async def test_without_a_helper_no_machine_is_jailed_and_it_is_said_why() -> Non
     assert "--network user" not in refused.value.hint  # it cannot have that
 
 
+async def test_an_installations_helper_that_is_not_there_just_now_is_asked(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks waits for it to be started again; until then nothing says what is lacking."""
+    monkeypatch.setattr(prisons.host, "problem", "there is no helper")
+    assert await prisons.place.program() == str(prisons.firecracker)
+    monkeypatch.setattr(prisons.host, "installed", False)
+    with pytest.raises(PreconditionFailed, match="there is no helper"):
+        await prisons.place.check()
+
+
 @pytest.mark.parametrize("has_program", [True, False])
 async def test_all_that_machines_in_jails_lack_is_told(has_program: bool) -> None:
     """Of KVM, too, where there is no jail; where there is one, of the program in it."""

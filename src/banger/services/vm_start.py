@@ -76,6 +76,8 @@ class Drivers:
     others: tuple[Hypervisor, ...] = ()
     #: What makes devices of disks, for VMs whose storage does, which may not be `storage`.
     devices: DiskDeviceMaker | None = None
+    #: Why it is this hypervisor: that it is configured, or what ``auto`` has found.
+    hypervisor_reason: str = "as configured"
 
 
 class GuestLost(BangerError):

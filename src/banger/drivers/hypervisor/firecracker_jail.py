@@ -71,7 +71,8 @@ class Jailed:
         return await self._ask()
 
     async def _ask(self) -> str:
-        if self._host.problem:
+        # An installation's helper that is not there is being started again: asking waits for that.
+        if self._host.problem and not self._host.installed:
             raise PreconditionFailed(
                 f"nobody can put Firecracker into a jail: {self._host.problem}",
                 hint=f"{self._host.hint}; {_WITHOUT}",
