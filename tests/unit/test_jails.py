@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -544,6 +546,17 @@ async def test_without_a_helper_no_machine_is_jailed_and_it_is_said_why() -> Non
     assert "--network user" not in refused.value.hint  # it cannot have that
 
 
+async def test_an_installations_helper_that_is_not_there_just_now_is_asked(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who asks waits for it to be started again; until then nothing says what is lacking."""
+    monkeypatch.setattr(prisons.host, "problem", "there is no helper")
+    assert await prisons.place.program() == str(prisons.firecracker)
+    monkeypatch.setattr(prisons.host, "installed", False)
+    with pytest.raises(PreconditionFailed, match="there is no helper"):
+        await prisons.place.check()
+
+
 @pytest.mark.parametrize("has_program", [True, False])
 async def test_all_that_machines_in_jails_lack_is_told(has_program: bool) -> None:
     """Of KVM, too, where there is no jail; where there is one, of the program in it."""
@@ -872,6 +885,76 @@ async def test_only_a_jail_that_nobody_is_in_may_be_forgotten_without_its_end(
     prisons.lives(monkeypatch)
     await prisons.place.clear(prisons.socket)
     assert not prisons.socket.is_symlink()
+
+
+class Lagging:
+    """The removal of a jail's files, the next one of which takes until it may go on."""
+
+    def __init__(self) -> None:
+        self.waits = False
+        self.under_way = threading.Event()
+        self.goes_on = threading.Event()
+
+    def remove(self, directory: Path) -> None:
+        if self.waits:
+            self.waits = False
+            self.under_way.set()
+            self.goes_on.wait(10)
+        remove_hostile_tree(directory)
+
+
+@pytest.fixture
+def lagging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lagging]:
+    lagging = Lagging()
+    monkeypatch.setattr(firecracker_jail, "remove_hostile_tree", lagging.remove)
+    yield lagging
+    lagging.goes_on.set()
+
+
+@pytest.mark.parametrize("lags", ["clear", "cancelled clear", "cancelled start"])
+async def test_a_machine_is_not_started_until_its_last_jail_is_cleared(
+    prisons: Prisons, lagging: Lagging, lags: str
+) -> None:
+    """What is still under way for that would take the next one's traces and files away."""
+    place, machine = prisons.place, prisons.machine
+
+    async def next_jail() -> None:
+        if lags == "clear":
+            await place.clear(prisons.socket)  # of a machine that is found to have ended
+        await place.start(machine, {}, None)
+
+    prisons.host.jailer_says = "it has begun"
+    if "clear" in lags:
+        await place.start(machine, {}, None)
+    lagging.waits = True
+    begun = place.clear(prisons.socket) if "clear" in lags else place.start(machine, {}, None)
+    earlier: asyncio.Task[object] = asyncio.create_task(begun)
+    await asyncio.to_thread(lagging.under_way.wait, 10)
+    if "cancelled" in lags:
+        earlier.cancel()
+    starting = asyncio.create_task(next_jail())
+    assert await asyncio.wait({starting}, timeout=0.5) == (set(), {starting})
+    lagging.goes_on.set()
+    await asyncio.wait({earlier, starting})
+    assert earlier.cancelled() is ("cancelled" in lags)
+    await starting
+    assert prisons.socket.readlink() == prisons.out / "api.sock"
+    assert prisons.out.is_dir()
+    assert [each.name for each in prisons.marks.iterdir()] == [VM_ID]
+    assert isinstance(prisons.host.asked[-1], LaunchJail)
+    await place.clear(prisons.socket)
+    assert not place._locks
+
+
+async def test_a_jail_is_ended_though_nothing_but_itself_leads_to_it(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was made just after its end, which took away what it is known by."""
+    await prisons.place.clear(prisons.socket)
+    assert prisons.host.ended == []
+    prisons.lives(monkeypatch, VM_ID)
+    await prisons.place.clear(prisons.socket)
+    assert prisons.host.ended == [VM_ID]
 
 
 async def test_jails_of_ours_that_nobody_knows_are_ended_and_no_others(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -50,10 +51,12 @@ async def test_nothing_is_done_while_another_hypervisor_runs_machines(world: Wor
     earlier = Hypervisor(world.processes, world.agent)
     earlier.name = "another"
     changed = World(world.paths, world.processes, world.agent, world.store, earlier=earlier)
+    changed.drivers = replace(changed.drivers, hypervisor_reason="auto: not another: it rains")
     changed.hypervisor.control_socket = lambda process: None  # type: ignore[method-assign]
     with pytest.raises(PreconditionFailed, match=r"^another runs box, and ") as caught:
         await changed.reconcile()
-    assert caught.value.hint.startswith('set hypervisor = "another" again')
+    assert caught.value.message.endswith("the hypervisor is fake (auto: not another: it rains)")
+    assert caught.value.hint.startswith("have the settings as they were, stop what runs")
     assert await changed.store.vms() == [vm]
     world.processes.end(world.liveness.pid(vm))
     await changed.reconcile()

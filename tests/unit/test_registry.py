@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from banger.base import procfs
 from banger.base.errors import BadRequest
 from banger.base.extents import makes_clones
 from banger.base.model import NetworkMode
+from banger.base.procfs import Process
 from banger.drivers import registry
 from banger.drivers.base import Check, Level
 from banger.drivers.hypervisor import kvm
@@ -19,6 +21,7 @@ from banger.hostops.client import HelperHost
 from banger.hostops.ops import HostOps, bridge_of
 from banger.services.addresses import Addresses
 
+RUNTIME_DIR = Path("/nowhere/run/vms")
 AUTO = {"hypervisor": "auto", "accelerator": "auto", "storage": "auto", "network": "auto"}
 
 
@@ -31,6 +34,7 @@ def select(
     host: HostOps | None = None,
     vms_dir: Path = Path("/nowhere/vms"),
     qemu_bin: str = "qemu-system-x86_64",
+    jails_dir: Path = Path("/nowhere/jails"),
 ) -> registry.Selection:
     return asyncio.run(
         registry.select(
@@ -40,8 +44,8 @@ def select(
             qemu_bin=qemu_bin,
             probe_cache=Path("/nowhere"),
             vms_dir=vms_dir,
-            runtime_dirs=(),
-            jails_dir=Path("/nowhere/jails"),
+            runtime_dirs=(RUNTIME_DIR,),
+            jails_dir=jails_dir,
             host=host or HelperHost(Path("/nowhere")),
             bridge=bridge_of("banger0", "10.213.0.0/16"),
             tap_pool_size=2,
@@ -59,9 +63,10 @@ def test_auto_leads_to_what_needs_no_root() -> None:
 
 
 def test_where_banger_is_installed_machines_are_on_its_bridge() -> None:
-    selection = select(AUTO, _InstalledHost())
+    settings = {**AUTO, "hypervisor": "qemu"}
+    selection = select(settings, _InstalledHost())
     assert selection.networks.default is NetworkMode.BRIDGE
-    assert select({**AUTO, "network": "user"}, _InstalledHost()).networks.default == "user"
+    assert select({**settings, "network": "user"}, _InstalledHost()).networks.default == "user"
 
 
 def test_each_choice_has_its_reason() -> None:
@@ -152,6 +157,98 @@ def test_auto_leaves_no_machines_behind(for_firecracker: list[Check], tmp_path: 
     (tmp_path / "0123456789ab/system.qcow2").touch()
     found = hypervisor_of(select(AUTO, _InstalledHost(), tmp_path))
     assert found == ("qemu", "auto: not firecracker: there are VMs with qcow2 disks")
+
+
+REPLACED = Check("jailer", Level.FAIL, "firecracker is v1.17.0 and jailer is v1.16.1")
+TIMED_OUT = Check("accelerator", Level.FAIL, "KVM runs no vCPU within 10 s")
+DENIED = Check("accelerator", Level.WARN, "kvm, not proved")
+VM_ID = "0123456789ab"
+_ARGV = {
+    "qemu": ("qemu-system-x86_64", "-chardev", "socket,id=control,path={},server=on,wait=off"),
+    "firecracker": ("firecracker", "--id", VM_ID, "--api-sock", "{}"),
+}
+
+
+def with_disk(vms_dir: Path, name: str) -> Path:
+    """A VM's directory, in which it has this disk."""
+    (vms_dir / VM_ID).mkdir(exist_ok=True)
+    (vms_dir / VM_ID / name).touch()
+    return vms_dir / VM_ID
+
+
+@pytest.mark.parametrize("lack", [REPLACED, TIMED_OUT, None, DENIED])
+def test_auto_stays_with_firecracker_for_its_disks_whatever_that_lacks_now(
+    for_firecracker: list[Check],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lack: Check | None,
+) -> None:
+    """Else the next VM had a qcow2 disk, and no daemon would ever start those that there are."""
+
+    async def makes_no_clones(_: ReflinkStorage) -> bool:
+        return False
+
+    monkeypatch.setattr(ReflinkStorage, "makes_clones", makes_no_clones)
+    with_disk(tmp_path, "system-0a1b.raw")
+    for_firecracker.extend([lack] if lack is not None else [])
+    selection = select(AUTO, _InstalledHost(), tmp_path)
+    reason = "auto: there are VMs with raw disks"
+    if lack in (REPLACED, TIMED_OUT):
+        reason += f", though {lack.detail}"
+    assert hypervisor_of(selection) == ("firecracker", reason)
+    assert selection.storage.name == "reflink"
+
+
+def test_raw_disks_that_are_not_firecrackers_keep_auto_with_nothing(
+    for_firecracker: list[Check], tmp_path: Path
+) -> None:
+    for_firecracker.append(REPLACED)
+    lacks = ("qemu", f"auto: not firecracker: {REPLACED.detail}")
+    vm = with_disk(tmp_path, "work.raw")  # as that of one with dm_snapshot is
+    assert hypervisor_of(select(AUTO, _InstalledHost(), tmp_path)) == lacks
+    with_disk(tmp_path, "system.raw")
+    configured = {**AUTO, "storage": "reflink"}  # with which QEMU has such, too
+    assert hypervisor_of(select(configured, _InstalledHost(), tmp_path)) == lacks
+    (vm / "network.log").touch()  # passt's, of users' networking
+    assert hypervisor_of(select(AUTO, _InstalledHost(), tmp_path)) == lacks
+
+
+def test_auto_stays_with_firecracker_while_it_has_machines_in_jails(
+    for_firecracker: list[Check], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where they are not to be seen; not for a mark of one that has ended."""
+    living = {"ba9876543210"}  # another home's
+    monkeypatch.setattr(registry, "has_jail", lambda vm_id, _: vm_id in living)
+    jails = tmp_path / "jails"
+    jails.mkdir()
+    (jails / VM_ID).touch()
+    for_firecracker.append(REPLACED)
+    settings = {**AUTO, "storage": "reflink"}
+    assert hypervisor_of(select(settings, _InstalledHost(), jails_dir=jails))[0] == "qemu"
+    living.add(VM_ID)
+    for host in (_InstalledHost(), HelperHost(Path("/nowhere"))):
+        reason = f"auto: firecracker runs machines here, though {REPLACED.detail}"
+        assert hypervisor_of(select(settings, host, jails_dir=jails)) == ("firecracker", reason)
+    found = hypervisor_of(select({**AUTO, "network": "user"}, _InstalledHost(), jails_dir=jails))
+    assert found == ("qemu", "auto: not firecracker: user is configured")
+
+
+@pytest.mark.parametrize("runs", sorted(_ARGV))
+def test_auto_stays_with_what_runs_machines(
+    for_firecracker: list[Check], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: str
+) -> None:
+    """A daemon that turned to the other would not start, for what nobody has configured."""
+    socket = RUNTIME_DIR / VM_ID / "control.sock"
+    processes: list[tuple[int, Process]] = []
+    monkeypatch.setattr(procfs, "own_processes", lambda: iter(processes))
+    settings = {**AUTO, "storage": "reflink"}
+    if runs == "firecracker":
+        for_firecracker.append(REPLACED)
+    other = "firecracker" if runs == "qemu" else "qemu"
+    another_homes = Path("/another/run/vms") / VM_ID / "control.sock"
+    for path, expected in ((another_homes, other), (socket, runs)):
+        processes[:] = [(7, Process(tuple(word.format(path) for word in _ARGV[runs])))]
+        assert hypervisor_of(select(settings, _InstalledHost(), tmp_path))[0] == expected
 
 
 def test_auto_is_not_firecracker_where_each_disk_would_be_a_copy(

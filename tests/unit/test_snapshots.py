@@ -29,7 +29,7 @@ from banger.services import forks
 from banger.services.layers import LAYERS_MAX
 from banger.services.operations import Progress, Work, raise_failure
 from banger.services.vm_spec import CreateRequest
-from fakes import failing
+from fakes import descriptors, failing
 from world import World, ended, made_world
 
 _COPIED_TAG = 11
@@ -504,9 +504,10 @@ async def test_a_start_that_failed_with_no_room_to_record_it(
     assert (world.hypervisor.machines[-1].memory_file is None) is ran
 
 
-async def test_a_memory_is_kept_when_it_cannot_be_handed_over(
+async def test_a_memory_is_kept_when_it_cannot_be_handed_over_and_no_tap_stays(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """No hypervisor was given the descriptor, which a tap goes with."""
     await world.create()
     vm = await suspend(world)
 
@@ -514,8 +515,10 @@ async def test_a_memory_is_kept_when_it_cannot_be_handed_over(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(world.vms, "hand_over_memory", full)
+    before = descriptors()
     with pytest.raises(OSError, match="No space"):
         await world.start("box")
+    assert descriptors() == before
     assert (await world.vms.show("box")).runtime.state is VmState.SUSPENDED
     assert world.paths.vm(vm.id).memory.is_file()
 

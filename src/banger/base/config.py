@@ -175,7 +175,8 @@ SETTINGS: tuple[Setting, ...] = (
             "what goes to the daemon's log: debug, info, warn or error"),
     Setting("hypervisor", _choice("auto", "qemu", "firecracker"), "auto",
             "which hypervisor runs VMs; firecracker needs KVM, raw disks and the bridge: auto takes"
-            " it on an installed host that has all of that and clones files, else qemu"),
+            " it on an installed host that has all of that and clones files, else qemu, and"
+            " stays with what runs VMs there, or alone can use their disks"),
     Setting("firecracker_bin", _program, "firecracker",
             "Firecracker itself: a name to be found on PATH, or absolute, or below ~/; for jails an"
             " installation's helper takes the one on root's PATH"),

@@ -168,6 +168,7 @@ async def _composed(paths: Paths, config: Config, stopping: asyncio.Event) -> As
         networks=selection.networks,
         others=selection.other_hypervisors,
         devices=selection.devices,
+        hypervisor_reason=selection.reasons["hypervisor"],
     )
     store = await Store.open(paths.database)
     try:
@@ -239,7 +240,7 @@ def _services(
         ssh=parts.ssh,
         names=names,
         doctor=Doctor(parts.paths, parts.drivers, _as_checks(selection), routing),
-        reasons={choice.setting: choice.reason for choice in selection.choices},
+        reasons=selection.reasons,
         stop=stopping.set,
     )
 

@@ -297,6 +297,7 @@ class Parts:
             kernels=self.kernels,
             templates=self.templates,
             hypervisor=self.drivers.hypervisor,
+            hypervisor_reason=self.drivers.hypervisor_reason,
             devices=self.drivers.devices,
             disk_room=self.disk_room,
             resumption=self.resumption,

@@ -18,7 +18,7 @@ from banger.base.jail import HIDDEN, HIDDEN_HINT, is_vm_id
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
-from banger.drivers.base import DiskDeviceMaker, Hypervisor
+from banger.drivers.base import DiskDeviceMaker, Hypervisor, machines_of
 from banger.services.capabilities import Capabilities
 from banger.services.disk_room import DiskRoom
 from banger.services.image import ImageService
@@ -48,6 +48,7 @@ class Reconciler:
         kernels: KernelService,
         templates: TemplateService,
         hypervisor: Hypervisor,
+        hypervisor_reason: str,
         devices: DiskDeviceMaker | None,
         disk_room: DiskRoom,
         resumption: Resumption,
@@ -64,6 +65,7 @@ class Reconciler:
         self._kernels = kernels
         self._templates = templates
         self._hypervisor = hypervisor
+        self._hypervisor_reason = hypervisor_reason
         self._devices = devices
         self._disk_room = disk_room
         self._resumption = resumption
@@ -149,17 +151,13 @@ class Reconciler:
         """Machines of another hypervisor would be taken for gone, and run on beside their next."""
         places = (self._paths.vms_runtime_dir, self._paths.templates_runtime_dir)
         for other in self._others:
-            sockets = [other.control_socket(process) for _, process in processes]
-            ours = [
-                socket.parent.name
-                for socket in sockets
-                if socket is not None and socket.parent.parent in places
-            ]
+            ours = machines_of(other, (process for _, process in processes), places)
             if ours:
                 vms = ", ".join(sorted(names.get(vm_id, vm_id) for vm_id in ours))
+                chosen = f"{self._hypervisor.name} ({self._hypervisor_reason})"
                 raise PreconditionFailed(
-                    f"{other.name} runs {vms}, and {self._hypervisor.name} is configured",
-                    hint=f'set hypervisor = "{other.name}" again, stop them, then change it',
+                    f"{other.name} runs {vms}, and the hypervisor is {chosen}",
+                    hint="have the settings as they were, stop what runs, then change them",
                 )
 
     def _alive(self, vm: Vm, machines: Mapping[Path, int]) -> bool | None:

@@ -14,8 +14,11 @@ from ipaddress import IPv4Network
 from pathlib import Path
 from typing import TypeVar
 
+from banger.base import procfs
 from banger.base.errors import BadRequest
+from banger.base.jail import has_jail
 from banger.base.model import NetworkMode
+from banger.base.paths import VmPaths
 from banger.drivers.base import (
     DiskDeviceMaker,
     Hypervisor,
@@ -25,6 +28,7 @@ from banger.drivers.base import (
     Networks,
     Storage,
     VmNames,
+    machines_of,
 )
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
@@ -67,6 +71,11 @@ class Selection:
     devices: DiskDeviceMaker
     networks: Networks
     choices: tuple[Choice, ...]
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why these, by setting."""
+        return {choice.setting: choice.reason for choice in self.choices}
 
 
 @dataclass(frozen=True)
@@ -196,36 +205,77 @@ async def select(
 async def _hypervisor_choice(
     setting: str, settings: HypervisorSettings, storage: str, network: str, vms_dir: Path
 ) -> Choice:
-    """Firecracker where all that it needs is there and nothing would be worse with it; else QEMU.
+    """What VMs here depend on, whatever that lacks now: it may be back in a moment, and what they
+    are given meanwhile for another would stay. Where none depends on any, Firecracker if all that
+    it needs is there and nothing would be worse with it; else QEMU.
 
     What is cheap to see comes first: only hosts that were made for Firecracker pay for the rest.
     """
     if setting != AUTO:
         return Choice("hypervisor", setting, "as configured")
-    problem = ""
-    if not settings.host.installed:
-        problem = "banger is not installed on this host"
-    elif storage == "qcow2" or network == NetworkMode.USER:
-        problem = f"{storage if storage == 'qcow2' else network} is configured"
-    elif await asyncio.to_thread(lambda: any(vms_dir.glob("*/*.qcow2"))):
-        problem = "there are VMs with qcow2 disks"
-    elif storage == AUTO and not await ReflinkStorage(vms_dir).makes_clones():
-        problem = "its disks would be copies, as their file system makes no clones"
-    else:
-        problem = await _lack(_firecracker(settings))
-    if problem:
-        return Choice("hypervisor", "qemu", f"auto: not firecracker: {problem}")
+    if storage == "qcow2" or network == NetworkMode.USER:
+        return _not_firecracker(f"{storage if storage == 'qcow2' else network} is configured")
+    name, why = await asyncio.to_thread(_settled, settings, storage, vms_dir)
+    if name == "qemu":
+        return _not_firecracker(why)
+    if not name and storage == AUTO and not await ReflinkStorage(vms_dir).makes_clones():
+        return _not_firecracker("its disks would be copies, as their file system makes no clones")
+    lack = await _lack(_firecracker(settings), proved=not name)
+    if name:
+        return Choice("hypervisor", name, f"auto: {why}, though {lack}" if lack else f"auto: {why}")
+    if lack:
+        return _not_firecracker(lack)
     return Choice("hypervisor", "firecracker", "auto: all that it needs is here")
 
 
-async def _lack(firecracker: FirecrackerHypervisor) -> str:
-    """What keeps it from being used unasked, if anything does. KVM, which may take seconds, comes
-    last, and has to be proved."""
+def _not_firecracker(why: str) -> Choice:
+    return Choice("hypervisor", "qemu", f"auto: not firecracker: {why}")
+
+
+def _settled(settings: HypervisorSettings, storage: str, vms_dir: Path) -> tuple[str, str]:
+    """The hypervisor that ``auto`` is whatever Firecracker lacks now, and why; empty where that is
+    what it depends on."""
+    if name := _running(settings):
+        return name, f"{name} runs machines here"
+    if not settings.host.installed:
+        return "qemu", "banger is not installed on this host"
+    if any(vms_dir.glob("*/*.qcow2")):
+        return "qemu", "there are VMs with qcow2 disks"
+    if storage == AUTO and _has_raw_disks(vms_dir):
+        return "firecracker", "there are VMs with raw disks"
+    return "", ""
+
+
+def _running(settings: HypervisorSettings) -> str:
+    """Which hypervisor runs machines here: of VMs, standbys or templates in the making."""
+    # As `/proc` may not show them.
+    if any(has_jail(mark.name, os.getuid()) for mark in settings.jails_dir.glob("*")):
+        return "firecracker"
+    processes = [process for _, process in procfs.own_processes()]
+    for name, make in _HYPERVISORS.items():
+        if machines_of(make(settings), processes, settings.runtime_dirs):
+            return name
+    return ""
+
+
+def _has_raw_disks(vms_dir: Path) -> bool:
+    """Whether VMs have raw system disks, which with storage = "auto" Firecracker alone can use.
+
+    But for those of users' networking, which are none of its: their storage was once configured.
+    """
+    vms = (disk.parent for disk in vms_dir.glob("*/system*.raw"))
+    return any(not VmPaths(vm, vm).network_log.exists() for vm in vms)
+
+
+async def _lack(firecracker: FirecrackerHypervisor, *, proved: bool) -> str:
+    """What keeps it from running machines, if anything does; what is used unasked is to be `proved`
+    to. KVM, which may take seconds, comes last."""
     for each in await firecracker.program_checks():
         if each.level is Level.FAIL:
             return each.detail
     accelerator = await firecracker.accelerator_check()
-    return "" if accelerator.level is Level.OK else accelerator.detail
+    enough = (Level.OK,) if proved else (Level.OK, Level.WARN)
+    return "" if accelerator.level in enough else accelerator.detail
 
 
 def _storage_choice(

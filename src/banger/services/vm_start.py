@@ -31,6 +31,7 @@ from banger.base.paths import Paths, prepare_private_dir
 from banger.drivers.base import (
     DiskDeviceMaker,
     Hypervisor,
+    Machine,
     MachineLost,
     MachineStatus,
     MemoryFile,
@@ -75,6 +76,8 @@ class Drivers:
     others: tuple[Hypervisor, ...] = ()
     #: What makes devices of disks, for VMs whose storage does, which may not be `storage`.
     devices: DiskDeviceMaker | None = None
+    #: Why it is this hypervisor: that it is configured, or what ``auto`` has found.
+    hypervisor_reason: str = "as configured"
 
 
 class GuestLost(BangerError):
@@ -336,24 +339,33 @@ class VmStarter:
             self._liveness.record(vm, pid=0, network_pids=network_pids, tap=tap)
             self._check_wanted(vm)
             stages.stage("launch" if start.saved is None else "restore")
+            machine = self._handed_over(start, initramfs)
         except BaseException:
             start.abandon()
             raise
         async with AsyncExitStack() as undo:
-            pid = await self._machine_of(start, initramfs)
+            pid = await self._pid_of(start, machine)
             undo.push_async_callback(self._liveness.end, vm)
             self._liveness.record(vm, pid=pid, network_pids=network_pids, tap=tap)
             self._check_wanted(vm)
             undo.pop_all()
 
-    async def _machine_of(self, start: Start, initramfs: Path) -> int:
-        """Launch or restore the machine: its pid."""
+    def _handed_over(self, start: Start, initramfs: Path) -> Machine:
+        """The machine of this start, which may go on from the VM's own memory from now on.
+
+        Raises OSError when that cannot be noted."""
         paths, saved = self._paths.vm(start.vm.id), start.saved
         if saved is None:
-            machine = machine_of(start, paths, initramfs)
-            return await self._drivers.hypervisor.launch(machine, start.network)
+            return machine_of(start, paths, initramfs)
         machine = machine_of(start, paths, initramfs, MemoryFile(saved.memory, private=True))
         self._vms.hand_over_memory(start.vm)
+        return machine
+
+    async def _pid_of(self, start: Start, machine: Machine) -> int:
+        """Launch or restore the machine: its pid. The network's descriptor is the hypervisor's."""
+        saved = start.saved
+        if saved is None:
+            return await self._drivers.hypervisor.launch(machine, start.network)
         start.ran = True
         try:
             return await self._drivers.hypervisor.restore(machine, start.network, saved.state)

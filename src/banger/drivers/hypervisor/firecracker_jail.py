@@ -14,6 +14,7 @@ import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from banger.base import procfs
 from banger.base.cancellation import to_its_end
@@ -53,6 +54,9 @@ class Jailed:
         self._jails_dir = jails_dir
         #: The Firecracker that the privileged side has found, and which file that was.
         self._found: tuple[str, tuple[int, ...]] | None = None
+        #: By machine's id, for as long as somebody has or awaits it: who makes the traces by which
+        #: a jail is known, or ends one and takes them away.
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def program(self) -> str:
         """See `Place.program`: the privileged side's, which the user's setting does not name.
@@ -67,7 +71,8 @@ class Jailed:
         return await self._ask()
 
     async def _ask(self) -> str:
-        if self._host.problem:
+        # An installation's helper that is not there is being started again: asking waits for that.
+        if self._host.problem and not self._host.installed:
             raise PreconditionFailed(
                 f"nobody can put Firecracker into a jail: {self._host.problem}",
                 hint=f"{self._host.hint}; {_WITHOUT}",
@@ -100,11 +105,12 @@ class Jailed:
         with closing_tap(network):
             if procfs.hides_others():
                 raise PreconditionFailed(HIDDEN, hint=f"{HIDDEN_HINT}; {_WITHOUT}")
-            prepare_links(machine, lent)
-            out = await _make_out(machine)
-            # Before there is a jail: by these it is known that there may be one.
-            self._make_mark(machine.vm_id)
-            machine.control_socket.symlink_to(out / API_SOCKET)
+            async with self._lock(machine.vm_id):
+                prepare_links(machine, lent)
+                out = await _make_out(machine)
+                # Before there is a jail: by these it is known that there may be one.
+                self._make_mark(machine.vm_id)
+                machine.control_socket.symlink_to(out / API_SOCKET)
         if network is not None:
             os.close(network.fd)  # with which the tap goes: another interface gets its name
         launch = LaunchJail(
@@ -142,16 +148,25 @@ class Jailed:
         await self.clear(control_socket)
 
     async def clear(self, control_socket: Path) -> None:
-        """See `Place.clear`."""
+        """See `Place.clear`.
+
+        Several may be under way at once, for a VM is killed without its lock. One that lags behind
+        must not take away what leads to the machine's next jail.
+        """
         vm_id = control_socket.parent.name
-        if not (self.runs(control_socket) or self._mark(vm_id).exists()):
-            return
+        async with self._lock(vm_id):
+            traced = self.runs(control_socket) or self._mark(vm_id).exists()
+            # It may have been made after it was ended and its traces were gone.
+            if traced or has_jail(vm_id, os.getuid()):
+                await self._clear(vm_id, control_socket)
+
+    async def _clear(self, vm_id: str, control_socket: Path) -> None:
         await self._end_jail(vm_id)
         traces = [self._mark(vm_id)]
         if self.runs(control_socket):
             traces.append(control_socket)
             try:
-                # Two at once would be in each other's way.
+                # A thread goes on when its caller is cancelled: in the next jail's files, too.
                 out = _out_of(control_socket)
                 await to_its_end(asyncio.to_thread(remove_hostile_tree, out))
             except OSError as error:
@@ -188,6 +203,9 @@ class Jailed:
                 mark.unlink()
             except (BangerError, OSError) as error:
                 get_logger().error("jail not ended", vm_id=mark.name, error=str(error))
+
+    def _lock(self, vm_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(vm_id, asyncio.Lock())
 
     def _make_mark(self, vm_id: str) -> None:
         try:
@@ -250,7 +268,7 @@ async def _make_out(machine: Machine) -> Path:
     from there stays on its file system."""
     out = machine.console_log.with_name("jail")
     try:
-        await asyncio.to_thread(remove_hostile_tree, out)
+        await to_its_end(asyncio.to_thread(remove_hostile_tree, out))
         out.mkdir(mode=0o700)
     except OSError as error:
         raise Unavailable(f"{out} cannot be made anew: {error.strerror}") from error
