@@ -226,9 +226,9 @@ def test_auto_stays_with_firecracker_while_it_has_machines_in_jails(
     settings = {**AUTO, "storage": "reflink"}
     assert hypervisor_of(select(settings, _InstalledHost(), jails_dir=jails))[0] == "qemu"
     living.add(VM_ID)
-    for host in (_InstalledHost(), HelperHost(Path("/nowhere"))):
-        reason = f"auto: firecracker runs machines here, though {REPLACED.detail}"
-        assert hypervisor_of(select(settings, host, jails_dir=jails)) == ("firecracker", reason)
+    reason = f"auto: firecracker runs machines here, though {REPLACED.detail}"
+    found = hypervisor_of(select(settings, _InstalledHost(), jails_dir=jails))
+    assert found == ("firecracker", reason)
     found = hypervisor_of(select({**AUTO, "network": "user"}, _InstalledHost(), jails_dir=jails))
     assert found == ("qemu", "auto: not firecracker: user is configured")
 

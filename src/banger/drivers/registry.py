@@ -235,10 +235,10 @@ def _not_firecracker(why: str) -> Choice:
 def _settled(settings: HypervisorSettings, storage: str, vms_dir: Path) -> tuple[str, str]:
     """The hypervisor that ``auto`` is whatever Firecracker lacks now, and why; empty where that is
     what it depends on."""
-    if name := _running(settings):
-        return name, f"{name} runs machines here"
     if not settings.host.installed:
         return "qemu", "banger is not installed on this host"
+    if name := _running(settings):
+        return name, f"{name} runs machines here"
     if any(vms_dir.glob("*/*.qcow2")):
         return "qemu", "there are VMs with qcow2 disks"
     if storage == AUTO and _has_raw_disks(vms_dir):
