@@ -511,7 +511,6 @@ class Storage:
         self.layer_gate = Gate()
         self.share_gate = Gate()
         self.collapse_gate = Gate()
-        self.devices: DiskDevicesMade | None = None
 
     @property
     def layering(self) -> Layering | None:

@@ -191,6 +191,19 @@ async def test_it_is_recorded_that_it_is_made_before_it_is(world: World) -> None
     assert world.storage.node(ID) == Path(f"/dev/mapper/banger-{ID}")
 
 
+async def test_what_is_no_file_of_changes_is_refused_before_it_is_touched(world: World) -> None:
+    """Its first bytes say nothing: to those that tell of changes zeros are a file that is new."""
+    disk = world.directory / ID / "system.raw"
+    disk.parent.mkdir(parents=True)
+    content = bytes(MIB) + b"what a guest has written"
+    disk.write_bytes(content)
+    recorded: list[DiskDevices] = []
+    with pytest.raises(PreconditionFailed, match="no file of changes") as told:
+        await world.storage.open(ID, world.base, disk, recorded.append)
+    assert "set storage back" in told.value.hint
+    assert (recorded, world.host.done, disk.read_bytes()) == ([], [], content)
+
+
 async def test_machines_of_one_image_share_its_device_to_the_last(world: World) -> None:
     disks = {vm_id: await world.opened(vm_id) for vm_id in (ID, OTHER)}
     assert len(world.host.loops) == 3

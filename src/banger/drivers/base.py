@@ -345,11 +345,6 @@ class Storage(Protocol):
         """None: a disk is one file, which is copied while nobody writes to it."""
         ...
 
-    @property
-    def devices(self) -> DiskDeviceMaker | None:
-        """None: machines open the files of their disks."""
-        ...
-
     def file_name(self, disk: str) -> str:
         """What the file of a disk is called (``system``, ``work``). Its suffix says what it is:
         what another storage has made is called otherwise."""

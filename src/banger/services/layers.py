@@ -34,13 +34,14 @@ def layer_of(disk: Path) -> Path:
     return disk.with_name(f"{name}-{secrets.token_hex(6)}{disk.suffix}")
 
 
-def check_kind(storage: Storage, disk: Path) -> None:
-    """Raise PreconditionFailed for a disk that another storage has made.
+def check_kind(storage: Storage, name: str, disk: Path) -> None:
+    """Raise PreconditionFailed for a disk (``system``, ``work``) that another storage has made.
 
     None may be opened as what it is not: what a guest has written on a raw disk could be the header
-    of another format, which names files of the host.
+    of another format, which names files of the host. Nor as what another disk of the same storage
+    is: one may have raw work disks, and system disks in a format that is cut to what it keeps.
     """
-    if disk.suffix not in {Path(storage.file_name(name)).suffix for name in ("system", "work")}:
+    if disk.suffix != Path(storage.file_name(name)).suffix:
         raise PreconditionFailed(
             f"{disk} was not made by {storage.name} storage",
             hint="set storage back to what it was then, and restart the daemon",
@@ -111,8 +112,8 @@ class DiskLayers:
 
     def _layering(self, vm: Vm) -> Layering | None:
         """Of the VM's disks. Raises PreconditionFailed when they are another storage's."""
-        for disk in disks_of(vm).values():
-            check_kind(self._storage, disk)
+        for name, disk in disks_of(vm).items():
+            check_kind(self._storage, name, disk)
         return self._storage.layering
 
     async def _recorded(self, vm: Vm, disks: dict[str, Path]) -> Vm:

@@ -51,7 +51,7 @@ def extent(path: Path, area: int = 0) -> Extent:
     """
     with path.open("rb") as file:
         descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
-        if not _has_begun(path, os.pread(descriptor, _HEADER.size, 0)):
+        if not _has_begun(path, os.pread(descriptor, CHUNK_BYTES, 0)):
             return Extent(0)
         while True:
             first = 1 + area * AREA_CHUNKS
@@ -94,13 +94,18 @@ def never_copied(path: Path) -> None:
         fcntl.ioctl(file, _FS_IOC_SETFLAGS, bytes(flags))
 
 
-def _has_begun(path: Path, header: bytes) -> bool:
-    """Whether anything was written: it begins as zeros."""
-    if not header.strip(b"\0"):
+def _has_begun(path: Path, chunk: bytes) -> bool:
+    """Whether anything was written, by the first chunk: that is zeros until then.
+
+    All of it, for other files begin with zeros, too: ext4 has its superblock behind 1024 of them.
+    (What lies further on decides nothing: after a power failure the host may have kept chunks that
+    were written later than a header which is lost.)
+    """
+    if not chunk.strip(b"\0"):
         return False
-    if len(header) < _HEADER.size:
+    if len(chunk) < _HEADER.size:
         raise _damaged(path, "it is cut off")
-    magic, valid, version, chunk_sectors = _HEADER.unpack(header)
+    magic, valid, version, chunk_sectors = _HEADER.unpack_from(chunk)
     if (magic, version, chunk_sectors * _SECTOR) != (_MAGIC, _VERSION, CHUNK_BYTES):
         raise _damaged(path, "it is no such file")
     if not valid:

@@ -109,11 +109,6 @@ class DmSnapshotStorage:
         #: When files were changed last that had room for whatever was under way.
         self._ample: dict[Path, int] = {}
 
-    @property
-    def devices(self) -> DmSnapshotStorage:
-        """See `Storage.devices`."""
-        return self
-
     def file_name(self, disk: str) -> str:
         """See `Storage.file_name`."""
         return f"{disk}{_SUFFIX}" if disk == "system" else self._raw.file_name(disk)
@@ -208,7 +203,13 @@ class DmSnapshotStorage:
     async def open(
         self, vm_id: str, base: Path, disk: Path, record: Callable[[DiskDevices], None]
     ) -> None:
-        """See `DiskDeviceMaker.open`."""
+        """See `DiskDeviceMaker.open`. Raises PreconditionFailed for a disk that is none of these,
+        which stays as it is: as a file of changes it would be cut to nothing."""
+        if not self.serves(disk):
+            raise PreconditionFailed(
+                f"{disk} is no file of changes: it was not made by {self.name} storage",
+                hint="set storage back to what it was then, and restart the daemon",
+            )
         made = DiskDevices(base=str(base))
         record(made)
         # Of an earlier run: a file that is written to must not be cut.

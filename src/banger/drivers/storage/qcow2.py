@@ -35,7 +35,6 @@ class Qcow2Storage:
 
     name = "qcow2"
     format = DiskFormat.QCOW2
-    devices = None
 
     @property
     def layering(self) -> Layering:
