@@ -588,6 +588,7 @@ class DiskDevicesMade:
         self.rooms: dict[str, Room] = {}
         self.tended: list[str] = []
         self.tend_gate = Gate()
+        self.lost_gate = Gate()
         self.open_gate = Gate()
         self.close_gate = Gate()
 
@@ -619,6 +620,10 @@ class DiskDevicesMade:
         self.tended.append(vm_id)
         await self.tend_gate.passed()
         return self.rooms.get(vm_id, Room.AMPLE)
+
+    async def is_lost(self, vm_id: str) -> bool:
+        await self.lost_gate.passed()
+        return self.rooms.get(vm_id) is Room.LOST
 
 
 class Network:

@@ -535,6 +535,60 @@ async def test_a_memory_of_a_disk_that_is_lost_is_not_kept(
     assert len(await world.store.vms()) == 1
 
 
+@pytest.mark.parametrize("looks", [0, 1], ids=["before", "after"])
+@pytest.mark.parametrize("fails", ["tend", "is_lost"])
+@pytest.mark.parametrize("act", [snapshot, suspend, fork])
+async def test_no_memory_is_kept_while_nobody_can_tell_whether_its_disk_is_lost(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[World], Awaitable[object]],
+    fails: str,
+    looks: int,
+) -> None:
+    vm = await world.create()
+    look, asked = getattr(devices(world), fails), []
+
+    async def answered(*arguments: object) -> object:
+        asked.append(arguments)
+        if len(asked) > looks:
+            raise Unavailable("the helper is gone")
+        return await look(*arguments)
+
+    monkeypatch.setattr(devices(world), fails, answered)
+    with pytest.raises(Unavailable, match=r"nobody can tell whether .*: the helper is gone"):
+        await act(world)
+    assert len(asked) == looks + 1
+    assert (await world.vms.show("box")).runtime.state is VmState.RUNNING
+    assert not is_paused(world, vm)
+    assert not world.paths.vm(vm.id).memory.exists()
+    assert await world.snapshots.all() == []
+    assert len(await world.store.vms()) == 1
+
+
+async def test_a_memory_is_not_kept_where_the_kernel_knows_more_than_the_room_says(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create()
+
+    async def is_lost(_vm_id: str) -> bool:
+        await asyncio.sleep(0)
+        return True
+
+    monkeypatch.setattr(devices(world), "is_lost", is_lost)
+    with pytest.raises(Conflict, match="had no room for what"):
+        await snapshot(world)
+    assert world.disk_room.room(vm.id) is Room.LOST
+
+
+async def test_a_template_is_not_made_while_nobody_can_tell_whether_its_disk_is_lost(
+    world: World,
+) -> None:
+    devices(world).lost_gate.fail = Unavailable("the helper is gone")
+    vm = await world.create()
+    assert vm.runtime.state is VmState.RUNNING
+    assert await world.store.templates() == []
+
+
 async def test_a_template_is_not_made_of_a_machine_without_room(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

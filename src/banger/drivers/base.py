@@ -447,7 +447,15 @@ class DiskDeviceMaker(Protocol):
         ...
 
     async def tend(self, vm_id: str, disk: Path) -> Room:
-        """Keep room for what the machine writes. Raises OSError, BangerError."""
+        """Keep room for what the machine writes, as far as that can be done in some seconds.
+
+        Raises OSError, BangerError.
+        """
+        ...
+
+    async def is_lost(self, vm_id: str) -> bool:
+        """Whether something that the machine wrote has found no room. Raises BangerError where
+        nobody can tell within some seconds."""
         ...
 
 
