@@ -570,6 +570,9 @@ class Storage:
         disk.unlink()  # others have the layers below, and may have this file, too
         disk.write_text(content)
 
+    async def collapse_bytes(self, disk: Path) -> int:
+        return 0
+
     def room_bytes(self, disk: str, source: Path) -> int:
         return 0
 

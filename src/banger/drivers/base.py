@@ -483,6 +483,11 @@ class Layering(Protocol):
         """Bring all that lies between a disk, which no machine has open, and its image into it."""
         ...
 
+    async def collapse_bytes(self, disk: Path) -> int:
+        """The most that a collapse of this disk, which may be in use, takes of the host's: what was
+        brought together is there twice until nobody else has its layers."""
+        ...
+
 
 @dataclass(frozen=True)
 class Networks:

@@ -127,7 +127,7 @@ class SnapshotService:
         room_bytes = 0 if self._storage.layering else await asyncio.to_thread(self._room_bytes, vm)
         room_bytes *= 1 + forks
         require([check_room_for_memory(self._paths.vms_dir, memory_mib, room_bytes)])
-        await self._layers.bound(vm, stages)
+        await self._layers.bound(vm, stages, memory_mib)
         snapshot_id = new_id()
         final = self._paths.snapshot_dir(snapshot_id)
         async with staged(final) as staging:
