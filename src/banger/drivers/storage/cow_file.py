@@ -19,13 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from banger.base.errors import PreconditionFailed
+from banger.hostops.mappings import CHUNK_SECTORS, HEADER, MAGIC, VERSION
 
-CHUNK_BYTES = 4096
-_SECTOR = 512
-#: struct disk_header: magic, valid, version, chunk size in sectors.
-_HEADER = struct.Struct("<4s3I")
-_MAGIC = b"SnAp"
-_VERSION = 1
+CHUNK_BYTES = CHUNK_SECTORS * 512
 #: struct disk_exception: the chunk of the disk, and that of this file which stands for it.
 _EXCEPTION = struct.Struct("<2Q")
 _EXCEPTIONS = CHUNK_BYTES // _EXCEPTION.size
@@ -103,10 +99,10 @@ def _has_begun(path: Path, chunk: bytes) -> bool:
     """
     if not chunk.strip(b"\0"):
         return False
-    if len(chunk) < _HEADER.size:
+    if len(chunk) < HEADER.size:
         raise _damaged(path, "it is cut off")
-    magic, valid, version, chunk_sectors = _HEADER.unpack_from(chunk)
-    if (magic, version, chunk_sectors * _SECTOR) != (_MAGIC, _VERSION, CHUNK_BYTES):
+    magic, valid, version, chunk_sectors = HEADER.unpack_from(chunk)
+    if (magic, version, chunk_sectors) != (MAGIC, VERSION, CHUNK_SECTORS):
         raise _damaged(path, "it is no such file")
     if not valid:
         raise _damaged(path, "a change could not be written, and the kernel has given it up")
