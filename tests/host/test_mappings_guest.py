@@ -8,7 +8,7 @@ from guest_host import GuestHost
 
 #: Each step's outcome, by name, as one object of JSON.
 _STEPS = """
-import asyncio, json, os, subprocess
+import asyncio, json, os, struct, subprocess
 from pathlib import Path
 from banger.base.errors import BangerError
 from banger.hostops.local import LocalHost
@@ -34,7 +34,7 @@ def opened(name, flags):
     return os.open(f"/root/{name}", flags)
 
 async def main():
-    for name in ("base", "kept"):
+    for name in ("base", "kept", "other"):
         with open(f"/root/{name}", "wb") as file:
             if name == "base":  # what is to keep changes begins as zeros
                 file.write(name.encode() * 1024)
@@ -52,8 +52,12 @@ async def main():
         await refused("while it is open", UnmapSnapshot(vm_id=ID))
         await refused("swept while it is open", SweepSnapshots(instance=OURS))
     seen["base"] = Path("/root/base").read_bytes()[:4].decode()
-    exchanged = MapSnapshot(vm_id=ID, instance=OURS, base=kept, changes=base)
-    await refused("made of another", exchanged)
+    other = opened("other", os.O_RDWR)
+    await refused("made of another", MapSnapshot(vm_id=ID, instance=OURS, base=base, changes=other))
+    os.pwrite(other, struct.pack("<4s3I", b"SnAp", 1, 1, 1 << 21), 0)  # chunks of 1 GiB
+    for step, kept_in in (("exchanged", base), ("of large chunks", other)):
+        await refused(step, MapSnapshot(vm_id=ID, instance=OURS, base=kept, changes=kept_in))
+    os.unlink("/root/other")
     for sweep in (SweepSnapshots(instance=THEIRS), SweepSnapshots(instance=OURS, keep=(ID,))):
         await host.perform(sweep)
     seen["still whole"] = there() == whole
@@ -88,6 +92,9 @@ print(json.dumps(seen))
 """
 
 
+_NOT_OURS = "the file of changes begins neither with zeros nor as one of ours"
+
+
 def test_a_mapping_is_made_kept_and_taken_away_and_anothers_is_left_alone(host: GuestHost) -> None:
     host.load("loop", "dm_snapshot")
     # By the interpreter that banger is installed for.
@@ -103,6 +110,8 @@ def test_a_mapping_is_made_kept_and_taken_away_and_anothers_is_left_alone(host: 
         "swept while it is open": f"conflict: {name} is in use",
         "base": "base",
         "made of another": f"conflict: {name} is there, and is made of other devices",
+        "exchanged": f"bad_request: {_NOT_OURS}",
+        "of large chunks": f"bad_request: {_NOT_OURS}",
         "still whole": True,
         "grown": 1,
         "unmapped": nothing,

@@ -472,7 +472,7 @@ async def test_a_file_swapped_after_it_was_opened_is_still_the_one_that_was(
     secret.write_bytes(b"s" * 4096)
     mine, base = world.directory / "mine", world.directory / "base"
     for file in (mine, base):
-        file.write_bytes(b"m" * 4096)
+        file.write_bytes(bytes(4096))
         os.chown(file, OWNER_UID, OWNER_UID)
     with mine.open("r+b") as opened, base.open("rb") as under:
         mine.unlink()

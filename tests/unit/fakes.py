@@ -511,7 +511,6 @@ class Storage:
         self.layer_gate = Gate()
         self.share_gate = Gate()
         self.collapse_gate = Gate()
-        self.devices: DiskDevicesMade | None = None
 
     @property
     def layering(self) -> Layering | None:
@@ -571,6 +570,9 @@ class Storage:
         disk.unlink()  # others have the layers below, and may have this file, too
         disk.write_text(content)
 
+    async def collapse_bytes(self, disk: Path) -> int:
+        return 0
+
     def room_bytes(self, disk: str, source: Path) -> int:
         return 0
 
@@ -589,6 +591,7 @@ class DiskDevicesMade:
         self.rooms: dict[str, Room] = {}
         self.tended: list[str] = []
         self.tend_gate = Gate()
+        self.lost_gate = Gate()
         self.open_gate = Gate()
         self.close_gate = Gate()
 
@@ -620,6 +623,10 @@ class DiskDevicesMade:
         self.tended.append(vm_id)
         await self.tend_gate.passed()
         return self.rooms.get(vm_id, Room.AMPLE)
+
+    async def is_lost(self, vm_id: str) -> bool:
+        await self.lost_gate.passed()
+        return self.rooms.get(vm_id) is Room.LOST
 
 
 class Network:

@@ -11,7 +11,8 @@ import pytest
 from banger.base.errors import PreconditionFailed, Unavailable
 from banger.base.model import VmState
 from banger.drivers.base import Capture, MachineStatus
-from test_snapshots import ACTIONS, copy, create, paused, snapshot, snapshot_files, suspend
+from fakes import Storage
+from test_snapshots import ACTIONS, copy, create, fork, paused, snapshot, snapshot_files, suspend
 from world import World, made_world
 
 
@@ -107,6 +108,42 @@ async def test_there_must_be_room_for_copies_of_the_disks(
     with pytest.raises(AssertionError, match="are needed"):
         await world.create("other")
     assert (await world.start("box")).runtime.state is VmState.RUNNING
+
+
+async def test_a_disk_is_no_other_disk_of_the_same_storage(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Work disks may be raw where a system disk is a file of changes: a raw one in its place, of
+    another storage, would be cut to nothing."""
+    await world.create()
+    await snapshot(world)
+    await world.create("asleep")
+    await suspend(world, "asleep")
+    await world.create("awake")
+    await world.stop("box")
+
+    def file_name(storage: Storage, disk: str) -> str:
+        return "system.cow" if disk == "system" else f"work{storage.suffix}"
+
+    monkeypatch.setattr(Storage, "file_name", file_name)
+    following = await world.restarted()
+    await following.reconcile()
+    calls = [
+        following.start("box"),
+        following.start("asleep"),
+        following.start("asleep", cold=True),
+        snapshot(following, "again"),
+        suspend(following, "awake"),
+        fork(following, vm="awake"),
+    ]
+    for call in calls:
+        with pytest.raises(PreconditionFailed, match="was not made by fake storage"):
+            await call
+    done = await create(following)
+    assert done.error is not None
+    assert "was not made by fake storage" in done.error.message
+    assert "work" not in done.error.message
+    await following.close()
 
 
 async def test_disks_of_another_storage_are_not_opened(world: World) -> None:

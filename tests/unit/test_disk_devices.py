@@ -12,7 +12,7 @@ import pytest
 import fakes
 from banger.base.errors import Conflict, PreconditionFailed, Unavailable
 from banger.base.model import DiskDevices, Vm, VmState
-from banger.drivers.base import Level, MachineStatus, Room
+from banger.drivers.base import Level, Link, Machine, MachineStatus, Room
 from banger.services import disk_room
 from banger.services.disk_room import DiskRoom
 from banger.services.operations import Progress
@@ -87,6 +87,42 @@ async def test_a_template_has_one_while_it_is_made(world: World) -> None:
     assert not (world.paths.vm(template.id).directory).exists()
 
 
+async def test_a_disk_that_is_none_of_these_is_opened_looked_after_and_closed_by_nobody(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(devices(world), "serves", lambda _: False)
+    vm = await world.create()
+    (system,) = (each for each in world.hypervisor.machines[-1].disks if each.name == "system")
+    assert (system.path, system.is_device) == (Path(vm.runtime.system_overlay), False)
+    assert world.disk_room._watched == {}
+    await world.stop("box")
+    assert (devices(world).opened, devices(world).closed) == ({}, [])
+
+
+async def test_a_template_is_looked_for_by_the_kind_of_disk_that_its_machines_have(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fakes.Storage, "file_name", lambda _, disk: f"{disk}.cow")
+    made = DiskDevicesMade()
+    monkeypatch.setattr(made, "serves", lambda disk: disk.suffix == ".cow")
+    async with made_world(
+        short_path, monkeypatch, layered=False, template_limit=1, devices=made
+    ) as world:
+        seen: list[Machine] = []
+        shape = world.hypervisor.shape
+
+        async def noted(machine: Machine, link: Link | None) -> str:
+            seen.append(machine)
+            return await shape(machine, link)
+
+        monkeypatch.setattr(world.hypervisor, "shape", noted)
+        await world.create()
+        assert await world.store.templates()
+        assert {
+            disk.is_device for each in seen for disk in each.disks if disk.name == "system"
+        } == {True}
+
+
 async def test_what_cannot_be_opened_fails_the_start_and_is_closed(world: World) -> None:
     vm = await world.create()
     await world.stop("box")
@@ -131,7 +167,7 @@ async def test_a_machine_of_a_storage_that_is_configured_no_more_is_looked_after
     gone = await world.create("gone")
     following = await world.restarted()
     world.processes.end(world.hypervisor.pids[socket_of(gone)])
-    following.storage.devices, following.storage.suffix = None, ".raw"
+    following.storage.suffix = ".raw"
     await following.reconcile()
     assert list(devices(following).opened) == [vm.id]
     assert devices(following).swept == [{vm.id}]
@@ -497,6 +533,60 @@ async def test_a_memory_of_a_disk_that_is_lost_is_not_kept(
     assert not world.paths.vm(vm.id).memory.exists()
     assert await world.snapshots.all() == []
     assert len(await world.store.vms()) == 1
+
+
+@pytest.mark.parametrize("looks", [0, 1], ids=["before", "after"])
+@pytest.mark.parametrize("fails", ["tend", "is_lost"])
+@pytest.mark.parametrize("act", [snapshot, suspend, fork])
+async def test_no_memory_is_kept_while_nobody_can_tell_whether_its_disk_is_lost(
+    world: World,
+    monkeypatch: pytest.MonkeyPatch,
+    act: Callable[[World], Awaitable[object]],
+    fails: str,
+    looks: int,
+) -> None:
+    vm = await world.create()
+    look, asked = getattr(devices(world), fails), []
+
+    async def answered(*arguments: object) -> object:
+        asked.append(arguments)
+        if len(asked) > looks:
+            raise Unavailable("the helper is gone")
+        return await look(*arguments)
+
+    monkeypatch.setattr(devices(world), fails, answered)
+    with pytest.raises(Unavailable, match=r"nobody can tell whether .*: the helper is gone"):
+        await act(world)
+    assert len(asked) == looks + 1
+    assert (await world.vms.show("box")).runtime.state is VmState.RUNNING
+    assert not is_paused(world, vm)
+    assert not world.paths.vm(vm.id).memory.exists()
+    assert await world.snapshots.all() == []
+    assert len(await world.store.vms()) == 1
+
+
+async def test_a_memory_is_not_kept_where_the_kernel_knows_more_than_the_room_says(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = await world.create()
+
+    async def is_lost(_vm_id: str) -> bool:
+        await asyncio.sleep(0)
+        return True
+
+    monkeypatch.setattr(devices(world), "is_lost", is_lost)
+    with pytest.raises(Conflict, match="had no room for what"):
+        await snapshot(world)
+    assert world.disk_room.room(vm.id) is Room.LOST
+
+
+async def test_a_template_is_not_made_while_nobody_can_tell_whether_its_disk_is_lost(
+    world: World,
+) -> None:
+    devices(world).lost_gate.fail = Unavailable("the helper is gone")
+    vm = await world.create()
+    assert vm.runtime.state is VmState.RUNNING
+    assert await world.store.templates() == []
 
 
 async def test_a_template_is_not_made_of_a_machine_without_room(

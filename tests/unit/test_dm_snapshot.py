@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from banger.base import proc, procfs
-from banger.base.errors import Conflict, PreconditionFailed
+from banger.base.errors import BangerError, Conflict, PreconditionFailed, Unavailable
 from banger.base.model import DiskDevices
 from banger.drivers.base import Level, Room
-from banger.drivers.storage import cow_file, dm_snapshot
+from banger.drivers.storage import cow_file, dm_snapshot, dm_space
 from banger.drivers.storage.dm_snapshot import DmSnapshotStorage
 from banger.hostops import block_devices, mappings
 from banger.hostops.block_devices import Mapping
@@ -54,12 +54,22 @@ class Host:
         self.mapped: dict[str, tuple[str, str, str]] = {}
         self.state = SnapshotState.GOOD
         self.busy = 0
+        #: What becomes of growing and looking: an error, "late" (done, and nobody hears of it) or
+        #: "hangs".
+        self.trouble: BangerError | str = ""
         self.done: list[Operation] = []
 
     async def perform(self, operation: Operation) -> Done:
         operation.check()
         await asyncio.sleep(0)
         self.done.append(operation)
+        if isinstance(operation, GrowSnapshot | LookAtSnapshot):
+            if isinstance(self.trouble, BangerError):
+                raise self.trouble
+            if self.trouble == "late" and isinstance(operation, GrowSnapshot):
+                self._resize(self.mapped[operation.vm_id][1])
+            if self.trouble:
+                await asyncio.Event().wait()
         match operation:
             case MapSnapshot(vm_id=vm_id, instance=instance, base=base, changes=changes):
                 under = self._attached(base, writable=False)
@@ -189,6 +199,19 @@ async def test_it_is_recorded_that_it_is_made_before_it_is(world: World) -> None
     ]  # fmt: skip
     assert [type(each) for each in world.host.done] == [UnmapSnapshot, MapSnapshot]
     assert world.storage.node(ID) == Path(f"/dev/mapper/banger-{ID}")
+
+
+async def test_what_is_no_file_of_changes_is_refused_before_it_is_touched(world: World) -> None:
+    """Its first bytes say nothing: to those that tell of changes zeros are a file that is new."""
+    disk = world.directory / ID / "system.raw"
+    disk.parent.mkdir(parents=True)
+    content = bytes(MIB) + b"what a guest has written"
+    disk.write_bytes(content)
+    recorded: list[DiskDevices] = []
+    with pytest.raises(PreconditionFailed, match="no file of changes") as told:
+        await world.storage.open(ID, world.base, disk, recorded.append)
+    assert "set storage back" in told.value.hint
+    assert (recorded, world.host.done, disk.read_bytes()) == ([], [], content)
 
 
 async def test_machines_of_one_image_share_its_device_to_the_last(world: World) -> None:
@@ -530,11 +553,11 @@ def test_no_size_ends_where_the_kernels_next_area_would_begin() -> None:
     for area in (1, 2, 77):
         bad = (1 + area * cow_file.AREA_CHUNKS) * cow_file.CHUNK_BYTES
         for size in (bad, bad + 512):
-            good = dm_snapshot._good_size(size, full)
+            good = dm_space.good_size(size, full)
             assert good >= size - 512
             assert good // cow_file.CHUNK_BYTES % cow_file.AREA_CHUNKS == 2
-        assert dm_snapshot._good_size(bad + cow_file.CHUNK_BYTES, full) == bad + 4096
-    assert dm_snapshot._good_size(full, full) == full
+        assert dm_space.good_size(bad + cow_file.CHUNK_BYTES, full) == bad + 4096
+    assert dm_space.good_size(full, full) == full
 
 
 async def test_a_nearly_full_file_gets_the_last_of_its_room(world: World) -> None:
@@ -547,6 +570,135 @@ async def test_a_nearly_full_file_gets_the_last_of_its_room(world: World) -> Non
     written(disk, 15_000)
     assert await world.storage.tend(ID, disk) is Room.AMPLE
     assert world.host.sizes[changes] == full
+
+
+GONE = Unavailable("the helper cannot be reached")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is waited for for long."""
+    monkeypatch.setattr(dm_snapshot, "_ANSWER_TIMEOUT_S", 0.05)
+
+
+@pytest.fixture
+def little_free(free: Callable[[int], None]) -> None:
+    """Of the host's disk, but enough: small files are written faster."""
+    free(GIB)
+
+
+async def used_to(world: World, left_bytes: int) -> Path:
+    """A disk of 8 GiB that has so much room left."""
+    os.truncate(world.base, 8 * GIB)
+    disk = await world.opened()
+    use_to(world, disk, left_bytes)
+    return disk
+
+
+def use_to(world: World, disk: Path, left_bytes: int) -> None:
+    size, file_size = world.host.sizes[world.host.changes], disk.stat().st_size
+    chunks = (size - left_bytes) // 4096 - 1
+    written(disk, chunks - chunks // 257 - 1)
+    os.truncate(disk, file_size)
+    left = size - cow_file.extent(disk).end_bytes
+    assert abs(left - left_bytes) <= 2 * 4096
+
+
+@pytest.mark.usefixtures("quick", "little_free")
+@pytest.mark.parametrize("trouble", [GONE, "hangs"], ids=["gone", "hangs"])
+async def test_while_nobody_makes_devices_larger_they_have_the_room_that_they_have(
+    world: World, trouble: BangerError | str
+) -> None:
+    """The machine is held then, for which nobody else is needed; the next answer lets it run on."""
+    disk = await used_to(world, 90 * MIB)
+    size = world.host.sizes[world.host.changes]
+    world.host.trouble = trouble
+    assert await world.storage.tend(ID, disk) is Room.TIGHT
+    use_to(world, disk, 40 * MIB)
+    for _ in range(2):
+        assert await world.storage.tend(ID, disk) is Room.SHORT
+    assert world.host.sizes[world.host.changes] == size
+    world.host.trouble = ""
+    assert await world.storage.tend(ID, disk) is Room.TIGHT  # what was allocated for it then
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+    assert world.host.sizes[world.host.changes] == disk.stat().st_size > size
+
+
+@pytest.mark.usefixtures("quick", "little_free")
+@pytest.mark.parametrize("trouble", [GONE, "hangs"], ids=["gone", "hangs"])
+async def test_one_at_its_end_has_no_room_while_nobody_tells_whether_it_is_lost(
+    world: World, trouble: BangerError | str
+) -> None:
+    disk = await used_to(world, 0)
+    world.host.trouble, world.host.state = trouble, SnapshotState.OVERFLOWED
+    world.host.done.clear()
+    assert await world.storage.tend(ID, disk) is Room.SHORT
+    assert [type(each) for each in world.host.done] == [LookAtSnapshot]
+    world.host.trouble = ""
+    assert await world.storage.tend(ID, disk) is Room.LOST
+
+
+@pytest.mark.usefixtures("quick", "little_free")
+async def test_what_was_lost_before_an_answer_that_came_too_late_is_not_overlooked(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is plenty of room by then."""
+    monkeypatch.setattr(dm_snapshot, "_SOON_S", 0.05)
+    disk = await used_to(world, 90 * MIB)
+    world.host.trouble, world.host.state = "late", SnapshotState.OVERFLOWED
+    for _ in range(2):  # it has grown at once, which nobody was told
+        assert await world.storage.tend(ID, disk) is Room.AMPLE
+    world.host.trouble = ""
+    assert await world.storage.tend(ID, disk) is Room.LOST
+
+
+async def test_what_was_allocated_for_a_device_that_was_not_told_is_enough(
+    world: World, free: Callable[[int], None]
+) -> None:
+    free(GIB)
+    disk = await used_to(world, 40 * MIB)
+    world.host.trouble = GONE
+    assert await world.storage.tend(ID, disk) is Room.SHORT
+    free(64 * MIB)
+    size = disk.stat().st_size
+    assert await world.storage.tend(ID, disk) is Room.SHORT
+    world.host.trouble = ""
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
+    assert world.host.sizes[world.host.changes] == disk.stat().st_size == size
+
+
+@pytest.mark.usefixtures("little_free")
+async def test_who_does_not_answer_is_waited_for_as_long_as_the_machine_stands(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    timeout = asyncio.timeout
+
+    def noted(delay: float) -> asyncio.Timeout:
+        waited.append(delay)
+        return timeout(0.01)
+
+    monkeypatch.setattr(asyncio, "timeout", noted)
+    disk = await used_to(world, 90 * MIB)
+    world.host.trouble = "hangs"
+    for _ in range(2):
+        assert await world.storage.tend(ID, disk) is Room.TIGHT
+    use_to(world, disk, 40 * MIB)
+    for _ in range(2):
+        assert await world.storage.tend(ID, disk) is Room.SHORT
+    assert waited == [2.0, 0.25, 0.25, 2.0]
+
+
+@pytest.mark.usefixtures("quick")
+async def test_whether_something_is_lost_is_told_or_that_nobody_can_tell(world: World) -> None:
+    await world.opened()
+    assert not await world.storage.is_lost(ID)
+    world.host.state = SnapshotState.INVALID
+    assert await world.storage.is_lost(ID)
+    for trouble in (GONE, "hangs"):
+        world.host.trouble = trouble
+        with pytest.raises(Unavailable):
+            await world.storage.is_lost(ID)
 
 
 async def test_a_device_that_was_not_told_of_its_files_size_is_told(world: World) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from banger.base import proc
 from banger.base.errors import Conflict
-from banger.hostops import mappings
+from banger.hostops import loops, mappings
 from banger.hostops.ops import SnapshotState
 
 ID, OTHER = "0123456789ab", "ba9876543210"
@@ -51,6 +52,38 @@ async def test_machines_are_those_of_the_daemon_or_of_all_of_the_owners(
     instance: str, uid: int, found: list[str]
 ) -> None:
     assert await mappings.machines(instance, uid) == found
+
+
+_TABLE = "0 128 snapshot 7:1 7:2 PO 8"
+
+
+@pytest.mark.parametrize("is_open", [False, True])
+@pytest.mark.parametrize("made", [_TABLE, "0 128 snapshot 7:1 7:2 PO 2097152"])
+async def test_what_the_kernel_makes_of_a_header_that_nobody_saw_goes_again(
+    said: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch, made: str, is_open: bool
+) -> None:
+    """Its owner may write it when it was looked at; and open what came of it at once."""
+    monkeypatch.setattr(loops, "sectors", lambda _: 128)
+    monkeypatch.setattr(loops, "number", {"loop1": "7:1", "loop2": "7:2"}.__getitem__)
+    listing = mappings._dmsetup
+
+    async def dmsetup(*words: str) -> str:
+        found = await listing(*words)
+        if words[0] == "remove" and is_open:
+            raise proc.ProcessFailed(proc.Completed(("dmsetup",), 1, b"", b"busy"))
+        return f"{made}\n" if words[0] == "table" else found
+
+    monkeypatch.setattr(mappings, "_dmsetup", dmsetup)
+    name = "banger-dddddddddddd"
+    making = mappings.create("dddddddddddd", OURS, "loop1", "loop2", 7)
+    if made == _TABLE:
+        assert await making == name
+    else:
+        with pytest.raises(Conflict, match="became another than was asked for"):
+            await making
+        assert said[-1] == ("remove", "--force", "--noudevrules", "--verifyudev", name)
+    created = [words for words in said if words[0] == "create"]
+    assert [(words[1], words[-1]) for words in created] == [(name, _TABLE)]
 
 
 async def test_anothers_is_never_removed(said: list[tuple[str, ...]]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 
 import pytest
 
+from banger.base import proc
 from banger.base.errors import PreconditionFailed
 from banger.drivers.base import Level
 from banger.drivers.storage.qcow2 import Qcow2Storage, create_argv, layer_argv, overlay_bytes
@@ -38,6 +41,32 @@ def test_a_layer_names_what_is_below_it_without_a_directory(tmp_path: Path) -> N
         *("qemu-img", "create", "-q", "-u", "-f", "qcow2"),
         *("-b", "system.qcow2", "-F", "qcow2", f"{tmp_path}/system-1.qcow2", "1048576"),
     ]
+
+
+@pytest.mark.parametrize(("virtual_mib", "takes_mib"), [(100, 5), (4, 4)])
+async def test_a_collapse_takes_what_the_layers_below_have_and_no_more_than_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, virtual_mib: int, takes_mib: int
+) -> None:
+    def info(name: str, mib: int, disk_format: str = "qcow2") -> dict[str, object]:
+        path = tmp_path / name
+        path.write_bytes(b"x" * mib * MIB)
+        return {
+            "virtual-size": virtual_mib * MIB,
+            "filename": str(path),
+            "format": disk_format,
+        }
+
+    infos = [info("top", 7), info("middle", 2), info("lowest", 3), info("rootfs", 9, "raw")]
+    argvs: list[list[str]] = []
+
+    async def run(argv: list[str], **_: object) -> proc.Completed:
+        await asyncio.sleep(0)
+        argvs.append(argv)
+        return proc.Completed(tuple(argv), 0, json.dumps(infos).encode(), b"")
+
+    monkeypatch.setattr(proc, "run", run)
+    assert await Qcow2Storage().collapse_bytes(tmp_path / "top") == takes_mib * MIB
+    assert "--force-share" in argvs[0]  # a machine may have it open
 
 
 async def test_a_missing_base_is_named(tmp_path: Path) -> None:

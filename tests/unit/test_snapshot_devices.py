@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,15 +76,49 @@ def users(name: str) -> list[str]:
     return ["dm-0"] if name == "loop0" else []
 
 
-def test_changes_that_no_disk_could_have_are_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = {"base": 64 << 20, "changes": 0}
+@pytest.fixture
+def sizes(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Of the devices of base and changes, whatever their files."""
+    found = {"base": 64 << 20, "changes": 4096}
     monkeypatch.setattr(
         loops, "attach", lambda _file, _uid, *, writable: "changes" if writable else "base"
     )
     monkeypatch.setattr(loops, "resize", lambda _name, _uid: None)
-    monkeypatch.setattr(block_devices, "size_bytes", sizes.__getitem__)
+    monkeypatch.setattr(block_devices, "size_bytes", found.__getitem__)
+    return found
+
+
+@pytest.mark.usefixtures("sizes")
+@pytest.mark.parametrize(
+    ("header", "is_ours"),
+    [
+        (bytes(4096), True),
+        (struct.pack("<4s3I", b"SnAp", 1, 1, 8), True),
+        (struct.pack("<4s3I", b"SnAp", 0, 1, 8), True),  # the kernel has given it up
+        (struct.pack("<4s3I", b"SnAp", 1, 1, 1 << 21), False),  # chunks of 1 GiB
+        (struct.pack("<4s3I", b"SnAp", 1, 1, 0), False),
+        (struct.pack("<4s3I", b"SnAp", 1, 2, 8), False),
+        (struct.pack("<4s3I", b"SnAp", 2, 1, 8), False),
+        (struct.pack("<4s3I", b"snap", 1, 1, 8), False),
+        # To the kernel one without a magic is new: nothing of ours has more.
+        (struct.pack("<4s3I", bytes(4), 1, 1, 1 << 21), False),
+        (b"SnAp", False),
+    ],
+)
+def test_changes_that_are_none_of_ours_are_refused(
+    tmp_path: Path, header: bytes, is_ours: bool
+) -> None:
+    (tmp_path / "changes").write_bytes(header)
+    with opened(tmp_path / "base") as base, opened(tmp_path / "changes") as changes:
+        mapping = MapSnapshot(vm_id="0123456789ab", instance="89abcdef", base=base, changes=changes)
+        if is_ours:
+            assert snapshots._attach(mapping, UID) == ("base", "changes")
+            return
+        with pytest.raises(BadRequest, match="neither with zeros nor as one of ours"):
+            snapshots._attach(mapping, UID)
+
+
+def test_changes_that_no_disk_could_have_are_refused(tmp_path: Path, sizes: dict[str, int]) -> None:
     with opened(tmp_path / "base") as base, opened(tmp_path / "changes") as changes:
         mapping = MapSnapshot(vm_id="0123456789ab", instance="89abcdef", base=base, changes=changes)
         sizes["changes"] = mappings.full_bytes(sizes["base"])

@@ -23,9 +23,9 @@ from banger.base.errors import (
 )
 from banger.base.model import NetworkMode, Operation, OperationState, Snapshot, Vm, VmState
 from banger.base.opid import current_op_id, new_op_id
-from banger.drivers.base import MachineLost, MachineStatus
+from banger.drivers.base import Check, Level, MachineLost, MachineStatus
 from banger.guest import requests
-from banger.services import forks
+from banger.services import forks, layers
 from banger.services.layers import LAYERS_MAX
 from banger.services.operations import Progress, Work, raise_failure
 from banger.services.vm_spec import CreateRequest
@@ -185,6 +185,69 @@ async def test_disks_have_no_more_layers_than_they_may(world: World, runs: bool)
         await assert_disks_agree(world)
     await copy(world, from_snapshot=f"snap-{LAYERS_MAX - 2}")
     await assert_disks_agree(world)
+
+
+async def with_all_layers(world: World, *, runs: bool) -> Vm:
+    """A VM of which each disk has as many layers as it may have."""
+    await world.create()
+    if not runs:
+        await world.stop("box")
+    for number in range(LAYERS_MAX - 1):
+        await snapshot(world, f"snap-{number}")
+    return await world.vms.show("box")
+
+
+@pytest.mark.parametrize("runs", [True, False])
+async def test_there_must_be_room_for_what_layers_hold_before_they_become_one(
+    world: World, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    """And for the memory that is written next."""
+    vm = await with_all_layers(world, runs=runs)
+    asked: list[tuple[Path, int, int]] = []
+    level = Level.FAIL
+
+    def check(directory: Path, memory_mib: int, disk_bytes: int = 0) -> Check:
+        asked.append((directory, memory_mib, disk_bytes))
+        return Check("disk space", level, "more bytes are needed")
+
+    async def collapse_bytes(disk: Path) -> int:
+        await asyncio.sleep(0)
+        return 1000 if disk == Path(vm.runtime.system_overlay) else 50
+
+    monkeypatch.setattr(layers, "check_room_for_memory", check)
+    monkeypatch.setattr(world.storage, "collapse_bytes", collapse_bytes)
+    files = world.files()
+    with pytest.raises(PreconditionFailed, match="more bytes are needed"):
+        await snapshot(world, "again")
+    assert (world.files(), paused(world)) == (files, [])
+    assert await world.vms.show("box") == vm
+    level = Level.OK
+    await snapshot(world, "again")
+    memory_mib = vm.spec.memory_mib if runs else 0
+    system = (Path(vm.runtime.vm_dir), memory_mib, 1000)
+    assert asked == [system, system, (Path(vm.runtime.vm_dir), memory_mib, 50)]
+
+
+@pytest.mark.parametrize("runs", [True, False])
+async def test_a_collapse_that_fails_on_a_full_disk_says_so(
+    world: World, monkeypatch: pytest.MonkeyPatch, runs: bool
+) -> None:
+    await with_all_layers(world, runs=runs)
+    level = Level.FAIL
+    monkeypatch.setattr(
+        layers, "check_free_disk", lambda _: Check("disk space", level, "1 B free", "make room")
+    )
+    gate = world.hypervisor.collapse_gate if runs else world.storage.collapse_gate
+    gate.fail = Unavailable("it could not be done")
+    with pytest.raises(
+        PreconditionFailed,
+        match=r"system disk .* for want of room \(1 B free\): it could not be done",
+    ) as told:
+        await snapshot(world, "again")
+    assert told.value.hint == "make room"
+    level = Level.OK
+    with pytest.raises(Unavailable, match=r"^it could not be done"):
+        await snapshot(world, "again")
 
 
 async def test_a_snapshot_is_found_by_id_name_and_prefix(world: World) -> None:

@@ -56,7 +56,7 @@ class World(Parts):
         self.agent = agent
         self.hypervisor = Hypervisor(processes, agent)
         self.storage = self.hypervisor.storage = Storage(layered=layered)
-        self.storage.devices = self.devices = devices
+        self.devices = devices
         self.network = Network(processes)
         super().__init__(
             paths,

@@ -358,11 +358,6 @@ class Storage(Protocol):
         """None: a disk is one file, which is copied while nobody writes to it."""
         ...
 
-    @property
-    def devices(self) -> DiskDeviceMaker | None:
-        """None: machines open the files of their disks."""
-        ...
-
     def file_name(self, disk: str) -> str:
         """What the file of a disk is called (``system``, ``work``). Its suffix says what it is:
         what another storage has made is called otherwise."""
@@ -465,7 +460,15 @@ class DiskDeviceMaker(Protocol):
         ...
 
     async def tend(self, vm_id: str, disk: Path) -> Room:
-        """Keep room for what the machine writes. Raises OSError, BangerError."""
+        """Keep room for what the machine writes, as far as that can be done in some seconds.
+
+        Raises OSError, BangerError.
+        """
+        ...
+
+    async def is_lost(self, vm_id: str) -> bool:
+        """Whether something that the machine wrote has found no room. Raises BangerError where
+        nobody can tell within some seconds."""
         ...
 
 
@@ -491,6 +494,11 @@ class Layering(Protocol):
 
     async def collapse(self, disk: Path) -> None:
         """Bring all that lies between a disk, which no machine has open, and its image into it."""
+        ...
+
+    async def collapse_bytes(self, disk: Path) -> int:
+        """The most that a collapse of this disk, which may be in use, takes of the host's: what was
+        brought together is there twice until nobody else has its layers."""
         ...
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import struct
+from contextlib import suppress
 from pathlib import Path
 
 from banger.base import proc
-from banger.base.errors import Conflict, PermissionDenied, PreconditionFailed
+from banger.base.errors import BadRequest, Conflict, PermissionDenied, PreconditionFailed
 from banger.base.jail import has_jail
 from banger.hostops import block_devices, loops
 from banger.hostops.ops import SnapshotState
@@ -21,10 +23,17 @@ _DRIVER = Path("/sys/class/misc/device-mapper")
 _OWN_NODE = ("--noudevrules", "--verifyudev")
 #: Root's: nobody has the node by it.
 _GROUP = "0"
-#: Kept beyond a reboot (P), in chunks of 8 sectors: what is changed costs 4 KiB at least. Where
-#: there is no room for a change that write fails, and what there is stays good (O, of Linux 4.4).
-_KIND = "PO 8"
-_CHUNK_BYTES = 8 * 512
+#: What is changed costs 4 KiB at least.
+CHUNK_SECTORS = 8
+_CHUNK_BYTES = CHUNK_SECTORS * 512
+#: Kept beyond a reboot (P). Where there is no room for a change that write fails, and what there is
+#: stays good (O, of Linux 4.4).
+_KIND = f"PO {CHUNK_SECTORS}"
+#: struct disk_header (drivers/md/dm-snap-persistent.c), with which changes begin that have been
+#: written: magic, valid, version, chunk size in sectors.
+HEADER = struct.Struct("<4s3I")
+MAGIC = b"SnAp"
+VERSION = 1
 #: Of a chunk with struct disk_exception (drivers/md/dm-snap-persistent.c), of 16 bytes each.
 _EXCEPTIONS = _CHUNK_BYTES // 16
 _INSTANCE = "[0-9a-f]{8}"
@@ -43,20 +52,52 @@ def full_bytes(base_bytes: int) -> int:
 
 
 async def create(vm_id: str, instance: str, base: str, changes: str, owner_uid: int) -> str:
-    """Its name, over two loop devices of ours. Raises Conflict where it is another.
+    """Its name, over two loop devices of ours. Raises Conflict where it is another, or becomes one.
 
     Idempotent.
     """
     name = mapping_name(vm_id)
     table = f"0 {loops.sectors(base)} snapshot {loops.number(base)} {loops.number(changes)} {_KIND}"
     if await _is_there(vm_id, owner_uid):
-        if (await _dmsetup("table", name)).strip() != table:
+        if await _table(name) != table:
             raise Conflict(f"{name} is there, and is made of other devices")
         return name
     node = (*_OWN_NODE, "--uid", str(owner_uid), "--gid", _GROUP, "--mode", "0600")
     uuid = mapping_uuid(vm_id, instance, owner_uid)
     await _dmsetup("create", name, "--uuid", uuid, *node, "--table", table)
+    await _check_made(name, table)
     return name
+
+
+def check_header(begins: bytes) -> None:
+    """Raise BadRequest for changes that begin otherwise than those that we make: for the header's
+    chunk size the kernel forgets the one that it is given, and takes memory for several chunks.
+
+    What it has given up (it is not valid) is of no use, and does no harm.
+    """
+    if not begins.strip(b"\0"):
+        return
+    if len(begins) >= HEADER.size:
+        magic, valid, *rest = HEADER.unpack_from(begins)
+        if (magic, rest) == (MAGIC, [VERSION, CHUNK_SECTORS]) and valid in (0, 1):
+            return
+    raise BadRequest("the file of changes begins neither with zeros nor as one of ours")
+
+
+async def _check_made(name: str, table: str) -> None:
+    """Raise Conflict, and have it be gone, where it is another than was asked for: its owner may
+    write the header of its changes between our look at it and the kernel's."""
+    made = await _table(name)
+    if made == table:
+        return
+    # With --force: one that he has open by now keeps its name, and has neither devices nor memory.
+    with suppress(proc.ProcessFailed):
+        await _dmsetup("remove", "--force", *_OWN_NODE, name)
+    raise Conflict(f"{name} became another than was asked for: {made}, not {table}")
+
+
+async def _table(name: str) -> str:
+    return (await _dmsetup("table", name)).strip()
 
 
 def writable_loops(vm_id: str, owner_uid: int) -> list[str]:

@@ -240,8 +240,8 @@ class UnrouteNames(Operation, frozen=True, tag="unroute_names"):
 
 class MapSnapshot(WithFiles, frozen=True, tag="map_snapshot"):
     """A device-mapper snapshot for a machine, ``banger-`` and its id: what is in one regular file
-    of the owner's, with what is written to it kept in another, which begins as zeros. The owner
-    alone may open its node.
+    of the owner's, with what is written to it kept in another, which begins as zeros, or as such a
+    snapshot has left it. The owner alone may open its node.
 
     Both files are whole sectors of 512 bytes, and open for what becomes of them. Each gets a loop
     device; who has the same ``base`` shares its. ``instance`` is for `SweepSnapshots`.

@@ -43,6 +43,7 @@ def _attach(operation: MapSnapshot, owner_uid: int) -> tuple[str, str]:
         raise BadRequest("a file cannot keep its own changes")
     base = loops.attach(operation.base, owner_uid, writable=False)
     changes = loops.attach(operation.changes, owner_uid, writable=True)
+    mappings.check_header(os.pread(operation.changes, mappings.HEADER.size, 0))
     loops.resize(changes, owner_uid)  # one that was there already has the size of then
     _check_sizes(block_devices.size_bytes(base), block_devices.size_bytes(changes))
     return base, changes

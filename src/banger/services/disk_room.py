@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 
-from banger.base.errors import Conflict, PreconditionFailed
+from banger.base.errors import BangerError, Conflict, PreconditionFailed, Unavailable
 from banger.base.log import get_logger, vm_attributes
 from banger.base.model import Vm
 from banger.base.opid import current_op_id, new_op_id
@@ -98,14 +98,21 @@ class DiskRoom:
         return watched.room if watched is not None else Room.AMPLE
 
     async def looked_at(self, vm_id: str) -> Room:
-        """How it stands now."""
-        if watched := self._watched.get(vm_id):
-            await self._look(watched)
-        return self.room(vm_id)
+        """How it stands now, for whoever is to rely on that it is not lost. Raises Unavailable
+        where nobody can tell."""
+        if (watched := self._watched.get(vm_id)) is None:
+            return Room.AMPLE
+        failure = await self._look(watched, surely=True)
+        if failure is not None and watched.room is not Room.LOST:
+            raise Unavailable(
+                f"nobody can tell whether the disk has all that was written: {failure}",
+                hint=failure.hint if isinstance(failure, BangerError) else "",
+            ) from failure
+        return watched.room
 
     async def check_whole(self, vm: Vm) -> None:
         """Raise Conflict for a machine of whose disk something is lost: its memory is of another
-        disk than the one that there is."""
+        disk than the one that there is. Unavailable where nobody can tell."""
         if await self.looked_at(vm.id) is Room.LOST:
             raise Conflict(
                 f'the host\'s disk had no room for what vm "{vm.name}" wrote: its memory believes'
@@ -166,7 +173,11 @@ class DiskRoom:
             await self._look(watched)
             await asyncio.sleep(_INTERVAL_S)
 
-    async def _look(self, watched: _Watched, *, adopted: bool = False) -> None:
+    async def _look(
+        self, watched: _Watched, *, adopted: bool = False, surely: bool = False
+    ) -> Exception | None:
+        """What kept it from being looked at, or from what follows. `surely` asks whether something
+        is lost whatever its room says."""
         async with watched.looking:
             try:
                 if adopted:
@@ -174,6 +185,8 @@ class DiskRoom:
                         await self._find_out(watched)
                 if watched.room is not Room.LOST:  # which it is for as long as it runs
                     await self._tend(watched)
+                if surely and watched.room is not Room.LOST:
+                    await self._ask_if_lost(watched)
                 if watched.unknown:
                     await self._find_out(watched)
                 if adopted and _may_run(watched):  # it is for others to say whether it does
@@ -185,6 +198,8 @@ class DiskRoom:
                     get_logger().error(
                         "disk not looked after", error=str(error), **vm_attributes(watched.vm)
                     )
+                return error
+            return None
 
     async def _find_out(self, watched: _Watched) -> None:
         """Whether an earlier daemon holds it: where that cannot be told, the next look does."""
@@ -203,6 +218,12 @@ class DiskRoom:
         else:
             if watched.room is Room.LOST:
                 get_logger().error("disk overflowed", **vm_attributes(vm))
+
+    async def _ask_if_lost(self, watched: _Watched) -> None:
+        assert self._devices is not None  # or nothing would be watched
+        if await self._devices.is_lost(watched.vm.id):
+            watched.room = Room.LOST
+            get_logger().error("disk overflowed", **vm_attributes(watched.vm))
 
     async def _act(self, watched: _Watched) -> None:
         """Hold the machine, or let it run on. One that is paused for another reason (a standby) is

@@ -21,7 +21,7 @@ from banger.drivers.base import Check, Disk, DiskDeviceMaker, Level, Storage
 from banger.services.capabilities import Capability, Start
 from banger.services.disk_room import DiskRoom
 from banger.services.image import ImageService
-from banger.services.layers import check_kind
+from banger.services.layers import check_kind, disks_of
 from banger.services.liveness import Liveness
 from banger.services.preflight import FREE_DISK_MIN_BYTES, check_artifacts, check_free_disk
 
@@ -54,7 +54,7 @@ class SystemDisk(Capability):
             *await self._storage.checks(),
             check_free_disk(self._paths.vms_dir, FREE_DISK_MIN_BYTES + room_bytes),
             *await asyncio.to_thread(check_artifacts, start.image, start.kernel),
-            *_check_there(self._storage, start, "system disk", start.vm.runtime.system_overlay),
+            *_check_there(self._storage, start, "system"),
         ]
 
     async def create(self, start: Start) -> None:
@@ -78,17 +78,24 @@ class SystemDisk(Capability):
         self._room.watch(start.vm)
 
     async def _open(self, start: Start, record: Callable[[DiskDevices], None]) -> None:
-        if (devices := self._storage.devices) is not None:
-            vm, base = start.vm, Path(start.image.rootfs_path)
-            await devices.open(vm.id, base, Path(vm.runtime.system_overlay), record)
+        vm, disk = start.vm, Path(start.vm.runtime.system_overlay)
+        if (devices := self._devices_of(disk)) is not None:
+            await devices.open(vm.id, Path(start.image.rootfs_path), disk, record)
+
+    def _devices_of(self, disk: Path) -> DiskDeviceMaker | None:
+        """Who makes the device of a disk; None for one that machines open as a file. The one
+        question: whatever is opened is then what is looked after (`DiskRoom`) and closed."""
+        if self._devices is None or not self._devices.serves(disk):
+            return None
+        return self._devices
 
     async def post_start(self, vm: Vm) -> None:
         self._room.watch(vm)
 
     def contribute_machine(self, start: Start) -> None:
-        system, devices = Path(start.vm.runtime.system_overlay), self._storage.devices
+        system = Path(start.vm.runtime.system_overlay)
         disk = Disk("system", system, self._storage.format)
-        if devices is not None:
+        if (devices := self._devices_of(system)) is not None:
             disk = replace(disk, path=devices.node(start.vm.id), is_device=True)
         start.disks.append(disk)
 
@@ -98,8 +105,8 @@ class SystemDisk(Capability):
     async def cleanup(self, vm: Vm) -> None:
         await self._room.forget(vm.id)
         disk = Path(vm.runtime.system_overlay)
-        if self._devices is not None and self._devices.serves(disk):
-            await self._devices.close(vm.id, disk)
+        if (devices := self._devices_of(disk)) is not None:
+            await devices.close(vm.id, disk)
 
 
 class WorkDisk(Capability):
@@ -119,7 +126,7 @@ class WorkDisk(Capability):
 
     async def add_start_prereqs(self, start: Start) -> list[Check]:
         return [
-            *_check_there(self._storage, start, "work disk", start.vm.runtime.work_disk),
+            *_check_there(self._storage, start, "work"),
             *await asyncio.to_thread(_check_holds_seed, start),
         ]
 
@@ -154,7 +161,7 @@ class WorkDisk(Capability):
         # A smaller size comes only when a change is taken back: the disk keeps what it has.
         if after.spec.disk_size_mib > before.spec.disk_size_mib:
             disk = Path(after.runtime.work_disk)
-            check_kind(self._storage, disk)
+            check_kind(self._storage, "work", disk)
             await self._storage.grow(disk, after.spec.disk_size_mib)
 
 
@@ -187,16 +194,20 @@ def _room_bytes(storage: Storage, start: Start) -> int:
     return storage.room_bytes("system", system) + storage.room_bytes("work", work)
 
 
-def _check_there(storage: Storage, start: Start, name: str, path: str) -> list[Check]:
-    """A disk that was made must be there: an empty one in its place would hide the loss."""
+def _check_there(storage: Storage, start: Start, name: str) -> list[Check]:
+    """A disk (``system``, ``work``) that was made must be there: an empty one in its place would
+    hide the loss. What it is, or begins as, is what the storage makes such disks of."""
     vm, of = start.vm, start.snapshot
-    made = (of.system_disk, of.work_disk) if of is not None else (path,)
+    disk = disks_of(vm)[name]
+    what = f'{name} disk of vm "{vm.name}"'
     try:
-        for disk in made:
-            check_kind(storage, Path(disk))
+        check_kind(storage, name, disk)
+        if of is not None:
+            begins_as = {"system": of.system_disk, "work": of.work_disk}[name]
+            check_kind(storage, name, Path(of.directory) / begins_as)
     except PreconditionFailed as error:
-        return [Check(f'{name} of vm "{vm.name}"', Level.FAIL, error.message, error.hint)]
-    if vm.runtime.state is VmState.CREATING or Path(path).is_file():
+        return [Check(what, Level.FAIL, error.message, error.hint)]
+    if vm.runtime.state is VmState.CREATING or disk.is_file():
         return []
     hint = f"what was on it is lost; banger vm delete {vm.name} removes the rest"
-    return [Check(f'{name} of vm "{vm.name}"', Level.FAIL, f"{path} is missing", hint)]
+    return [Check(what, Level.FAIL, f"{disk} is missing", hint)]

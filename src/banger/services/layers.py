@@ -17,11 +17,12 @@ from pathlib import Path
 import msgspec
 
 from banger.base.cancellation import to_its_end
-from banger.base.errors import PreconditionFailed
+from banger.base.errors import BangerError, PreconditionFailed
 from banger.base.model import Vm
-from banger.drivers.base import Hypervisor, Layering, Storage
+from banger.drivers.base import Hypervisor, Layering, Level, Storage
 from banger.services.liveness import Liveness
 from banger.services.operations import Stages
+from banger.services.preflight import check_free_disk, check_room_for_memory, require
 from banger.services.vm import VmService
 
 #: The most files that a disk may consist of: each is another place to look for what is read.
@@ -34,13 +35,14 @@ def layer_of(disk: Path) -> Path:
     return disk.with_name(f"{name}-{secrets.token_hex(6)}{disk.suffix}")
 
 
-def check_kind(storage: Storage, disk: Path) -> None:
-    """Raise PreconditionFailed for a disk that another storage has made.
+def check_kind(storage: Storage, name: str, disk: Path) -> None:
+    """Raise PreconditionFailed for a disk (``system``, ``work``) that another storage has made.
 
     None may be opened as what it is not: what a guest has written on a raw disk could be the header
-    of another format, which names files of the host.
+    of another format, which names files of the host. Nor as what another disk of the same storage
+    is: one may have raw work disks, and system disks in a format that is cut to what it keeps.
     """
-    if disk.suffix not in {Path(storage.file_name(name)).suffix for name in ("system", "work")}:
+    if disk.suffix != Path(storage.file_name(name)).suffix:
         raise PreconditionFailed(
             f"{disk} was not made by {storage.name} storage",
             hint="set storage back to what it was then, and restart the daemon",
@@ -84,35 +86,51 @@ class DiskLayers:
             overlays[name] = overlay
         return await self._recorded(vm, overlays), overlays
 
-    async def bound(self, vm: Vm, stages: Stages) -> None:
-        """Make room for one more layer: what would be too many become one."""
+    async def bound(self, vm: Vm, stages: Stages, memory_mib: int) -> None:
+        """Make room for one more layer: what would be too many become one.
+
+        So much memory is to be written afterwards. Raises PreconditionFailed where the host's disk
+        has no room for both.
+        """
         layering = self._layering(vm)
         if layering is None:
             return
         try:
-            await self._bound(vm, layering, stages)
+            for name, disk in disks_of(vm).items():
+                if len(await layering.layers(disk)) >= LAYERS_MAX:
+                    takes = await layering.collapse_bytes(disk)
+                    require([check_room_for_memory(disk.parent, memory_mib, takes)])
+                    await self._collapse(vm, layering, name, stages)
         finally:
             await to_its_end(self._sweep(vm, layering))
 
-    async def _bound(self, vm: Vm, layering: Layering, stages: Stages) -> None:
-        for name, disk in disks_of(vm).items():
-            if len(await layering.layers(disk)) < LAYERS_MAX:
-                continue
-            stages.stage("collapse", f"the layers of its {name} disk")
+    async def _collapse(self, vm: Vm, layering: Layering, name: str, stages: Stages) -> None:
+        stages.stage("collapse", f"the layers of its {name} disk")
+
+        def tell(percent: float) -> None:
+            stages.stage("collapse", f"the layers of its {name} disk, {percent:.0f} %")
+
+        disk = disks_of(vm)[name]
+        try:
             if self._liveness.vm_alive(vm):
-
-                def tell(percent: float, name: str = name) -> None:
-                    stages.stage("collapse", f"the layers of its {name} disk, {percent:.0f} %")
-
-                socket = Path(vm.runtime.api_socket)
-                await self._hypervisor.collapse(socket, name, tell)
+                await self._hypervisor.collapse(Path(vm.runtime.api_socket), name, tell)
             else:
                 await layering.collapse(disk)
+        except BangerError as error:
+            # Others write to that disk, too. What there was no room for has not been taken back.
+            free = check_free_disk(disk.parent)
+            if free.level is not Level.FAIL:
+                raise
+            raise PreconditionFailed(
+                f"the layers of the {name} disk could not be made one, most likely for want of room"
+                f" ({free.detail}): {error.message}",
+                hint=free.hint,
+            ) from error
 
     def _layering(self, vm: Vm) -> Layering | None:
         """Of the VM's disks. Raises PreconditionFailed when they are another storage's."""
-        for disk in disks_of(vm).values():
-            check_kind(self._storage, disk)
+        for name, disk in disks_of(vm).items():
+            check_kind(self._storage, name, disk)
         return self._storage.layering
 
     async def _recorded(self, vm: Vm, disks: dict[str, Path]) -> Vm:

@@ -127,7 +127,7 @@ class SnapshotService:
         room_bytes = 0 if self._storage.layering else await asyncio.to_thread(self._room_bytes, vm)
         room_bytes *= 1 + forks
         require([check_room_for_memory(self._paths.vms_dir, memory_mib, room_bytes)])
-        await self._layers.bound(vm, stages)
+        await self._layers.bound(vm, stages, memory_mib)
         snapshot_id = new_id()
         final = self._paths.snapshot_dir(snapshot_id)
         async with staged(final) as staging:
@@ -252,8 +252,8 @@ class SnapshotService:
     async def shape(self, vm: Vm) -> str:
         """What a machine must have to go on from the memory of this VM's. Raises PreconditionFailed
         for one whose disks another storage has made: nobody knows its machine now."""
-        for disk in disks_of(vm).values():
-            check_kind(self._storage, disk)
+        for name, disk in disks_of(vm).items():
+            check_kind(self._storage, name, disk)
         image, kernel = await self._images.of_vm(vm), await self._kernels.get(vm.kernel_id)
         start = Start(vm, image, kernel)
         self._capabilities.contribute_machine(start)

@@ -256,10 +256,11 @@ class TemplateService:
     # Making one.
 
     async def _plan(self, start: Start, initramfs: Path) -> _Plan:
-        made = _without_identity(start, "template", _NOWHERE, self._disk_size_mib(start))
+        nowhere = self._nowhere()
+        made = _without_identity(start, "template", nowhere, self._disk_size_mib(start))
         self._capabilities.contribute_machine(made)
         shape = await self._hypervisor.shape(
-            machine_of(made, _NOWHERE, initramfs),
+            machine_of(made, nowhere, initramfs),
             self._networks.link(made.vm.spec.network),
         )
         spec = made.vm.spec
@@ -270,6 +271,11 @@ class TemplateService:
         )
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
         return _Plan(key, start, initramfs, spec.disk_size_mib)
+
+    def _nowhere(self) -> VmPaths:
+        """Of a machine that there is not: its disks' files are called as those of any other, for
+        their names say what they are."""
+        return self._paths.machine(Path("/"), Path("/"))
 
     def _disk_size_mib(self, start: Start) -> int:
         """Of the work disk: a VM whose is larger grows it, so most share one template."""
@@ -371,7 +377,7 @@ class TemplateService:
             init=template.init,
             network=template.network,
         )
-        start = Start(nobody("template", _NOWHERE, spec, image), image, kernel)
+        start = Start(nobody("template", self._nowhere(), spec, image), image, kernel)
         try:
             plan = await self._plan(start, await self._kernels.initramfs(kernel))
         except (BangerError, OSError):
@@ -394,9 +400,6 @@ class TemplateService:
             get_logger().warning("template stays", template=template.id, error=str(error))
             return False
         return True
-
-
-_NOWHERE = VmPaths(Path("/"), Path("/"))
 
 
 def _without_identity(start: Start, machine_id: str, paths: VmPaths, disk_size_mib: int) -> Start:

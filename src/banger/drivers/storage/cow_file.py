@@ -19,13 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from banger.base.errors import PreconditionFailed
+from banger.hostops.mappings import CHUNK_SECTORS, HEADER, MAGIC, VERSION
 
-CHUNK_BYTES = 4096
-_SECTOR = 512
-#: struct disk_header: magic, valid, version, chunk size in sectors.
-_HEADER = struct.Struct("<4s3I")
-_MAGIC = b"SnAp"
-_VERSION = 1
+CHUNK_BYTES = CHUNK_SECTORS * 512
 #: struct disk_exception: the chunk of the disk, and that of this file which stands for it.
 _EXCEPTION = struct.Struct("<2Q")
 _EXCEPTIONS = CHUNK_BYTES // _EXCEPTION.size
@@ -51,7 +47,7 @@ def extent(path: Path, area: int = 0) -> Extent:
     """
     with path.open("rb") as file:
         descriptor, size = file.fileno(), os.fstat(file.fileno()).st_size
-        if not _has_begun(path, os.pread(descriptor, _HEADER.size, 0)):
+        if not _has_begun(path, os.pread(descriptor, CHUNK_BYTES, 0)):
             return Extent(0)
         while True:
             first = 1 + area * AREA_CHUNKS
@@ -94,14 +90,19 @@ def never_copied(path: Path) -> None:
         fcntl.ioctl(file, _FS_IOC_SETFLAGS, bytes(flags))
 
 
-def _has_begun(path: Path, header: bytes) -> bool:
-    """Whether anything was written: it begins as zeros."""
-    if not header.strip(b"\0"):
+def _has_begun(path: Path, chunk: bytes) -> bool:
+    """Whether anything was written, by the first chunk: that is zeros until then.
+
+    All of it, for other files begin with zeros, too: ext4 has its superblock behind 1024 of them.
+    (What lies further on decides nothing: after a power failure the host may have kept chunks that
+    were written later than a header which is lost.)
+    """
+    if not chunk.strip(b"\0"):
         return False
-    if len(header) < _HEADER.size:
+    if len(chunk) < HEADER.size:
         raise _damaged(path, "it is cut off")
-    magic, valid, version, chunk_sectors = _HEADER.unpack(header)
-    if (magic, version, chunk_sectors * _SECTOR) != (_MAGIC, _VERSION, CHUNK_BYTES):
+    magic, valid, version, chunk_sectors = HEADER.unpack_from(chunk)
+    if (magic, version, chunk_sectors) != (MAGIC, VERSION, CHUNK_SECTORS):
         raise _damaged(path, "it is no such file")
     if not valid:
         raise _damaged(path, "a change could not be written, and the kernel has given it up")

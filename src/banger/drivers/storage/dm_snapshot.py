@@ -19,24 +19,27 @@ import errno
 import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
-from banger.base import proc, procfs
+from banger.base import proc
 from banger.base.cancellation import to_its_end
-from banger.base.errors import Conflict, PreconditionFailed
+from banger.base.errors import BangerError, Conflict, PreconditionFailed, Unavailable
+from banger.base.log import get_logger
 from banger.base.model import DiskDevices
 from banger.drivers.base import Check, DiskFormat, Level, Room
 from banger.drivers.storage import cow_file
 from banger.drivers.storage.dm_kernel import kernel_checks
+from banger.drivers.storage.dm_space import KEEP_FREE_BYTES, Space, ahead_bytes, good_size
 from banger.drivers.storage.reflink import ReflinkStorage, copy_file, nearest
 from banger.hostops import block_devices, mappings
 from banger.hostops.block_devices import Mapping
 from banger.hostops.mappings import DMSETUP, mapping_name
 from banger.hostops.ops import (
+    Done,
     GrowSnapshot,
     HostOps,
     LookAtSnapshot,
@@ -53,40 +56,16 @@ _SUFFIX = ".cow"
 _MAPPED = Path("/dev/mapper")
 _WITHOUT = 'or do without: storage = "auto"'
 
-#: Allocated beyond what is used: a part of what is free, within these. It is looked after four
-#: times a second: a machine that writes a gigabyte a second finds room where there is plenty, one
-#: that writes 200 MiB a second where there is hardly any.
-_AHEAD_LEAST_BYTES = 128 * _MIB
-_AHEAD_MOST_BYTES = 512 * _MIB
-_AHEAD_OF_FREE = 8
-#: A machine that has less left is held: what it has in flight must find room yet.
-_SHORT_BYTES = 48 * _MIB
-#: Of the host's memory that is still to be written: it may be that of a machine which opens its
-#: disk with a cache, as Firecracker does.
-_DIRTY_MOST_BYTES = 128 * _MIB
-#: The last of the host's disk is not taken: what is going on has to be recorded.
-_KEEP_FREE_BYTES = 64 * _MIB
-#: What is allocated is so many times this, at least once; loop devices are whole sectors.
-_STEP_BYTES = 4 * _MIB
-
 _TENDING_THREADS = 4
+#: Who looks at a machine waits no longer for whoever has the privileges, for whom milliseconds are
+#: usual: one that has too little room is to be held, and one that is to end waits for that look.
+_ANSWER_TIMEOUT_S = 2.0
+_SOON_S = 0.25
+_LOST = (SnapshotState.OVERFLOWED, SnapshotState.INVALID)
 
 #: What is busy may be so for a moment: udev, or another daemon, looks at it.
 _TRIES = 20
 _TRY_AGAIN_S = 0.1
-
-
-@dataclass(frozen=True)
-class _Space:
-    """Of the device of a machine's changes: its size, how far it is used, how large it may be."""
-
-    size_bytes: int
-    used_bytes: int
-    full_bytes: int
-
-    @property
-    def left_bytes(self) -> int:
-        return self.size_bytes - self.used_bytes
 
 
 class DmSnapshotStorage:
@@ -108,11 +87,12 @@ class DmSnapshotStorage:
         self._tending = ThreadPoolExecutor(_TENDING_THREADS, "disk-room")
         #: When files were changed last that had room for whatever was under way.
         self._ample: dict[Path, int] = {}
-
-    @property
-    def devices(self) -> DmSnapshotStorage:
-        """See `Storage.devices`."""
-        return self
+        #: Of which nobody has asked the kernel since they may have grown: it does not tell by their
+        #: space any more whether they were full before.
+        self._unasked: set[Path] = set()
+        #: By the machine's id: why nobody answers; and those that had too little room last.
+        self._silent: dict[str, str] = {}
+        self._short: set[str] = set()
 
     def file_name(self, disk: str) -> str:
         """See `Storage.file_name`."""
@@ -208,7 +188,13 @@ class DmSnapshotStorage:
     async def open(
         self, vm_id: str, base: Path, disk: Path, record: Callable[[DiskDevices], None]
     ) -> None:
-        """See `DiskDeviceMaker.open`."""
+        """See `DiskDeviceMaker.open`. Raises PreconditionFailed for a disk that is none of these,
+        which stays as it is: as a file of changes it would be cut to nothing."""
+        if not self.serves(disk):
+            raise PreconditionFailed(
+                f"{disk} is no file of changes: it was not made by {self.name} storage",
+                hint="set storage back to what it was then, and restart the daemon",
+            )
         made = DiskDevices(base=str(base))
         record(made)
         # Of an earlier run: a file that is written to must not be cut.
@@ -238,9 +224,9 @@ class DmSnapshotStorage:
         self._areas[disk] = used.area
         free = _free_bytes(disk.parent)
         full = mappings.full_bytes(base.stat().st_size)
-        size = _good_size(used.end_bytes + _ahead_bytes(free), full)
+        size = good_size(used.end_bytes + ahead_bytes(free), full)
         try:
-            if size - used.end_bytes > free - _KEEP_FREE_BYTES:
+            if size - used.end_bytes > free - KEEP_FREE_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             cow_file.allocate(disk, size)
         except OSError as error:
@@ -254,6 +240,9 @@ class DmSnapshotStorage:
         """See `DiskDeviceMaker.close`."""
         self._areas.pop(disk, None)
         self._ample.pop(disk, None)
+        self._unasked.discard(disk)
+        self._silent.pop(vm_id, None)
+        self._short.discard(vm_id)
         if self._may_have_any() or await asyncio.to_thread(_mapping_of, vm_id) is not None:
             await self._unmap(vm_id)
         await asyncio.to_thread(cow_file.cut, disk)
@@ -282,39 +271,93 @@ class DmSnapshotStorage:
     # Room.
 
     async def tend(self, vm_id: str, disk: Path) -> Room:
-        """See `DiskDeviceMaker.tend`. A machine that writes nothing costs a stat(2)."""
+        """See `DiskDeviceMaker.tend`. A machine that writes nothing costs a stat(2).
+
+        Where nobody answers who has the privileges, it is told by the space that there is.
+        """
         changed_ns = disk.stat().st_mtime_ns  # noqa: ASYNC240 - of a file that is in use
         if self._ample.get(disk) == changed_ns:
             return Room.AMPLE
+        room = await self._kept(vm_id, disk, changed_ns)
+        if room is Room.SHORT:
+            self._short.add(vm_id)
+        else:
+            self._short.discard(vm_id)
+        return room
+
+    async def _kept(self, vm_id: str, disk: Path, changed_ns: int) -> Room:
+        """How it stands when there is more room, if it needs some and there is any. It was changed
+        last at `changed_ns`."""
         space = await self._in_thread(self._space, vm_id, disk)
         if space is None:
             return Room.AMPLE  # it has ended
-        if space.left_bytes < 2 * cow_file.CHUNK_BYTES and await self._is_lost(vm_id):
-            return Room.LOST  # more room would not mend it
-        free = _free_bytes(disk.parent)
-        wanted = min(space.used_bytes + _ahead_bytes(free), space.full_bytes) - space.size_bytes
-        more = min(wanted, (free - _KEEP_FREE_BYTES) // _STEP_BYTES * _STEP_BYTES)
-        last = space.size_bytes + wanted == space.full_bytes
-        if (wanted >= _ahead_bytes(free) // 4 or last) and more >= min(_STEP_BYTES, wanted) > 0:
-            space = await self._extended(vm_id, disk, space, more)
-            if await self._is_lost(vm_id):  # before there was more room
-                return Room.LOST
-        if space.left_bytes >= _SHORT_BYTES + _DIRTY_MOST_BYTES:
+        if space.is_at_its_end:
+            state = await self._state(vm_id, disk)
+            if state is None:
+                return Room.SHORT
+            if state in _LOST:
+                return Room.LOST  # more room would not mend it
+        if more_bytes := space.more_bytes(_free_bytes(disk.parent)):
+            space = await self._extended(vm_id, disk, space, more_bytes)
+        # Before there was more room. Who has not answered just now is not asked again.
+        asks = disk in self._unasked and (not more_bytes or vm_id not in self._silent)
+        if asks and await self._state(vm_id, disk) in _LOST:
+            return Room.LOST
+        if vm_id in self._silent:  # that took some time, in which the machine has written
+            space = await self._in_thread(self._space, vm_id, disk) or space
+        if space.is_ample and disk not in self._unasked:
             self._ample[disk] = changed_ns
-        short = _SHORT_BYTES + min(procfs.dirty_bytes(), _DIRTY_MOST_BYTES)
-        if space.size_bytes >= space.full_bytes or space.left_bytes >= 2 * short:
-            return Room.AMPLE
-        return Room.SHORT if space.left_bytes < short else Room.TIGHT
+        return space.room
+
+    async def is_lost(self, vm_id: str) -> bool:
+        """See `DiskDeviceMaker.is_lost`."""
+        asked = LookAtSnapshot(vm_id=vm_id)
+        return (await self._performed(asked, _ANSWER_TIMEOUT_S)).name in _LOST
 
     async def _in_thread(self, work: Callable[..., T], *arguments: object) -> T:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._tending, work, *arguments)
 
-    async def _is_lost(self, vm_id: str) -> bool:
-        state = (await self._host.perform(LookAtSnapshot(vm_id=vm_id))).name
-        return state in (SnapshotState.OVERFLOWED, SnapshotState.INVALID)
+    async def _state(self, vm_id: str, disk: Path) -> str | None:
+        """What the kernel says of it; None where nobody answers."""
+        done = await self._answer(LookAtSnapshot(vm_id=vm_id))
+        if done is None:
+            return None
+        self._unasked.discard(disk)
+        return done.name
 
-    def _space(self, vm_id: str, disk: Path) -> _Space | None:
+    async def _answer(self, operation: GrowSnapshot | LookAtSnapshot) -> Done | None:
+        """What came of it; None where nobody answers, which is logged.
+
+        A machine that writes on is soon looked at again where nobody has answered: what is too late
+        is done all the same. One that is held, or is to be, can wait.
+        """
+        writes_on = operation.vm_id in self._silent and operation.vm_id not in self._short
+        try:
+            timeout_s = _SOON_S if writes_on else _ANSWER_TIMEOUT_S
+            done = await self._performed(operation, timeout_s)
+        except BangerError as error:
+            if self._silent.get(operation.vm_id) != error.message:  # each is told once
+                self._silent[operation.vm_id] = error.message
+                get_logger().error(
+                    "no help for the room of a disk", vm_id=operation.vm_id, error=error.message
+                )
+            return None
+        self._silent.pop(operation.vm_id, None)
+        return done
+
+    async def _performed(self, operation: GrowSnapshot | LookAtSnapshot, timeout_s: float) -> Done:
+        """See `HostOps.perform`; Unavailable, too, for what takes longer: it may be done yet."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await self._host.perform(operation)
+        except TimeoutError:
+            raise Unavailable(
+                f"{type(operation).__name__}: no answer in time",
+                hint="look at the helper: banger system status",
+            ) from None
+
+    def _space(self, vm_id: str, disk: Path) -> Space | None:
         mapping = _mapping_of(vm_id)
         if mapping is None:
             return None
@@ -324,20 +367,22 @@ class DmSnapshotStorage:
         _, changes = _loops_of(mapping)
         if not changes:
             return None
-        # Of the device: the file is larger where the helper was not there to tell it so.
-        return _Space(block_devices.size_bytes(changes), used.end_bytes, full)
+        size = block_devices.size_bytes(changes)
+        return Space(size, used.end_bytes, full, disk.stat().st_size)
 
-    async def _extended(self, vm_id: str, disk: Path, space: _Space, more_bytes: int) -> _Space:
-        """With more room, if there is; as it was otherwise."""
-        size = _good_size(space.size_bytes + more_bytes, space.full_bytes)
+    async def _extended(self, vm_id: str, disk: Path, space: Space, more_bytes: int) -> Space:
+        """With more room, if there is, and if the device can be told of it; as it was otherwise."""
+        size = good_size(space.size_bytes + more_bytes, space.full_bytes)
         try:
             await self._in_thread(cow_file.allocate, disk, size)
         except OSError:  # somebody else was quicker
             # What was allocated may end anywhere: the next one begins where the device ends.
             await self._in_thread(os.truncate, disk, space.size_bytes)
             return space
-        await self._host.perform(GrowSnapshot(vm_id=vm_id))
-        return replace(space, size_bytes=size)
+        # The file keeps its size in any case: an answer that comes too late gives it to the device.
+        self._unasked.add(disk)
+        grown = await self._answer(GrowSnapshot(vm_id=vm_id))
+        return space if grown is None else replace(space, size_bytes=size)
 
 
 def _mapping_of(vm_id: str) -> Mapping | None:
@@ -349,21 +394,6 @@ def _loops_of(mapping: Mapping | None) -> tuple[str, str]:
     """The devices of its image and of its changes, empty for none."""
     names = {block_devices.is_read_only(each): each for each in mapping.devices} if mapping else {}
     return names.get(True, ""), names.get(False, "")
-
-
-def _good_size(size_bytes: int, full_bytes: int) -> int:
-    """At least so much, of what can be used; never a size that ends where a new area of the
-    kernel's store would begin: it clears that before it looks whether there is room for it, and
-    gives the snapshot up when there is none."""
-    size = min(size_bytes, full_bytes)
-    if size < full_bytes and size // cow_file.CHUNK_BYTES % cow_file.AREA_CHUNKS == 1:
-        size += cow_file.CHUNK_BYTES
-    return size
-
-
-def _ahead_bytes(free_bytes: int) -> int:
-    part = min(free_bytes // _AHEAD_OF_FREE, _AHEAD_MOST_BYTES)
-    return max(_AHEAD_LEAST_BYTES, part // _STEP_BYTES * _STEP_BYTES)
 
 
 def _free_bytes(directory: Path) -> int:

@@ -35,7 +35,6 @@ class Qcow2Storage:
 
     name = "qcow2"
     format = DiskFormat.QCOW2
-    devices = None
 
     @property
     def layering(self) -> Layering:
@@ -136,6 +135,12 @@ class Qcow2Storage:
         base = (await _infos(disk))[-1].filename
         rebase = overlay_argv("rebase", disk, "-q", "-b", base, "-F", "raw")
         await proc.run(rebase, timeout_s=_COLLAPSE_TIMEOUT_S)
+
+    async def collapse_bytes(self, disk: Path) -> int:
+        """See `Layering.collapse_bytes`: all that the layers below have, or all of the disk."""
+        top, *below = await _infos(disk)
+        layers = [Path(each.filename) for each in below if each.format == "qcow2"]
+        return min(sum(map(self.allocated_bytes, layers)), top.virtual_size)
 
     def room_bytes(self, disk: str, source: Path) -> int:  # noqa: ARG002 - others copy it
         """See `Storage.room_bytes`."""

@@ -31,7 +31,6 @@ class ReflinkStorage:
     name = "reflink"
     format = DiskFormat.RAW
     layering = None
-    devices = None
 
     def __init__(self, directory: Path) -> None:
         """`directory` is where the disks of VMs are (which need not be there yet)."""
