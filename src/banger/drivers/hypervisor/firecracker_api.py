@@ -16,6 +16,7 @@ import msgspec
 from banger.base.errors import Unavailable
 from banger.base.files import socket_name
 from banger.base.jail import is_vm_id
+from banger.base.malformed import MALFORMED
 from banger.drivers.hypervisor.firecracker_faults import error_of
 from banger.drivers.hypervisor.firecracker_requests import ANSWER_TIMEOUT_S, InstanceInfo, Request
 
@@ -50,7 +51,7 @@ class FirecrackerClient:
         answer = await self._send("GET", "/", ANSWER_TIMEOUT_S)
         try:
             return msgspec.json.decode(answer, type=InstanceInfo)
-        except msgspec.MsgspecError as error:
+        except MALFORMED as error:
             raise self._nonsense() from error
 
     async def _send(
@@ -81,7 +82,7 @@ class FirecrackerClient:
             return bytes(answer)
         try:
             fault = msgspec.json.decode(bytes(answer), type=_Fault).fault_message
-        except msgspec.MsgspecError:
+        except MALFORMED:
             fault = f"status {response.status_code}"
         raise error_of(what, fault, _vm_of(self._socket))
 

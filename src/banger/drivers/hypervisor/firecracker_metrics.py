@@ -17,6 +17,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from banger.base.malformed import MALFORMED
 from banger.drivers.base import Traffic
 
 #: A line has 6 KiB. A daemon that was away for longer than these took misses the earlier ones.
@@ -78,7 +79,7 @@ def _added(sums: Traffic, line: bytes) -> Traffic:
     """With what a line has; one that is none (cut off at its beginning, a hole) has nothing."""
     try:
         counted = msgspec.json.decode(line, type=_Line)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         return sums
     return Traffic(
         disk_read_bytes=sums.disk_read_bytes + counted.block.read_bytes,
