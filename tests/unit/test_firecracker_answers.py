@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -55,3 +57,25 @@ async def test_a_refusal_without_a_reason_has_its_status(short_path: Path, body:
     async with answered(short_path, response("400 Bad Request", body)) as client:
         with pytest.raises(FirecrackerRefused, match="status 400"):
             await client.tell(SetState(state=VmState.PAUSED))
+
+
+async def test_an_answer_is_not_unpacked(short_path: Path) -> None:
+    """It could become more than there is memory before anybody counts it."""
+    said = b'{"id":"a","state":"Running","vmm_version":"1.16.1"}'
+    packed = response("200 OK", gzip.compress(said), "Content-Encoding: gzip")
+    async with answered(short_path, packed) as client:
+        with pytest.raises(Unavailable, match="is not Firecracker"):
+            await client.instance()
+
+
+async def test_no_certificates_are_read_for_a_socket_of_ours(
+    short_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[object] = []
+    monkeypatch.setattr(
+        ssl.SSLContext, "load_verify_locations", lambda _, *given, **__: read.append(given)
+    )
+    said = response("200 OK", b'{"id":"a","state":"Running","vmm_version":"1.16.1"}')
+    async with answered(short_path, said) as client:
+        await client.instance()
+    assert read == []
