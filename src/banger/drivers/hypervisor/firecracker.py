@@ -199,6 +199,10 @@ class FirecrackerHypervisor:
             if failure is not StateRefused:
                 raise
             raise failure(error.message, hint=error.hint) from error
+        except OSError as error:
+            if failure is not MachineLost:
+                raise
+            raise MachineLost(f"{machine.control_socket}: {error}") from error
         return begun.pid
 
     @asynccontextmanager
