@@ -8,6 +8,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 import msgspec
 import pytest
@@ -15,7 +16,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from banger.base import jail, procfs
+from banger.base import jail, proc, procfs
 from banger.base.errors import (
     BadRequest,
     Conflict,
@@ -821,6 +822,66 @@ async def test_the_helper_is_asked_once_until_the_program_changes_or_all_is_chec
     for ask in (prisons.place.program, prisons.place.check):
         with pytest.raises(Unavailable, match="no helper"):
             await ask()
+
+
+async def _without_kvm() -> KvmProbe:
+    return KvmProbe(False, "there is no device")
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o600])
+async def test_a_firecracker_that_is_for_others_to_run_is_said_to_be(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """Root's side has found it, and need not be let in by any mode."""
+    prisons.firecracker.chmod(mode)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    path = str(prisons.firecracker)
+    for place in (prisons.place, Direct(path)):
+        checks = await FirecrackerHypervisor(place, _without_kvm).checks()
+        found = checks[0]
+        assert (found.level, found.detail) == (
+            Level.FAIL,
+            f"{path} cannot be executed by this user",
+        )
+        assert found.hint.startswith(f"chmod 755 {path}, ")
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be executed by this user"),
+        (OSError(errno.ESTALE, "Stale file handle"), "cannot be executed: Stale file handle"),
+    ],
+)
+async def test_a_firecracker_that_cannot_be_looked_at_fails_a_check_and_nothing_else(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch, error: OSError, detail: str
+) -> None:
+    """With `auto`, the daemon would not start."""
+    stat = os.stat
+
+    def refuse(path: Any, *given: Any, **named: Any) -> os.stat_result:
+        if path == str(prisons.firecracker):
+            raise error
+        return stat(path, *given, **named)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    checks = await FirecrackerHypervisor(prisons.place, _without_kvm).checks()
+    assert (checks[0].level, checks[0].detail) == (Level.FAIL, f"{prisons.firecracker} {detail}")
+
+
+async def test_a_file_that_is_no_program_of_this_host_fails_a_check(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOEXEC, "Exec format error")
+
+    prisons.firecracker.chmod(0o755)
+    monkeypatch.setattr(proc, "run", run)
+    checks = await FirecrackerHypervisor(prisons.place, _without_kvm).checks()
+    assert (checks[0].level, checks[0].detail) == (
+        Level.FAIL,
+        f"{prisons.firecracker} cannot be executed: Exec format error",
+    )
 
 
 async def test_a_jail_is_ended_once(prisons: Prisons) -> None:
