@@ -884,6 +884,22 @@ async def test_a_file_that_is_no_program_of_this_host_fails_a_check(
     )
 
 
+async def test_what_is_counted_takes_little_room_wherever_its_machine_runs(
+    prisons: Prisons,
+) -> None:
+    """Before it has its socket it counts as one without a jail: that is no more true then."""
+    hypervisor = _firecracker(prisons.place, Direct("firecracker"))
+    with pytest.raises(Unavailable, match="cannot be read"):
+        await hypervisor.drain(prisons.socket)
+    prisons.out.mkdir()
+    prisons.socket.symlink_to(prisons.out / "api.sock")
+    metrics = prisons.out / "metrics"
+    metrics.write_bytes((b" " * 6000 + b"\n") * 200)
+    await hypervisor.drain(prisons.socket)
+    assert metrics.stat().st_size == 6001 * 200
+    assert metrics.stat().st_blocks * 512 < 6001 * 2
+
+
 async def test_a_jail_is_ended_once(prisons: Prisons) -> None:
     prisons.marks.mkdir()
     (prisons.marks / VM_ID).touch()

@@ -321,6 +321,11 @@ class Hypervisor(Protocol):
         """What the machine's devices have moved. Raises Unavailable when it cannot be asked."""
         ...
 
+    async def drain(self, control_socket: Path) -> None:
+        """Bound what the hypervisor has noted for `traffic`, whether or not anybody asks for that;
+        the machine is not asked. Raises Unavailable when it cannot be bounded."""
+        ...
+
     async def pause(self, control_socket: Path) -> None:
         """Hold the machine until `resume`. Raises Unavailable when it cannot be asked."""
         ...

@@ -387,13 +387,26 @@ class FirecrackerHypervisor:
         async with conversation(control_socket) as client:
             await client.tell(Action(action_type=ActionType.FLUSH_METRICS))
         try:
-            if control_socket not in self._meters:
-                there = {key: meter for key, meter in self._meters.items() if meter.path.exists()}
-                path = self._of(control_socket).metrics(control_socket)
-                self._meters = there | {control_socket: Meter(path)}
-            return await asyncio.to_thread(self._meters[control_socket].read)
+            return await asyncio.to_thread(self._meter(control_socket).read)
         except OSError as error:
             raise Unavailable(f"what Firecracker counts cannot be read: {error}") from error
+
+    async def drain(self, control_socket: Path) -> None:
+        """See `Hypervisor.drain`: it adds to a file, as long as it runs."""
+        try:
+            await asyncio.to_thread(self._meter(control_socket).drain)
+        except OSError as error:
+            raise Unavailable(f"what Firecracker counts cannot be read: {error}") from error
+
+    def _meter(self, control_socket: Path) -> Meter:
+        """Raises OSError where there is no such machine any more."""
+        path = self._of(control_socket).metrics(control_socket)
+        meter = self._meters.get(control_socket)
+        if meter is None or meter.path != path:  # it may run in another place than before
+            meter = Meter(path)
+            there = {key: other for key, other in self._meters.items() if other.path.exists()}
+            self._meters = there | {control_socket: meter}
+        return meter
 
     async def _begin_to_count(self, client: FirecrackerClient, control_socket: Path) -> None:
         path = self._place.metrics(control_socket)
