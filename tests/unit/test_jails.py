@@ -534,6 +534,35 @@ def test_a_jailed_machine_cannot_pose_as_another(
     assert (direct.control_socket(process), qemu.control_socket(process)) == (None, None)
 
 
+async def test_a_jailed_machine_is_found_by_a_daemon_with_another_runtime_directory(
+    prisons: Prisons, tmp_path: Path
+) -> None:
+    prisons.host.jailer_says = "started"
+    started = await prisons.place.start(prisons.machine, {}, None)
+    await started.ended
+    others = tmp_path / "another"
+    following = Jailed(prisons.host, (others,), prisons.marks)
+    found = following.control_socket(Process(jail=VM_ID))
+    assert found == prisons.socket
+    assert following.runs(found)
+    (others / VM_ID).mkdir(parents=True)  # which says nothing of where it was started
+    assert following.control_socket(Process(jail=VM_ID)) == prisons.socket
+    assert following.control_socket(Process(jail=OTHER_ID)) is None
+    await following.clear(found)
+    assert prisons.host.ended == [VM_ID]
+    assert (list(prisons.marks.iterdir()), found.is_symlink()) == ([], False)
+
+
+@pytest.mark.parametrize("mark", [b"", b"relative", b"/where/nothing/is/any/more"])
+def test_a_mark_that_leads_nowhere_leaves_it_to_the_directories_that_there_are(
+    prisons: Prisons, mark: bytes
+) -> None:
+    """Marks of earlier versions are empty."""
+    prisons.marks.mkdir()
+    (prisons.marks / VM_ID).write_bytes(mark)
+    assert prisons.place.control_socket(Process(jail=VM_ID)) == prisons.socket
+
+
 async def test_without_a_helper_no_machine_is_jailed_and_it_is_said_why() -> None:
     with pytest.raises(PreconditionFailed, match="no helper") as refused:
         await _jailed().program()

@@ -46,8 +46,9 @@ class Jailed:
 
     def __init__(self, host: HostOps, runtime_dirs: Sequence[Path], jails_dir: Path) -> None:
         """`host` makes jails. The sockets of a machine are in a directory with its id, in one of
-        `runtime_dirs`, which may go while it runs. `jails_dir`, which stays, says which jails are
-        ours: another home's daemon has control groups of the same user."""
+        `runtime_dirs`, or where an earlier daemon had its own; these may go while it runs.
+        `jails_dir`, which stays, says which jails are ours, and where those sockets are: another
+        home's daemon has control groups of the same user."""
         self._host = host
         self._runtime_dirs = tuple(runtime_dirs)
         self._jails_dir = jails_dir
@@ -103,7 +104,7 @@ class Jailed:
             prepare_links(machine, lent)
             out = await _make_out(machine)
             # Before there is a jail: by these it is known that there may be one.
-            self._make_mark(machine.vm_id)
+            self._make_mark(machine)
             machine.control_socket.symlink_to(out / API_SOCKET)
         if network is not None:
             os.close(network.fd)  # with which the tap goes: another interface gets its name
@@ -189,13 +190,13 @@ class Jailed:
             except (BangerError, OSError) as error:
                 get_logger().error("jail not ended", vm_id=mark.name, error=str(error))
 
-    def _make_mark(self, vm_id: str) -> None:
+    def _make_mark(self, machine: Machine) -> None:
+        mark = self._mark(machine.vm_id)
         try:
             self._jails_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._mark(vm_id).touch()
+            mark.write_bytes(os.fsencode(machine.control_socket.parent.parent))
         except OSError as error:
-            what = f"{self._mark(vm_id)} cannot be made: {error.strerror}"
-            raise Unavailable(what) from error
+            raise Unavailable(f"{mark} cannot be made: {error.strerror}") from error
 
     def _mark(self, vm_id: str) -> Path:
         return self._jails_dir / vm_id
@@ -230,10 +231,19 @@ class Jailed:
     def control_socket(self, process: Process) -> Path | None:
         """See `Place.control_socket`: by whose jail it is, in the directory that there is."""
         if process.jail:
-            for directory in self._runtime_dirs:
+            for directory in (*self._marked(process.jail), *self._runtime_dirs):
                 if (directory / process.jail).is_dir():
                     return directory / process.jail / "control.sock"
         return None
+
+    def _marked(self, vm_id: str) -> tuple[Path, ...]:
+        """Where the directory with a machine's sockets is, by its mark; marks of earlier versions
+        are empty."""
+        try:
+            directory = self._mark(vm_id).read_bytes()
+        except OSError:  # it is not ours
+            return ()
+        return (Path(os.fsdecode(directory)),) if directory.startswith(b"/") else ()
 
 
 def _identity(path: str) -> tuple[int, ...]:
