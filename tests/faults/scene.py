@@ -28,7 +28,7 @@ _SOCKETS = {"control.sock", "agent.sock"}
 
 _RUNTIME = {"bangerd.sock", "bangerd.lock", "start.lock", "probes.json", "vms", "templates"}
 _STATE = {"banger.db", "banger.db-wal", "banger.db-shm", "bangerd.log", "vms", "templates"}
-_STATE |= {"snapshots"}
+_STATE |= {"snapshots", "bangerd.lock"}
 _TEMPLATE = {"memory", "machine-state", "hypervisor.log", "console.log"}
 _IMAGE = re.compile(r"rootfs\.ext4|work-seed(-\d+)?\.ext4|image\.json")
 _KERNEL = re.compile(

@@ -334,6 +334,7 @@ class Hypervisor:
         #: What captures have left unfinished was removed of these.
         self.discarded: list[Path] = []
         self.traffics: dict[Path, Traffic] = {}
+        self.drained: list[Path] = []
 
     def limit_vcpus(self, most: int) -> None:
         """Be one whose machines have no more."""
@@ -464,6 +465,10 @@ class Hypervisor:
     async def traffic(self, control_socket: Path) -> Traffic:
         self._check_answers()
         return self.traffics.get(control_socket, Traffic(0, 0))
+
+    async def drain(self, control_socket: Path) -> None:
+        self._check_answers()
+        self.drained.append(control_socket)
 
     async def pause(self, control_socket: Path) -> None:
         self._check_answers()

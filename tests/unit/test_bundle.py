@@ -289,6 +289,7 @@ async def test_what_is_missing_is_named(tmp_path: Path, name: str) -> None:
         (b'{"version": "../x", "architecture": "x86_64"}', "the version is none of a kernel"),
         (b'{"version": "6.2", "architecture": "x86_64"}', "is Linux 6.2, and is 6.1.0-test"),
         (b"[" * 100_000, "kernel.json: "),
+        (b'{"version": "\xff"}', "kernel.json: "),
     ],
 )
 async def test_a_bundle_that_says_wrong_things_of_itself(

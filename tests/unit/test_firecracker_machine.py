@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -12,10 +16,10 @@ from hypothesis import strategies as st
 
 from banger.base.errors import Unavailable
 from banger.base.procfs import Process
-from banger.drivers.base import Disk, DiskFormat, Link, Machine
+from banger.drivers.base import Disk, DiskFormat, Link, Machine, MachineLost, MemoryFile
 from banger.drivers.hypervisor import firecracker_faults
 from banger.drivers.hypervisor import firecracker_machine as told
-from banger.drivers.hypervisor.firecracker import parse_version
+from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor, parse_version
 from banger.drivers.hypervisor.firecracker_api import conversation
 from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused, error_of
 from banger.drivers.hypervisor.firecracker_place import Direct, firecracker_argv
@@ -30,6 +34,7 @@ from banger.drivers.hypervisor.firecracker_requests import (
     VmState,
     Vsock,
 )
+from banger.drivers.hypervisor.kvm import KvmProbe
 from stand_in_firecracker import serve_client
 
 MACHINE = Machine(
@@ -289,3 +294,33 @@ async def test_a_refused_request_names_the_machine_by_its_id(
         with pytest.raises(FirecrackerRefused) as refused:
             await client.tell(SetState(state=VmState.PAUSED))
     assert refused.value.hint == f"end it: banger vm kill {vm}"
+
+
+class _Agreeing:
+    """A client whose Firecracker does all that it is told."""
+
+    async def tell(self, request: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("ran", [False, True])
+async def test_whether_a_machine_may_have_run_is_known_when_the_host_fails(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ran: bool
+) -> None:
+    """By that it is decided whether a suspended machine keeps its memory."""
+
+    @asynccontextmanager
+    async def started(*_: object) -> AsyncIterator[SimpleNamespace]:
+        if ran:
+            yield SimpleNamespace(client=_Agreeing(), pid=1)
+        raise BlockingIOError(errno.EAGAIN, "no process can be made now")
+
+    async def probe() -> KvmProbe:
+        return KvmProbe(True, "not asked")
+
+    monkeypatch.setattr(FirecrackerHypervisor, "_started", started)
+    machine = replace(MACHINE, disks=(), memory_file=MemoryFile(tmp_path / "memory", private=True))
+    with pytest.raises(MachineLost if ran else BlockingIOError, match="no process"):
+        await FirecrackerHypervisor(Direct("firecracker"), probe).restore(
+            machine, None, tmp_path / "state"
+        )

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from pathlib import Path
+from typing import Any, NoReturn
 
 import msgspec
 import pytest
@@ -17,7 +18,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 
-from banger.base import jail, procfs
+from banger.base import jail, proc, procfs
 from banger.base.errors import (
     BadRequest,
     Conflict,
@@ -537,6 +538,35 @@ def test_a_jailed_machine_cannot_pose_as_another(
     assert (direct.control_socket(process), qemu.control_socket(process)) == (None, None)
 
 
+async def test_a_jailed_machine_is_found_by_a_daemon_with_another_runtime_directory(
+    prisons: Prisons, tmp_path: Path
+) -> None:
+    prisons.host.jailer_says = "started"
+    started = await prisons.place.start(prisons.machine, {}, None)
+    await started.ended
+    others = tmp_path / "another"
+    following = Jailed(prisons.host, (others,), prisons.marks)
+    found = following.control_socket(Process(jail=VM_ID))
+    assert found == prisons.socket
+    assert following.runs(found)
+    (others / VM_ID).mkdir(parents=True)  # which says nothing of where it was started
+    assert following.control_socket(Process(jail=VM_ID)) == prisons.socket
+    assert following.control_socket(Process(jail=OTHER_ID)) is None
+    await following.clear(found)
+    assert prisons.host.ended == [VM_ID]
+    assert (list(prisons.marks.iterdir()), found.is_symlink()) == ([], False)
+
+
+@pytest.mark.parametrize("mark", [b"", b"relative", b"/where/nothing/is/any/more"])
+def test_a_mark_that_leads_nowhere_leaves_it_to_the_directories_that_there_are(
+    prisons: Prisons, mark: bytes
+) -> None:
+    """Marks of earlier versions are empty."""
+    prisons.marks.mkdir()
+    (prisons.marks / VM_ID).write_bytes(mark)
+    assert prisons.place.control_socket(Process(jail=VM_ID)) == prisons.socket
+
+
 async def test_without_a_helper_no_machine_is_jailed_and_it_is_said_why() -> None:
     with pytest.raises(PreconditionFailed, match="no helper") as refused:
         await _jailed().program()
@@ -838,6 +868,82 @@ async def test_the_helper_is_asked_once_until_the_program_changes_or_all_is_chec
             await ask()
 
 
+async def _without_kvm() -> KvmProbe:
+    return KvmProbe(False, "there is no device")
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o600])
+async def test_a_firecracker_that_is_for_others_to_run_is_said_to_be(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    """Root's side has found it, and need not be let in by any mode."""
+    prisons.firecracker.chmod(mode)
+    monkeypatch.setattr(os, "access", lambda *_, **__: False)
+    path = str(prisons.firecracker)
+    for place in (prisons.place, Direct(path)):
+        checks = await FirecrackerHypervisor(place, _without_kvm).checks()
+        found = checks[0]
+        assert (found.level, found.detail) == (
+            Level.FAIL,
+            f"{path} cannot be executed by this user",
+        )
+        assert found.hint.startswith(f"chmod 755 {path}, ")
+
+
+@pytest.mark.parametrize(
+    ("error", "detail"),
+    [
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be executed by this user"),
+        (OSError(errno.ESTALE, "Stale file handle"), "cannot be executed: Stale file handle"),
+    ],
+)
+async def test_a_firecracker_that_cannot_be_looked_at_fails_a_check_and_nothing_else(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch, error: OSError, detail: str
+) -> None:
+    """With `auto`, the daemon would not start."""
+    stat = os.stat
+
+    def refuse(path: Any, *given: Any, **named: Any) -> os.stat_result:
+        if path == str(prisons.firecracker):
+            raise error
+        return stat(path, *given, **named)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    checks = await FirecrackerHypervisor(prisons.place, _without_kvm).checks()
+    assert (checks[0].level, checks[0].detail) == (Level.FAIL, f"{prisons.firecracker} {detail}")
+
+
+async def test_a_file_that_is_no_program_of_this_host_fails_a_check(
+    prisons: Prisons, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run(*_: object, **__: object) -> NoReturn:
+        raise OSError(errno.ENOEXEC, "Exec format error")
+
+    prisons.firecracker.chmod(0o755)
+    monkeypatch.setattr(proc, "run", run)
+    checks = await FirecrackerHypervisor(prisons.place, _without_kvm).checks()
+    assert (checks[0].level, checks[0].detail) == (
+        Level.FAIL,
+        f"{prisons.firecracker} cannot be executed: Exec format error",
+    )
+
+
+async def test_what_is_counted_takes_little_room_wherever_its_machine_runs(
+    prisons: Prisons,
+) -> None:
+    """Before it has its socket it counts as one without a jail: that is no more true then."""
+    hypervisor = _firecracker(prisons.place, Direct("firecracker"))
+    with pytest.raises(Unavailable, match="cannot be read"):
+        await hypervisor.drain(prisons.socket)
+    prisons.out.mkdir()
+    prisons.socket.symlink_to(prisons.out / "api.sock")
+    metrics = prisons.out / "metrics"
+    metrics.write_bytes((b" " * 6000 + b"\n") * 200)
+    await hypervisor.drain(prisons.socket)
+    assert metrics.stat().st_size == 6001 * 200
+    assert metrics.stat().st_blocks * 512 < 6001 * 2
+
+
 async def test_a_jail_is_ended_once(prisons: Prisons) -> None:
     prisons.marks.mkdir()
     (prisons.marks / VM_ID).touch()
@@ -860,6 +966,22 @@ async def test_a_jail_is_ended_though_its_sockets_are_gone(
     for _ in range(2):
         await hypervisor.clear(prisons.socket)
     assert prisons.host.ended == [VM_ID]
+    assert list(prisons.marks.iterdir()) == []
+
+
+@pytest.mark.parametrize("by", ["its end", "the next daemon"])
+async def test_what_a_jail_made_goes_though_its_sockets_are_gone(prisons: Prisons, by: str) -> None:
+    """As after a reboot of the host in the middle of a snapshot."""
+    prisons.host.jailer_says = "started"
+    started = await prisons.place.start(prisons.machine, {}, None)
+    await started.ended
+    (prisons.out / "memory").write_bytes(b"gigabytes")
+    prisons.socket.unlink()
+    if by == "its end":
+        await prisons.place.clear(prisons.socket)
+    else:
+        await prisons.place.end_strays(())
+    assert not prisons.out.exists()
     assert list(prisons.marks.iterdir()) == []
 
 

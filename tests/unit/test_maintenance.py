@@ -145,6 +145,16 @@ async def test_a_log_that_cannot_be_cut_keeps_no_other_from_it(world: World) -> 
     assert [each["vm_name"] for each in told if each["event"] == "log not cut"] == ["one"]
 
 
+async def test_what_hypervisors_have_noted_is_bounded_now_and_then_though_nobody_asks(
+    world: World,
+) -> None:
+    vms = [await world.create("one"), await world.create("two")]
+    rounds = maintenance(world)
+    for _ in range(12):
+        await rounds.once()
+    assert sorted(world.hypervisor.drained) == sorted(Path(vm.runtime.api_socket) for vm in vms * 2)
+
+
 async def test_a_machine_that_somebody_paused_stays_paused(world: World) -> None:
     vm = await world.create()
     held = Path(vm.runtime.api_socket)

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from banger.base.errors import BadRequest, PermissionDenied, PreconditionFailed
 from banger.base.paths import (
+    SYSTEM_RUNTIME_DIR,
     UNIX_SOCKET_PATH_MAX,
     Paths,
     check_socket_path,
     prepare_private_dir,
     safe_component,
+    way_to,
 )
 
 
@@ -79,6 +81,16 @@ def test_xdg_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
         Path("/run/user/7/banger"),
         Path("/x/banger"),
     )
+
+
+def test_the_way_to_a_daemon_leads_to_its_runtime_directory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    named = from_environment(monkeypatch, HOME="/home/x", XDG_RUNTIME_DIR="/run/user/7")
+    assert way_to(named.runtime_dir) == "to use that one, set XDG_RUNTIME_DIR to /run/user/7"
+    without = from_environment(monkeypatch, HOME="/home/x")
+    assert way_to(without.runtime_dir) == "to use that one, unset XDG_RUNTIME_DIR"
+    assert "systemctl" in way_to(SYSTEM_RUNTIME_DIR)
 
 
 def test_relative_and_empty_xdg_values_are_ignored(monkeypatch: pytest.MonkeyPatch) -> None:

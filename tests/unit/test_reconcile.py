@@ -327,6 +327,41 @@ async def test_what_may_not_be_found_is_ended_and_what_was_found_is_spared(world
     await following.close()
 
 
+async def test_what_an_earlier_daemon_has_started_elsewhere_is_kept(
+    world: World, short_path: Path
+) -> None:
+    """One with another runtime directory. Of what no record leads to only jails are ended, for
+    these are known to be ours."""
+    vm = await world.create()
+    template = world.paths.templates_runtime_dir / "0123456789ab" / "control.sock"
+    nobodys = world.paths.vms_runtime_dir / "ba9876543210" / "control.sock"
+    for socket in (template, nobodys):
+        world.processes.start("machine", str(socket))
+    following = await world.restarted(replace(world.paths, runtime_dir=short_path / "other"))
+    await following.reconcile()
+    assert following.hypervisor.spared == {vm.id}
+    (kept,) = await following.vms.all()
+    assert (kept, following.liveness.vm_alive(kept)) == (vm, True)
+    assert (await following.agents.channel(vm)).info.version == "9"
+    await following.close()
+
+
+async def test_another_hypervisors_machine_is_found_wherever_its_sockets_are(
+    world: World, short_path: Path
+) -> None:
+    vm = await world.create()
+    await world.close()
+    earlier = Hypervisor(world.processes, world.agent)
+    earlier.name = "another"
+    paths = replace(world.paths, runtime_dir=short_path / "other")
+    changed = World(paths, world.processes, world.agent, world.store, earlier=earlier)
+    changed.hypervisor.control_socket = lambda process: None  # type: ignore[method-assign]
+    with pytest.raises(PreconditionFailed, match=r"^another runs box, and "):
+        await changed.reconcile()
+    assert await changed.store.vms() == [vm]
+    await changed.close()
+
+
 async def test_a_template_that_nobody_can_end_stops_nothing_and_is_found_again(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:

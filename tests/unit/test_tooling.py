@@ -71,6 +71,7 @@ def test_a_file_that_is_none_and_one_from_elsewhere(tmp_path: Path) -> None:
     with pytest.raises(BadRequest, match=r"\.devcontainer\.json cannot be read"):
         steps(root)
     assert [step.file for step in steps(root, strict=False)] == [".devcontainer.json"]
-    (root / ".devcontainer.json").write_text("[]")
-    with pytest.raises(BadRequest, match="cannot be read"):
-        steps(root)
+    for text in ("[]", '{"a":' + "[" * 50_000):
+        (root / ".devcontainer.json").write_text(text)
+        with pytest.raises(BadRequest, match="cannot be read"):
+            steps(root)

@@ -109,11 +109,12 @@ class World(Parts):
             self.liveness.unwatch(vm.id)
         await super().close()
 
-    async def restarted(self) -> World:
-        """The next daemon, before it reconciles; this one is gone as if killed."""
+    async def restarted(self, paths: Paths | None = None) -> World:
+        """The next daemon, before it reconciles, with other `paths` if so; this one is gone as if
+        killed."""
         await self.close()
         following = World(
-            self.paths,
+            paths or self.paths,
             self.processes,
             self.agent,
             self.store,

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from banger.base.errors import NotFound, PreconditionFailed
+from banger.base.malformed import MALFORMED
 
 INSTALL_FILE = Path("/etc/banger/install.toml")
 HELPER_SOCKET = Path("/run/banger/helper.sock")
@@ -49,7 +50,7 @@ def load_installation(path: Path) -> Installation:
         raise PreconditionFailed(f"{path}: {error.strerror}", hint=_HINT) from error
     try:
         found = msgspec.toml.decode(data, type=Installation)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise PreconditionFailed(
             f"{path} is not as it was installed: {error}", hint=_HINT
         ) from None

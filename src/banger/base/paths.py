@@ -155,6 +155,11 @@ class Paths:
         return self.runtime_dir / "bangerd.lock"
 
     @property
+    def home_lock(self) -> Path:
+        """The lock of whichever daemon has this database, wherever its sockets are."""
+        return self.state_dir / "bangerd.lock"
+
+    @property
     def probe_cache(self) -> Path:
         """Answers of slow probes (does KVM run a vCPU?), valid for one boot of the host."""
         return self.runtime_dir / "probes.json"
@@ -177,7 +182,8 @@ class Paths:
 
     @property
     def jails_dir(self) -> Path:
-        """An empty file for each machine for which a jail was asked, until that has ended."""
+        """A file for each machine for which a jail was asked, until that has ended; in it is where
+        the directory with its sockets is."""
         return self.state_dir / "jails"
 
     @property
@@ -304,6 +310,16 @@ def usual_runtime_dirs(uid: int) -> tuple[Path, ...]:
         Path(f"/run/user/{uid}/banger"),
         Path(f"/tmp/banger-runtime-{uid}"),  # noqa: S108 - as `_fallback_runtime_dir` has it
     )
+
+
+def way_to(runtime_dir: Path) -> str:
+    """What to do for commands to find the daemon whose sockets are there: the reverse of
+    `Paths.from_environment`, for a home of which the daemon is elsewhere than it says."""
+    if runtime_dir == SYSTEM_RUNTIME_DIR:
+        return "it is the system's: sudo systemctl stop bangerd ends it, and its machines run on"
+    if runtime_dir.name == "banger":
+        return f"to use that one, set XDG_RUNTIME_DIR to {runtime_dir.parent}"
+    return "to use that one, unset XDG_RUNTIME_DIR"
 
 
 def prepare_private_dir(directory: Path) -> None:

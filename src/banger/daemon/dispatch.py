@@ -13,6 +13,7 @@ import msgspec
 from banger import __version__
 from banger.base.errors import BadRequest, UnknownMethod
 from banger.base.log import OperationLog
+from banger.base.malformed import MALFORMED
 from banger.base.model import (
     DaemonStatus,
     Operation,
@@ -41,7 +42,7 @@ from banger.daemon.trials import Trials
 from banger.daemon.verbs import Verbs
 from banger.daemon.workspaces import Workspaces
 from banger.drivers.base import Check, NameServer
-from banger.rpc.protocol import MALFORMED, Request
+from banger.rpc.protocol import Request
 from banger.rpc.server import Connection
 from banger.services.doctor import Doctor
 from banger.services.fork_run import ForkRuns

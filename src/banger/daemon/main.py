@@ -1,36 +1,34 @@
 """bangerd: the composition root. It puts the parts together, serves, and takes them apart.
 
-One daemon for each user, by a lock that the kernel drops with the process. VMs are processes of
-their own: they run on when the daemon ends, however it ends.
+One daemon for each user and home (`daemon.lock`). VMs are processes of their own: they run on when
+the daemon ends, however it ends.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import fcntl
 import logging
 import os
 import signal
-import socket
 import sys
 import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 from typing import TextIO
 
 import msgspec
 
 from banger import __version__
 from banger.base.config import Config, load_config
-from banger.base.errors import BangerError, Cancelled, Conflict, Internal, PreconditionFailed
+from banger.base.errors import BangerError, Internal, PreconditionFailed
 from banger.base.log import configure, get_logger, open_log
 from banger.base.model import NetworkMode
 from banger.base.notify import take_notifier
 from banger.base.opid import current_op_id, new_op_id
 from banger.base.paths import Paths, prepare_private_dir
 from banger.daemon.dispatch import Dispatch, Services
+from banger.daemon.lock import only_daemon
 from banger.daemon.parts import Parts
 from banger.drivers import registry
 from banger.drivers.base import Check, Level, NameServer
@@ -44,10 +42,6 @@ from banger.services.doctor import Doctor
 from banger.services.name_routing import NameRouting
 from banger.services.vm_start import Drivers
 from banger.store.store import Store
-
-#: A daemon that stops takes back what it was doing: a build has gigabytes to remove.
-LOCK_TIMEOUT_S = 60.0
-_LOCK_INTERVAL_S = 0.05
 
 
 def main() -> None:
@@ -109,8 +103,7 @@ async def _run(paths: Paths, log_file: TextIO, ready_fd: int) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stopping.set)
     prepare_private_dir(paths.runtime_dir)
-    lock = await _lock(paths, stopping)
-    try:
+    async with only_daemon(paths, stopping):
         config = load_config(paths.config_file)
         configure(log_file, config.log_level)
         async with _composed(paths, config, stopping) as server:
@@ -122,8 +115,6 @@ async def _run(paths: Paths, log_file: TextIO, ready_fd: int) -> None:
             notify("STOPPING=1")
             get_logger().info("bangerd stopping")
         get_logger().info("bangerd stopped")
-    finally:
-        os.close(lock)
 
 
 def _tell_starter(ready_fd: int, message: bytes) -> None:
@@ -252,45 +243,6 @@ def _as_checks(selection: Selection) -> list[Check]:
 def _as_texts(selection: Selection) -> dict[str, str]:
     """By setting."""
     return {choice.setting: f"{choice.name} ({choice.reason})" for choice in selection.choices}
-
-
-async def _lock(paths: Paths, stopping: asyncio.Event) -> int:
-    """The daemon's lock, held while the descriptor is open.
-
-    A daemon that is stopping has it until all its work is taken back: that is waited for. Raises
-    Conflict when another daemon answers, or keeps the lock; Cancelled when told to stop meanwhile.
-    """
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-    descriptor = os.open(paths.daemon_lock, flags, 0o600)
-    deadline = asyncio.get_running_loop().time() + LOCK_TIMEOUT_S
-    try:
-        while not _locked(descriptor):
-            if asyncio.get_running_loop().time() > deadline or _answers(paths.daemon_socket):
-                raise Conflict(
-                    "another bangerd of this user is running", hint="see: banger daemon status"
-                )
-            # flock(2) cannot be awaited, and a thread that waits in it cannot be stopped.
-            with suppress(TimeoutError):
-                await asyncio.wait_for(stopping.wait(), _LOCK_INTERVAL_S)
-                raise Cancelled("bangerd was told to stop before it had begun")
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _answers(path: Path) -> bool:
-    """Whether a daemon accepts connections there; one that is stopping does not."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as connection:
-        return connection.connect_ex(os.fspath(path)) == 0
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ ours is ever without one, unless somebody moved the database away, and then it i
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from banger.base import procfs
@@ -18,7 +18,7 @@ from banger.base.jail import HIDDEN, HIDDEN_HINT, is_vm_id
 from banger.base.log import OperationLog, get_logger, vm_attributes
 from banger.base.model import Vm, VmState
 from banger.base.paths import Paths, VmPaths
-from banger.drivers.base import DiskDeviceMaker, Hypervisor, machines_of
+from banger.drivers.base import DiskDeviceMaker, Hypervisor
 from banger.services.capabilities import Capabilities
 from banger.services.disk_room import DiskRoom
 from banger.services.image import ImageService
@@ -86,7 +86,7 @@ class Reconciler:
             machines = self._liveness.machines(processes)
             self._check_hypervisor(processes, names)
             # Before a VM is taken for ended: what cannot be found is ended first.
-            await self._hypervisor.end_strays({socket.parent.name for socket in machines})
+            await self._hypervisor.end_strays(self._looked_after(machines, names))
             log.stage("vms", f"{len(records)} records")
             found = [
                 (vm, alive) for vm in records if (alive := self._alive(vm, machines)) is not None
@@ -145,13 +145,26 @@ class Reconciler:
                 hint=HIDDEN_HINT,
             )
 
+    def _looked_after(self, machines: Iterable[Path], names: Container[str]) -> set[str]:
+        """The ids of machines that a record leads to, or one of our directories. What was started
+        with another runtime directory, and was a template's in the making, nothing leads to."""
+        return {
+            socket.parent.name
+            for socket in machines
+            if socket.parent.name in names or socket.parent.parent in self._machine_dirs
+        }
+
+    @property
+    def _machine_dirs(self) -> tuple[Path, ...]:
+        return self._paths.vms_runtime_dir, self._paths.templates_runtime_dir
+
     def _check_hypervisor(
         self, processes: Sequence[tuple[int, procfs.Process]], names: Mapping[str, str]
     ) -> None:
         """Machines of another hypervisor would be taken for gone, and run on beside their next."""
-        places = (self._paths.vms_runtime_dir, self._paths.templates_runtime_dir)
         for other in self._others:
-            ours = machines_of(other, (process for _, process in processes), places)
+            found = (other.control_socket(process) for _, process in processes)
+            ours = self._looked_after(filter(None, found), names)
             if ours:
                 vms = ", ".join(sorted(names.get(vm_id, vm_id) for vm_id in ours))
                 chosen = f"{self._hypervisor.name} ({self._hypervisor_reason})"

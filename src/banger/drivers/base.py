@@ -7,7 +7,7 @@ idempotent where they undo something.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from enum import StrEnum
@@ -321,6 +321,11 @@ class Hypervisor(Protocol):
         """What the machine's devices have moved. Raises Unavailable when it cannot be asked."""
         ...
 
+    async def drain(self, control_socket: Path) -> None:
+        """Bound what the hypervisor has noted for `traffic`, whether or not anybody asks for that;
+        the machine is not asked. Raises Unavailable when it cannot be bounded."""
+        ...
+
     async def pause(self, control_socket: Path) -> None:
         """Hold the machine until `resume`. Raises Unavailable when it cannot be asked."""
         ...
@@ -332,19 +337,6 @@ class Hypervisor(Protocol):
     def control_socket(self, process: Process) -> Path | None:
         """The control socket of the machine that a process is, if it is one."""
         ...
-
-
-def machines_of(
-    hypervisor: Hypervisor, processes: Iterable[Process], directories: Collection[Path]
-) -> list[str]:
-    """The ids of its machines among `processes`, of those whose sockets are in a directory with
-    their id in one of `directories`."""
-    sockets = (hypervisor.control_socket(process) for process in processes)
-    return [
-        socket.parent.name
-        for socket in sockets
-        if socket is not None and socket.parent.parent in directories
-    ]
 
 
 class Storage(Protocol):

@@ -28,7 +28,6 @@ from banger.drivers.base import (
     Networks,
     Storage,
     VmNames,
-    machines_of,
 )
 from banger.drivers.hypervisor import kvm
 from banger.drivers.hypervisor.firecracker import FirecrackerHypervisor
@@ -253,7 +252,8 @@ def _running(settings: HypervisorSettings) -> str:
         return "firecracker"
     processes = [process for _, process in procfs.own_processes()]
     for name, make in _HYPERVISORS.items():
-        if machines_of(make(settings), processes, settings.runtime_dirs):
+        sockets = filter(None, map(make(settings).control_socket, processes))
+        if any(socket.parent.parent in settings.runtime_dirs for socket in sockets):
             return name
     return ""
 

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from banger.base.errors import BadRequest
+from banger.base.malformed import MALFORMED
 from banger.git.source import regular_file
 
 _LIMIT_BYTES = 64 << 10
@@ -62,7 +63,7 @@ def _post_create(path: Path, name: str) -> Iterator[Step]:
     plain = _COMMA.sub(_kept, _COMMENT.sub(_kept, text))
     try:
         told = msgspec.json.decode(plain or "{}", type=dict[str, Any])
-    except msgspec.MsgspecError as error:
+    except MALFORMED as error:
         raise BadRequest(f"{name} cannot be read: {error}") from error
     wanted = told.get("postCreateCommand")
     for command in wanted.values() if isinstance(wanted, dict) else [wanted]:

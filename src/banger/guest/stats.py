@@ -12,6 +12,7 @@ import msgspec
 from msgspec import Meta
 
 from banger.base.errors import BadRequest
+from banger.base.malformed import MALFORMED
 
 #: More than a real answer (two mounts, a few hundred bytes) ever has.
 ANSWER_LIMIT_BYTES = 16 << 10
@@ -65,7 +66,7 @@ class GuestStats(msgspec.Struct, frozen=True):
         """Raises BadRequest when a guest's answer has not this shape."""
         try:
             return _decode(answer)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        except MALFORMED as error:
             raise BadRequest(f"the guest agent answered a STATS with nonsense: {error}") from None
 
 

@@ -20,6 +20,7 @@ from typing import get_args
 import msgspec
 
 from banger.base.errors import BadRequest, BadVersion, Unavailable, UnknownMethod, from_wire
+from banger.base.malformed import MALFORMED
 from banger.base.model import ErrorInfo
 from banger.base.opid import is_op_id
 from banger.hostops.ops import DESCRIPTORS_MAX, AnyOperation, Done, Operation, WithFiles
@@ -33,7 +34,6 @@ _RIGHTS_BYTES = socket.CMSG_SPACE(DESCRIPTORS_MAX * array.array("i").itemsize)
 
 _LENGTH = struct.Struct(">I")
 _PIECE_BYTES = 64 << 10
-_MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _TEXT_MAX = 600
 
 _OPERATION = msgspec.json.Decoder(AnyOperation)
@@ -84,7 +84,7 @@ def decode_request(data: bytes) -> Request:
     """Raises BadRequest for what is none, BadVersion for one of another protocol."""
     try:
         request = msgspec.json.decode(data, type=Request)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise BadRequest(f"malformed request: {error}") from None
     if not is_op_id(request.op_id):
         raise BadRequest("malformed request: op_id is not op- and 12 hex digits")
@@ -100,7 +100,7 @@ def method_of(request: Request) -> str:
     """Which operation is asked for. Raises UnknownMethod for one that there is not."""
     try:
         tag = msgspec.json.decode(request.operation, type=_Tag).op
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise BadRequest(f"malformed operation: {error}") from None
     if tag not in TAGS:
         raise UnknownMethod(
@@ -114,7 +114,7 @@ def decode_operation(request: Request, descriptors: tuple[int, ...]) -> Operatio
     """The operation, with the descriptors that came with it."""
     try:
         operation: Operation = _OPERATION.decode(request.operation)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise BadRequest(f"malformed operation: {error}") from None
     if isinstance(operation, WithFiles):
         return operation.with_descriptors(descriptors)
@@ -141,7 +141,7 @@ def decode_reply(data: bytes, descriptors: tuple[int, ...]) -> Done:
     """
     try:
         reply = msgspec.json.decode(data, type=Reply)
-    except _MALFORMED as error:
+    except MALFORMED as error:
         raise Unavailable(f"the helper gave no reply: {error}") from None
     if reply.error is not None:
         told = reply.error

@@ -24,6 +24,7 @@ import zstandard
 from banger.base.cancellation import in_thread
 from banger.base.errors import PreconditionFailed
 from banger.base.files import open_regular, sync_file
+from banger.base.malformed import MALFORMED
 from banger.base.model import Image, ImageConfig, InitMode, Kernel
 from banger.base.units import format_size
 from banger.images.bundle_tar import Member, TarReader, TarWriter, damaged, stored_bytes
@@ -268,7 +269,7 @@ def _check_member(member: Member, limit: int | None) -> None:
 def _info(raw: bytes, kind: type[I], name: str) -> I:
     try:
         return msgspec.json.decode(raw, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise damaged(f"{name}: {error}") from None
 
 

@@ -16,6 +16,7 @@ from typing import Annotated, TypeVar
 import msgspec
 
 from banger.base.errors import BadRequest, NotFound, PreconditionFailed
+from banger.base.malformed import MALFORMED
 from banger.base.model import ImageConfig
 
 #: Transports of skopeo that banger takes, and whether what follows is a path.
@@ -186,7 +187,7 @@ def _decode(data: bytes, kind: type[T], what: str) -> T:
         raise PreconditionFailed(f"{what} has {len(data)} bytes, more than any image needs")
     try:
         return msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+    except MALFORMED as error:
         raise PreconditionFailed(f"{what} cannot be used: {error}") from None
 
 

@@ -26,10 +26,6 @@ LINE_MAX_BYTES = 32 << 20
 #: Longest request line: arguments and environment of a command, never bulk data.
 REQUEST_MAX_BYTES = 1 << 20
 
-#: What decoding raises for input that is not of the protocol: for its form, for bytes that are not
-#: UTF-8, for a depth that nothing of ours has.
-MALFORMED = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
-
 FRAME_HEADER = struct.Struct(">BI")
 FRAME_MAX_BYTES = 256 << 10
 #: DATA that a client may send before the first WINDOW, and that the daemon holds for a session.

@@ -25,12 +25,12 @@ from banger.base.errors import (
     from_unexpected,
 )
 from banger.base.log import get_logger
+from banger.base.malformed import MALFORMED
 from banger.base.model import ErrorInfo
 from banger.base.opid import current_op_id, is_op_id, new_op_id
 from banger.base.paths import check_socket_path
 from banger.rpc.protocol import (
     FRAME_HEADER,
-    MALFORMED,
     PROTOCOL_VERSION,
     REQUEST_MAX_BYTES,
     Exit,

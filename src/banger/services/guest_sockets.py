@@ -9,6 +9,7 @@ import msgspec
 from msgspec import Meta
 
 from banger.base.errors import BadRequest
+from banger.base.malformed import MALFORMED
 from banger.base.ports import GuestSocket
 from banger.base.terminal import printable
 
@@ -51,5 +52,5 @@ def decode_sockets(answer: bytes) -> tuple[GuestSocket, ...]:
     """
     try:
         return tuple(each.socket() for each in _decode(answer))
-    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+    except (*MALFORMED, ValueError) as error:
         raise BadRequest(f"the guest agent answered a SOCKETS with nonsense: {error}") from None

@@ -10,6 +10,7 @@ import msgspec
 
 from banger.base.files import write_atomically
 from banger.base.log import get_logger
+from banger.base.malformed import MALFORMED
 from banger.base.model import Handles
 from banger.base.paths import Paths
 
@@ -38,7 +39,7 @@ class HandleCache:
             handles = msgspec.json.decode(path.read_bytes(), type=Handles)
         except FileNotFoundError:
             pass
-        except (OSError, msgspec.DecodeError, ValueError, RecursionError) as error:
+        except (OSError, *MALFORMED) as error:
             get_logger().error("handles unreadable", vm_id=vm_id, path=str(path), error=str(error))
         self._cache[vm_id] = handles
         return handles

@@ -15,6 +15,7 @@ import msgspec
 from banger.base.errors import NotFound
 from banger.base.files import write_atomically
 from banger.base.log import get_logger
+from banger.base.malformed import MALFORMED
 from banger.base.model import ForkResult, ForkState, Results, now
 from banger.base.paths import Paths, prepare_private_dir, safe_component
 from banger.services.references import find
@@ -66,7 +67,7 @@ class ResultsService:
             try:
                 data = (directory / _FILE).read_bytes()
                 found.append(msgspec.json.decode(data, type=Results))
-            except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+            except (OSError, *MALFORMED) as error:
                 get_logger().warning("no results", path=str(directory), error=str(error))
         return found
 

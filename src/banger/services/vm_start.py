@@ -371,7 +371,7 @@ class VmStarter:
             return await self._drivers.hypervisor.restore(machine, start.network, saved.state)
         except MachineLost:
             raise
-        except BangerError:  # cancelled, it may have run for a moment
+        except (BangerError, OSError):  # cancelled, it may have run for a moment
             start.ran = False
             raise
 

@@ -42,7 +42,14 @@ from banger.drivers.hypervisor import firecracker_machine as told
 from banger.drivers.hypervisor.firecracker_api import FirecrackerClient, conversation
 from banger.drivers.hypervisor.firecracker_faults import FirecrackerRefused
 from banger.drivers.hypervisor.firecracker_metrics import Meter
-from banger.drivers.hypervisor.firecracker_place import Ended, Lent, Place, closing_tap, disks_of
+from banger.drivers.hypervisor.firecracker_place import (
+    Ended,
+    Lent,
+    Place,
+    closing_tap,
+    disks_of,
+    not_executable,
+)
 from banger.drivers.hypervisor.firecracker_requests import (
     VCPU_MAX,
     Action,
@@ -144,14 +151,7 @@ class FirecrackerHypervisor:
         """The program and its release. Raises PreconditionFailed for one that is not known to
         work."""
         path = await self._place.program()
-        there = os.stat(path)  # noqa: PTH116 - pathlib is no faster here
-        key = (there.st_ino, there.st_size, there.st_mtime_ns)
-        if key not in self._versions:
-            said = await proc.run(
-                [path, "--version"], timeout_s=_VERSION_TIMEOUT_S, env=proc.BARE_ENVIRONMENT
-            )
-            self._versions[key] = parse_version(said.stdout)
-        version = self._versions[key]
+        version = await self._version(path)
         if version < VERSION_FIRST or version[:2] > VERSION_LAST:
             first, last = (".".join(map(str, each)) for each in (VERSION_FIRST, VERSION_LAST))
             raise PreconditionFailed(
@@ -160,6 +160,26 @@ class FirecrackerHypervisor:
                 hint="set firecracker_bin to the path of such a release",
             )
         return path, version
+
+    async def _version(self, path: str) -> tuple[int, ...]:
+        """The release of a program, which is asked once. Raises PreconditionFailed for one that we
+        cannot execute: who makes jails, and has found it, is root."""
+        try:
+            there = os.stat(path)  # noqa: PTH116 - pathlib is no faster here
+            key = (there.st_ino, there.st_size, there.st_mtime_ns)
+            if key in self._versions:
+                return self._versions[key]
+            if not os.access(path, os.X_OK):  # which `proc` would take for not installed
+                raise not_executable(path)
+            said = await proc.run(
+                [path, "--version"], timeout_s=_VERSION_TIMEOUT_S, env=proc.BARE_ENVIRONMENT
+            )
+        except PermissionError as error:
+            raise not_executable(path) from error
+        except OSError as error:
+            raise Unavailable(f"{path} cannot be executed: {error.strerror or error}") from error
+        self._versions[key] = parse_version(said.stdout)
+        return self._versions[key]
 
     async def launch(self, machine: Machine, network: NetworkAttachment | None) -> int:
         """See `Hypervisor.launch`. The descriptor of `network` is closed here in any case.
@@ -199,6 +219,10 @@ class FirecrackerHypervisor:
             if failure is not StateRefused:
                 raise
             raise failure(error.message, hint=error.hint) from error
+        except OSError as error:
+            if failure is not MachineLost:
+                raise
+            raise MachineLost(f"{machine.control_socket}: {error}") from error
         return begun.pid
 
     @asynccontextmanager
@@ -363,13 +387,26 @@ class FirecrackerHypervisor:
         async with conversation(control_socket) as client:
             await client.tell(Action(action_type=ActionType.FLUSH_METRICS))
         try:
-            if control_socket not in self._meters:
-                there = {key: meter for key, meter in self._meters.items() if meter.path.exists()}
-                path = self._of(control_socket).metrics(control_socket)
-                self._meters = there | {control_socket: Meter(path)}
-            return await asyncio.to_thread(self._meters[control_socket].read)
+            return await asyncio.to_thread(self._meter(control_socket).read)
         except OSError as error:
             raise Unavailable(f"what Firecracker counts cannot be read: {error}") from error
+
+    async def drain(self, control_socket: Path) -> None:
+        """See `Hypervisor.drain`: it adds to a file, as long as it runs."""
+        try:
+            await asyncio.to_thread(self._meter(control_socket).drain)
+        except OSError as error:
+            raise Unavailable(f"what Firecracker counts cannot be read: {error}") from error
+
+    def _meter(self, control_socket: Path) -> Meter:
+        """Raises OSError where there is no such machine any more."""
+        path = self._of(control_socket).metrics(control_socket)
+        meter = self._meters.get(control_socket)
+        if meter is None or meter.path != path:  # it may run in another place than before
+            meter = Meter(path)
+            there = {key: other for key, other in self._meters.items() if other.path.exists()}
+            self._meters = there | {control_socket: meter}
+        return meter
 
     async def _begin_to_count(self, client: FirecrackerClient, control_socket: Path) -> None:
         path = self._place.metrics(control_socket)

@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -47,8 +48,9 @@ class Jailed:
 
     def __init__(self, host: HostOps, runtime_dirs: Sequence[Path], jails_dir: Path) -> None:
         """`host` makes jails. The sockets of a machine are in a directory with its id, in one of
-        `runtime_dirs`, which may go while it runs. `jails_dir`, which stays, says which jails are
-        ours: another home's daemon has control groups of the same user."""
+        `runtime_dirs`, or where an earlier daemon had its own; these may go while it runs.
+        `jails_dir`, which stays, says which jails are ours, and where those sockets are: another
+        home's daemon has control groups of the same user."""
         self._host = host
         self._runtime_dirs = tuple(runtime_dirs)
         self._jails_dir = jails_dir
@@ -109,7 +111,7 @@ class Jailed:
                 prepare_links(machine, lent)
                 out = await _make_out(machine)
                 # Before there is a jail: by these it is known that there may be one.
-                self._make_mark(machine.vm_id)
+                self._make_mark(machine, out)
                 machine.control_socket.symlink_to(out / API_SOCKET)
         if network is not None:
             os.close(network.fd)  # with which the tap goes: another interface gets its name
@@ -162,17 +164,21 @@ class Jailed:
 
     async def _clear(self, vm_id: str, control_socket: Path) -> None:
         await self._end_jail(vm_id)
-        traces = [self._mark(vm_id)]
+        traces, out = [self._mark(vm_id)], self._noted(vm_id).out
         if self.runs(control_socket):
             traces.append(control_socket)
-            try:
-                # A thread goes on when its caller is cancelled: in the next jail's files, too.
-                out = _out_of(control_socket)
-                await to_its_end(asyncio.to_thread(remove_hostile_tree, out))
-            except OSError as error:
-                get_logger().warning("a jail's files stay", vm_id=vm_id, error=str(error))
+            out = _out_of(control_socket)
+        await self._remove_out(vm_id, out)
         for trace in traces:
             trace.unlink(missing_ok=True)
+
+    async def _remove_out(self, vm_id: str, out: Path | None) -> None:
+        try:
+            if out is not None:
+                # A thread goes on when its caller is cancelled: in the next jail's files, too.
+                await to_its_end(asyncio.to_thread(remove_hostile_tree, out))
+        except OSError as error:
+            get_logger().warning("a jail's files stay", vm_id=vm_id, error=str(error))
 
     async def _try_to_clear(self, control_socket: Path) -> None:
         try:
@@ -200,6 +206,8 @@ class Jailed:
                 if has_jail(mark.name, os.getuid()):
                     get_logger().warning("a jail that nobody knows", vm_id=mark.name)
                     await self._end_jail(mark.name)
+                # Its sockets, which lead there, may have gone with the host's last run.
+                await self._remove_out(mark.name, self._noted(mark.name).out)
                 mark.unlink()
             except (BangerError, OSError) as error:
                 get_logger().error("jail not ended", vm_id=mark.name, error=str(error))
@@ -207,13 +215,13 @@ class Jailed:
     def _lock(self, vm_id: str) -> asyncio.Lock:
         return self._locks.setdefault(vm_id, asyncio.Lock())
 
-    def _make_mark(self, vm_id: str) -> None:
+    def _make_mark(self, machine: Machine, out: Path) -> None:
+        mark, sockets = self._mark(machine.vm_id), machine.control_socket.parent.parent
         try:
             self._jails_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._mark(vm_id).touch()
+            mark.write_bytes(b"\0".join((os.fsencode(sockets), os.fsencode(out))))
         except OSError as error:
-            what = f"{self._mark(vm_id)} cannot be made: {error.strerror}"
-            raise Unavailable(what) from error
+            raise Unavailable(f"{mark} cannot be made: {error.strerror}") from error
 
     def _mark(self, vm_id: str) -> Path:
         return self._jails_dir / vm_id
@@ -248,10 +256,28 @@ class Jailed:
     def control_socket(self, process: Process) -> Path | None:
         """See `Place.control_socket`: by whose jail it is, in the directory that there is."""
         if process.jail:
-            for directory in self._runtime_dirs:
-                if (directory / process.jail).is_dir():
+            noted = self._noted(process.jail).sockets
+            for directory in (noted, *self._runtime_dirs):
+                if directory is not None and (directory / process.jail).is_dir():
                     return directory / process.jail / "control.sock"
         return None
+
+    def _noted(self, vm_id: str) -> _Noted:
+        try:
+            words = self._mark(vm_id).read_bytes().split(b"\0")
+        except OSError:  # it is not ours
+            words = []
+        paths = [Path(os.fsdecode(word)) if word.startswith(b"/") else None for word in words]
+        return _Noted(*paths[:2])
+
+
+@dataclass(frozen=True)
+class _Noted:
+    """What a mark says: where the directory with a machine's sockets is, and what its jail makes.
+    Marks of earlier versions are empty."""
+
+    sockets: Path | None = None
+    out: Path | None = None
 
 
 def _identity(path: str) -> tuple[int, ...]:

@@ -11,16 +11,20 @@ from __future__ import annotations
 import ctypes
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
 from msgspec import Meta
 
+from banger.base.malformed import MALFORMED
 from banger.drivers.base import Traffic
 
 #: A line has 6 KiB. A daemon that was away for longer than these took misses the earlier ones.
 _READ_MAX_BYTES = 1 << 20
+#: What nobody has read takes no more: half of the above, so that none of it is missed.
+_UNREAD_MAX_BYTES = _READ_MAX_BYTES // 2
 _PUNCH_HOLE, _KEEP_SIZE = 0x02, 0x01
 
 _Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
@@ -44,16 +48,29 @@ class _Line(msgspec.Struct, frozen=True):
 
 
 class Meter:
-    """One machine's counts, from the first look on. Lives as long as somebody looks."""
+    """One machine's counts, from the first look on. Lives as long as somebody looks.
+
+    Looks may come from several threads: one that nobody waits for any more goes on in its own.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._inode = 0
         self._read_to = 0
         self._sums = Traffic(0, 0, 0, 0)
+        self._lock = threading.Lock()
+
+    def drain(self) -> None:
+        """Read what is there once it takes much room. Raises as `read`."""
+        if self.path.lstat().st_blocks * 512 > _UNREAD_MAX_BYTES:
+            self.read()
 
     def read(self) -> Traffic:
         """All that was counted up to now. Raises OSError when there is no such file."""
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> Traffic:
         flags = os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW
         descriptor = os.open(self.path, flags)
         try:
@@ -78,7 +95,7 @@ def _added(sums: Traffic, line: bytes) -> Traffic:
     """With what a line has; one that is none (cut off at its beginning, a hole) has nothing."""
     try:
         counted = msgspec.json.decode(line, type=_Line)
-    except msgspec.MsgspecError:
+    except MALFORMED:
         return sums
     return Traffic(
         disk_read_bytes=sums.disk_read_bytes + counted.block.read_bytes,

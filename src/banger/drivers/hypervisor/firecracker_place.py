@@ -151,6 +151,8 @@ class Direct:
     async def program(self) -> str:
         """See `Place.program`."""
         path = proc.which(self._program)
+        if path is None and _is_file(self._program):
+            raise not_executable(self._program)
         if path is None:
             raise PreconditionFailed(
                 f"{self._program} is not installed",
@@ -295,6 +297,19 @@ def disks_of(control_socket: Path) -> dict[str, Path]:
 def links_of(control_socket: Path) -> Path:
     """Where the links to the files of the machine with this socket are."""
     return control_socket.with_name("firecracker")
+
+
+def _is_file(program: str) -> bool:
+    """Whether it is the path of a file, as far as we can see."""
+    return "/" in program and os.path.isfile(program)  # noqa: PTH113 - pathlib raises in 3.11
+
+
+def not_executable(path: str) -> PreconditionFailed:
+    """The error for a program that is there, and for others to run: for root alone, mostly."""
+    return PreconditionFailed(
+        f"{path} cannot be executed by this user",
+        hint=f"chmod 755 {path}, and what others may not enter of the directories above it",
+    )
 
 
 def check_name(path: str) -> None:

@@ -344,6 +344,9 @@ class QemuHypervisor:
             disk_written_bytes=sum(each["wr_bytes"] for each in counts),
         )
 
+    async def drain(self, control_socket: Path) -> None:
+        """See `Hypervisor.drain`: QEMU counts in its memory."""
+
     async def pause(self, control_socket: Path) -> None:
         """See `Hypervisor.pause`."""
         async with conversation(control_socket) as client:
