@@ -12,18 +12,21 @@ from importlib.metadata import version
 from pathlib import Path
 
 from guest_host import GUESTS_PYTHON, GuestHost
-from product import DEFAULT_IMAGE, IMAGE, Banger
+from product import DEFAULT_IMAGE, IMAGE, SLOWNESS_VARIABLE, Banger
 
 _TESTS = Path(__file__).parents[1]
 #: What the tests import, and banger does not.
 _PACKAGES = ("pytest", "pytest-asyncio", "pytest-timeout", "hypothesis", "jsonschema", "PyYAML")
 _PLACE = "/root/suite"
+#: How many times longer all takes on such a host, where it is emulated.
+_SLOWNESS = 4
 _IMAGES = "/srv/images"
 
 
 def run_words(part: str, chosen: str = "") -> list[str]:
     """The command that runs tests of a file or folder of ours; `chosen` as pytest's -k has it."""
     return [
+        *("env", f"{SLOWNESS_VARIABLE}={_SLOWNESS}"),
         *("/opt/banger/bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider"),
         *("-c", f"{_PLACE}/pyproject.toml", f"{_PLACE}/tests/{part}", "--images", _IMAGES),
         *(("-k", chosen) if chosen else ()),
