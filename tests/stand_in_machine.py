@@ -339,7 +339,8 @@ def _parameters(boot: dict[str, Any]) -> str:
         for word in boot.get("boot_args", "").split()
         if not word.startswith("banger.vsock=") or VSOCK_VARIABLE in os.environ
     ]
-    return " ".join((*words, f"tsc_early_khz={tsc_khz()}", "no_timer_check", "cryptomgr.notests"))
+    clock = (f"tsc_early_khz={tsc_khz()}", "no_timer_check", "tsc=reliable")
+    return " ".join((*words, *clock, "cryptomgr.notests"))
 
 
 def _read_state(path: Path) -> tuple[Resources, bytes]:

@@ -48,7 +48,7 @@ def words(host: HostFacts = TCG, machine: Machine = MACHINE, network_fd: int = -
 
 
 def test_the_whole_command_line() -> None:
-    for_tcg = "tsc_early_khz=2596120 no_timer_check cryptomgr.notests"
+    for_tcg = "tsc_early_khz=2596120 no_timer_check tsc=reliable cryptomgr.notests"
     system_file = "file.driver=file,file.filename=/v/system.qcow2,file.discard=unmap"
     assert qemu_argv(MACHINE, TCG, Inherited(7, 8, Link.STREAM), "02:00:00:00:00:01") == (
         "qemu-system-x86_64",
@@ -109,7 +109,7 @@ def test_qemus_own_user_networking_is_never_used() -> None:
 
 def test_kvm_gives_the_guest_the_hosts_processor_and_no_help_with_its_clock() -> None:
     assert "-accel kvm -cpu host" in words(KVM)
-    for parameter in ("tsc_early_khz", "no_timer_check", "cryptomgr.notests"):
+    for parameter in ("tsc_early_khz", "no_timer_check", "tsc=", "cryptomgr.notests"):
         assert parameter not in words(KVM)
 
 

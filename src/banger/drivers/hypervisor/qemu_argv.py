@@ -41,8 +41,11 @@ _SAVED_STATE = ("-global", "migration.send-configuration=off")
 # reset ends QEMU: a guest that cannot boot is gone at once, and its last words are in the log.
 _KERNEL_PARAMETERS = ("console=ttyS0", "quiet", "loglevel=5", "panic=-1", "reboot=t")
 
+# An emulated TSC is the host's, for all vCPUs. The kernel compares it with its ticks, of which
+# emulation loses some, and believes those: it would have no other clock then, that is late, counts
+# in 4 ms, and has it tick while it has nothing to do.
 # The self-tests of the kernel's ciphers take a fifth of a second to emulate.
-_TCG_KERNEL_PARAMETERS = ("no_timer_check", "cryptomgr.notests")
+_TCG_KERNEL_PARAMETERS = ("no_timer_check", "tsc=reliable", "cryptomgr.notests")
 
 
 class Accelerator(StrEnum):
