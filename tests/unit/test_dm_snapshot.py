@@ -54,9 +54,10 @@ class Host:
         self.mapped: dict[str, tuple[str, str, str]] = {}
         self.state = SnapshotState.GOOD
         self.busy = 0
-        #: What becomes of growing and looking: an error, "late" (done, and nobody hears of it) or
-        #: "hangs".
+        #: What becomes of growing and looking: an error, "hangs" (for as long as that is so), or
+        #: "late" (it has grown meanwhile, which nobody hears of).
         self.trouble: BangerError | str = ""
+        self.takes_s = 0.0
         self.done: list[Operation] = []
 
     async def perform(self, operation: Operation) -> Done:
@@ -68,8 +69,9 @@ class Host:
                 raise self.trouble
             if self.trouble == "late" and isinstance(operation, GrowSnapshot):
                 self._resize(self.mapped[operation.vm_id][1])
-            if self.trouble:
-                await asyncio.Event().wait()
+            while self.trouble:
+                await asyncio.sleep(0.001)
+            await asyncio.sleep(self.takes_s)
         match operation:
             case MapSnapshot(vm_id=vm_id, instance=instance, base=base, changes=changes):
                 under = self._attached(base, writable=False)
@@ -687,6 +689,40 @@ async def test_who_does_not_answer_is_waited_for_as_long_as_the_machine_stands(
     for _ in range(2):
         assert await world.storage.tend(ID, disk) is Room.SHORT
     assert waited == [2.0, 0.25, 0.25, 2.0]
+
+
+@pytest.mark.usefixtures("quick", "little_free")
+async def test_who_does_not_answer_is_not_asked_again_and_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question that is given up is still under way, and has a connection to the helper."""
+    monkeypatch.setattr(dm_snapshot, "_SOON_S", 0.05)
+    disk = await used_to(world, 90 * MIB)
+    world.host.trouble = "hangs"
+    world.host.done.clear()
+    for _ in range(5):
+        assert await world.storage.tend(ID, disk) is Room.TIGHT
+    with pytest.raises(Unavailable):
+        await world.storage.is_lost(ID)
+    asked = [type(each) for each in world.host.done]
+    assert sorted(asked, key=str) == [GrowSnapshot, LookAtSnapshot]
+    world.host.trouble, world.host.state = "", SnapshotState.OVERFLOWED
+    assert await world.storage.is_lost(ID)  # asked anew: the answer may tell of what was before
+
+
+@pytest.mark.usefixtures("little_free")
+async def test_who_answers_slowly_is_heard(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dm_snapshot, "_ANSWER_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(dm_snapshot, "_SOON_S", 0.01)
+    disk = await used_to(world, 90 * MIB)
+    world.host.trouble = "hangs"
+    assert await world.storage.tend(ID, disk) is Room.TIGHT
+    asyncio.get_running_loop().call_later(0.02, setattr, world.host, "trouble", "")
+    await asyncio.sleep(0.04)
+    monkeypatch.setattr(world.host, "takes_s", 0.04)
+    await world.storage.tend(ID, disk)
+    assert world.host.sizes[world.host.changes] == disk.stat().st_size
+    assert await world.storage.tend(ID, disk) is Room.AMPLE
 
 
 @pytest.mark.usefixtures("quick")

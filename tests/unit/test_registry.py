@@ -192,7 +192,7 @@ def test_auto_stays_with_firecracker_for_its_disks_whatever_that_lacks_now(
     with_disk(tmp_path, "system-0a1b.raw")
     for_firecracker.extend([lack] if lack is not None else [])
     selection = select(AUTO, _InstalledHost(), tmp_path)
-    reason = "auto: there are VMs with raw disks"
+    reason = 'auto: there are VMs with raw disks (hypervisor = "qemu" would leave them)'
     if lack in (REPLACED, TIMED_OUT):
         reason += f", though {lack.detail}"
     assert hypervisor_of(selection) == ("firecracker", reason)
@@ -249,6 +249,10 @@ def test_auto_stays_with_what_runs_machines(
     for path, expected in ((another_homes, other), (socket, runs)):
         processes[:] = [(7, Process(tuple(word.format(path) for word in _ARGV[runs])))]
         assert hypervisor_of(select(settings, _InstalledHost(), tmp_path))[0] == expected
+    # Of a VM of ours, with the runtime directory of an earlier daemon.
+    with_disk(tmp_path, "work.raw")
+    processes[:] = [(7, Process(tuple(word.format(another_homes) for word in _ARGV[runs])))]
+    assert hypervisor_of(select(settings, _InstalledHost(), tmp_path))[0] == runs
 
 
 def test_auto_is_not_firecracker_where_each_disk_would_be_a_copy(

@@ -16,7 +16,7 @@ from typing import TypeVar
 
 from banger.base import procfs
 from banger.base.errors import BadRequest
-from banger.base.jail import has_jail
+from banger.base.jail import has_jail, is_vm_id
 from banger.base.model import NetworkMode
 from banger.base.paths import VmPaths
 from banger.drivers.base import (
@@ -236,25 +236,27 @@ def _settled(settings: HypervisorSettings, storage: str, vms_dir: Path) -> tuple
     what it depends on."""
     if not settings.host.installed:
         return "qemu", "banger is not installed on this host"
-    if name := _running(settings):
+    if name := _running(settings, vms_dir):
         return name, f"{name} runs machines here"
     if any(vms_dir.glob("*/*.qcow2")):
         return "qemu", "there are VMs with qcow2 disks"
     if storage == AUTO and _has_raw_disks(vms_dir):
-        return "firecracker", "there are VMs with raw disks"
+        return "firecracker", 'there are VMs with raw disks (hypervisor = "qemu" would leave them)'
     return "", ""
 
 
-def _running(settings: HypervisorSettings) -> str:
+def _running(settings: HypervisorSettings, vms_dir: Path) -> str:
     """Which hypervisor runs machines here: of VMs, standbys or templates in the making."""
     # As `/proc` may not show them.
     if any(has_jail(mark.name, os.getuid()) for mark in settings.jails_dir.glob("*")):
         return "firecracker"
     processes = [process for _, process in procfs.own_processes()]
     for name, make in _HYPERVISORS.items():
-        sockets = filter(None, map(make(settings).control_socket, processes))
-        if any(socket.parent.parent in settings.runtime_dirs for socket in sockets):
-            return name
+        for socket in filter(None, map(make(settings).control_socket, processes)):
+            # The directory of a VM's machine may be that of a daemon which had its own elsewhere.
+            ours = socket.parent.parent in settings.runtime_dirs
+            if ours or (is_vm_id(socket.parent.name) and (vms_dir / socket.parent.name).is_dir()):
+                return name
     return ""
 
 

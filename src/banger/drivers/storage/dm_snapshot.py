@@ -20,6 +20,7 @@ import os
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,6 +45,7 @@ from banger.hostops.ops import (
     HostOps,
     LookAtSnapshot,
     MapSnapshot,
+    Operation,
     SnapshotState,
     SweepSnapshots,
     UnmapSnapshot,
@@ -90,9 +92,13 @@ class DmSnapshotStorage:
         #: Of which nobody has asked the kernel since they may have grown: it does not tell by their
         #: space any more whether they were full before.
         self._unasked: set[Path] = set()
-        #: By the machine's id: why nobody answers; and those that had too little room last.
-        self._silent: dict[str, str] = {}
+        #: By the question and the machine's id: what was asked, and is not answered yet.
+        self._asked: dict[tuple[type[Operation], str], asyncio.Task[Done]] = {}
+        #: Machines of which nobody has told anything since it was asked, those that had too little
+        #: room last, and what was logged about silence last, by the machine's id.
+        self._silent: set[str] = set()
         self._short: set[str] = set()
+        self._told: dict[str, str] = {}
 
     def file_name(self, disk: str) -> str:
         """See `Storage.file_name`."""
@@ -241,8 +247,9 @@ class DmSnapshotStorage:
         self._areas.pop(disk, None)
         self._ample.pop(disk, None)
         self._unasked.discard(disk)
-        self._silent.pop(vm_id, None)
+        self._silent.discard(vm_id)
         self._short.discard(vm_id)
+        self._told.pop(vm_id, None)
         if self._may_have_any() or await asyncio.to_thread(_mapping_of, vm_id) is not None:
             await self._unmap(vm_id)
         await asyncio.to_thread(cow_file.cut, disk)
@@ -332,30 +339,49 @@ class DmSnapshotStorage:
         A machine that writes on is soon looked at again where nobody has answered: what is too late
         is done all the same. One that is held, or is to be, can wait.
         """
-        writes_on = operation.vm_id in self._silent and operation.vm_id not in self._short
+        vm_id = operation.vm_id
+        writes_on = vm_id in self._silent and vm_id not in self._short
         try:
-            timeout_s = _SOON_S if writes_on else _ANSWER_TIMEOUT_S
-            done = await self._performed(operation, timeout_s)
+            done = await self._performed(operation, _SOON_S if writes_on else _ANSWER_TIMEOUT_S)
         except BangerError as error:
-            if self._silent.get(operation.vm_id) != error.message:  # each is told once
-                self._silent[operation.vm_id] = error.message
+            self._silent.add(vm_id)
+            if self._told.get(vm_id) != error.message:  # each is told once
+                self._told[vm_id] = error.message
                 get_logger().error(
-                    "no help for the room of a disk", vm_id=operation.vm_id, error=error.message
+                    "no help for the room of a disk", vm_id=vm_id, error=error.message
                 )
             return None
-        self._silent.pop(operation.vm_id, None)
+        self._told.pop(vm_id, None)
         return done
 
     async def _performed(self, operation: GrowSnapshot | LookAtSnapshot, timeout_s: float) -> Done:
-        """See `HostOps.perform`; Unavailable, too, for what takes longer: it may be done yet."""
+        """See `HostOps.perform`; Unavailable, too, for what takes longer.
+
+        That goes on, whoever gives it up, and has a connection to the helper meanwhile: so none is
+        asked beside another of its kind. Who finds one waits for it, and asks anew: it may tell of
+        what was before.
+        """
+        asked = (type(operation), operation.vm_id)
         try:
             async with asyncio.timeout(timeout_s):
-                return await self._host.perform(operation)
+                while (earlier := self._asked.get(asked)) is not None and not earlier.done():
+                    await asyncio.wait({earlier})
+                question = asyncio.create_task(self._host.perform(operation))
+                self._asked[asked] = question
+                question.add_done_callback(partial(self._answered, asked))
+                await asyncio.wait({question})
         except TimeoutError:
             raise Unavailable(
                 f"{type(operation).__name__}: no answer in time",
                 hint="look at the helper: banger system status",
             ) from None
+        return question.result()
+
+    def _answered(self, asked: tuple[type[Operation], str], question: asyncio.Task[Done]) -> None:
+        if self._asked.get(asked) is question:
+            del self._asked[asked]
+        if not question.cancelled() and question.exception() is None:
+            self._silent.discard(asked[1])  # also where it was too late for whoever asked
 
     def _space(self, vm_id: str, disk: Path) -> Space | None:
         mapping = _mapping_of(vm_id)
