@@ -22,7 +22,7 @@ DEFAULT_IMAGE = "debian-bookworm"
 
 #: Set where all takes so many times longer than here: on a host that is emulated itself.
 SLOWNESS_VARIABLE = "BANGER_TEST_SLOWNESS"
-_SLOWNESS = float(os.environ.get(SLOWNESS_VARIABLE, "1"))
+SLOWNESS = float(os.environ.get(SLOWNESS_VARIABLE, "1"))
 #: Far above what anything takes here: under emulation, on two busy cores.
 TIMEOUT_S = 240
 #: For one look at a machine where something took longer than it may, and how much of it is shown.
@@ -62,7 +62,7 @@ class Banger:
             self.argv(*words),
             input=stdin,
             capture_output=True,
-            timeout=timeout_s * _SLOWNESS,
+            timeout=timeout_s * SLOWNESS,
             env=os.environ | self.environment,
             check=False,
         )
@@ -120,7 +120,7 @@ class Banger:
 def read_until(stream: IO[bytes] | int, needle: bytes, timeout_s: float = 60) -> bytes:
     """What comes from a pipe or terminal up to and past `needle`; fails after `timeout_s`."""
     descriptor = stream if isinstance(stream, int) else stream.fileno()
-    deadline = time.monotonic() + timeout_s * _SLOWNESS
+    deadline = time.monotonic() + timeout_s * SLOWNESS
     seen = b""
     while needle not in seen:
         ready = select.select([descriptor], [], [], max(0, deadline - time.monotonic()))[0]
@@ -136,7 +136,7 @@ def read_until(stream: IO[bytes] | int, needle: bytes, timeout_s: float = 60) ->
 
 def until(holds: Callable[[], T], what: str, timeout_s: float = 60) -> T:
     """Ask again and again for what no event tells of; what `holds` gave in the end."""
-    deadline = time.monotonic() + timeout_s * _SLOWNESS
+    deadline = time.monotonic() + timeout_s * SLOWNESS
     while not (found := holds()):
         assert time.monotonic() < deadline, f"not within {timeout_s} s: {what}"
         time.sleep(0.05)
@@ -146,7 +146,7 @@ def until(holds: Callable[[], T], what: str, timeout_s: float = 60) -> T:
 def finish(process: subprocess.Popen[bytes], timeout_s: float = 60) -> tuple[int, bytes, bytes]:
     """(status, stdout, stderr) of a process that is about to end; killed if it does not."""
     try:
-        out, err = process.communicate(timeout=timeout_s * _SLOWNESS)
+        out, err = process.communicate(timeout=timeout_s * SLOWNESS)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()

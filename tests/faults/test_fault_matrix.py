@@ -19,7 +19,7 @@ import matrix
 from harm import strike
 from homes import Home
 from matrix import BOOT, Before, Cell, Drivers, Fault, Operation
-from product import IMAGE
+from product import IMAGE, SLOWNESS
 from reliability import GONE, Finding
 from scene import Scene
 from scenes import Scenes
@@ -29,7 +29,7 @@ pytestmark = [pytest.mark.guest, pytest.mark.timeout(900)]
 _numbers = itertools.count()
 
 #: The bystander counts twice a second; on busy processors it has to wait for its turn.
-_PAUSE_MAX_S = 5.0
+_PAUSE_MAX_S = 5.0 * SLOWNESS
 
 
 def _stages(log: str, operation: str) -> list[str]:
