@@ -183,7 +183,7 @@ class Paths:
     @property
     def jails_dir(self) -> Path:
         """A file for each machine for which a jail was asked, until that has ended; in it is where
-        the directory with its sockets is."""
+        the directory with its sockets is, and where what the jail makes."""
         return self.state_dir / "jails"
 
     @property
